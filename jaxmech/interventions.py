@@ -1,0 +1,181 @@
+"""Interventions: what to change in a forward pass, as a pytree that goes in with the tokens.
+
+Owns the containers `Patch` and `Interventions`, their checks and their arithmetic. `model.py` says where in a block
+each site is. Axes as in `model.py`; P counts the patched positions of one prompt.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmech.config import Config
+
+HEAD_SITES = ("q", "k", "v", "pattern", "z")
+RESIDUAL_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+SITES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Patch:
+    """x <- (1 - weight) * x + weight * value, at `positions`.
+
+    Weight 1 replaces the activation exactly, 0 leaves it exactly as it is, a fraction mixes (a DCM mask). `weight`
+    and `value` broadcast to the shapes below by NumPy's rule; at residual sites they have no axis N. P = T when
+    `positions` is None. The last axis of `value` is H for q, k, v and z, S for `pattern`, D for residual sites.
+
+    Attributes:
+      weight: float [L, B, P, N].
+      value: float [L, B, P, N, H].
+      positions: int32 [B, P], distinct within an example, or None for every position.
+    """
+
+    weight: jax.Array  # [L, B, P, N]
+    value: jax.Array  # [L, B, P, N, H]
+    positions: jax.Array | None = None  # [B, P]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Interventions:
+    """One optional `Patch` per site and an attention knockout. A site that is None costs nothing.
+
+    q and k are taken before RoPE. k and v are patched per *query* head, after the grouped-query repeat, so that one
+    head of a group can be patched alone. `pattern` is the attention probability, patched after the softmax.
+
+    Attributes:
+      knockout: bool [L, B, T, N, S], broadcastable; True forbids query T of head N in layer L to attend to key S.
+        A query with nothing left to attend to attends to all keys alike.
+    """
+
+    resid_pre: Patch | None = None
+    q: Patch | None = None
+    k: Patch | None = None
+    v: Patch | None = None
+    pattern: Patch | None = None
+    z: Patch | None = None
+    attn_out: Patch | None = None
+    resid_mid: Patch | None = None
+    mlp_out: Patch | None = None
+    resid_post: Patch | None = None
+    knockout: jax.Array | None = None  # [L, B, T, N, S]
+
+    def check(self, config: Config, tokens_shape: tuple[int, int]) -> None:
+        """Refuses what cannot be meant. Shapes are checked always, values only where they are concrete.
+
+        Raises:
+          ValueError: a shape does not broadcast, a position lies outside the prompt or repeats, or a patch
+            selects nothing.
+        """
+        for site in SITES:
+            patch = getattr(self, site)
+            if patch is not None:
+                _check_patch(config, site, patch, tokens_shape)
+        if self.knockout is not None:
+            batch, length = tokens_shape
+            full = (config.num_layers, batch, length, config.num_heads, length)
+            _check_broadcast("knockout", np.shape(self.knockout), full)
+
+
+def head_weights(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
+    """Weight 1 at each (layer, head) of `heads`, 0 elsewhere: float32 [L, 1, 1, N], a `Patch.weight` for z, q, k or v.
+
+    Raises:
+      ValueError: a head does not exist in this model, or `heads` is empty.
+    """
+    return head_mask(config, heads)[:, None, None, :].astype(np.float32)
+
+
+def head_mask(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
+    """True at each (layer, head) of `heads`: bool [L, N]. ValueError for an unknown head or none at all."""
+    mask = np.zeros((config.num_layers, config.num_heads), bool)
+    heads = [tuple(head) for head in heads]
+    if not heads:
+        raise ValueError("No heads given: a patch that selects nothing is an error. Name (layer, head) pairs.")
+    for head in heads:
+        if len(head) != 2 or not (0 <= head[0] < config.num_layers and 0 <= head[1] < config.num_heads):
+            raise ValueError(
+                f"Head {head} does not exist; this model has layers 0..{config.num_layers - 1} "
+                f"and heads 0..{config.num_heads - 1}, written (layer, head)."
+            )
+        mask[head] = True
+    return mask
+
+
+def apply_patch(x: jax.Array, patch: Patch, layer: jax.Array) -> jax.Array:
+    """Patches one layer's activation x [B, T, ...] with `patch` at that (traced) layer index."""
+    weight = _at_layer(patch.weight, layer, rank=x.ndim)[..., None].astype(x.dtype)
+    value = _at_layer(patch.value, layer, rank=x.ndim + 1).astype(x.dtype)
+    if patch.positions is None:
+        return (1 - weight) * x + weight * value
+    example = jnp.arange(x.shape[0])[:, None]
+    old = x[example, patch.positions]  # [B, P, ...]
+    return x.at[example, patch.positions].set((1 - weight) * old + weight * value)
+
+
+def knocked_out(interventions: Interventions, layer: jax.Array) -> jax.Array | None:
+    """The knockout mask of one layer, bool [B, T, N, S] or broadcastable to it."""
+    return None if interventions.knockout is None else _at_layer(interventions.knockout, layer, rank=5)
+
+
+def _at_layer(x: jax.Array, layer: jax.Array, rank: int) -> jax.Array:
+    """Layer `layer` of x after padding its shape with leading ones to `rank` axes; axis L may have size 1."""
+    x = jnp.asarray(x)
+    x = x.reshape((1,) * (rank - x.ndim) + x.shape)
+    return jax.lax.dynamic_index_in_dim(x, 0 if x.shape[0] == 1 else layer, keepdims=False)
+
+
+def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[int, int]) -> None:
+    batch, length = tokens_shape
+    count = length if patch.positions is None else np.shape(patch.positions)[-1]
+    last = {"pattern": length}.get(site, config.head_dim if site in HEAD_SITES else config.width)
+    full = (config.num_layers, batch, count) + ((config.num_heads,) if site in HEAD_SITES else ())
+    if patch.positions is not None:
+        _check_positions(site, patch.positions, tokens_shape)
+    _check_broadcast(f"{site}.weight", np.shape(patch.weight), full)
+    _check_broadcast(f"{site}.value", np.shape(patch.value), (*full, last))
+    if _concrete(patch.weight) and not np.any(patch.weight):
+        raise ValueError(f"Interventions.{site}: every weight is 0, so nothing is patched. Leave the site out.")
+
+
+def _check_positions(site: str, positions: jax.Array, tokens_shape: tuple[int, int]) -> None:
+    batch, length = tokens_shape
+    if np.ndim(positions) != 2 or np.shape(positions)[0] != batch or 0 in np.shape(positions):
+        raise ValueError(
+            f"Interventions.{site}.positions has shape {np.shape(positions)}; expected [B, P] with B={batch}, P >= 1."
+        )
+    if not _concrete(positions):
+        return
+    found = np.sort(np.asarray(positions), axis=1)
+    if found.min() < 0 or found.max() >= length:
+        raise ValueError(
+            f"Interventions.{site}.positions reach from {found.min()} to {found.max()}; "
+            f"the prompts have positions 0..{length - 1}."
+        )
+    if (found[:, 1:] == found[:, :-1]).any():
+        raise ValueError(f"Interventions.{site}.positions name a position twice in one example.")
+
+
+def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
+    padded = (1,) * (len(full) - len(shape)) + tuple(shape)
+    if len(padded) != len(full) or any(a not in (1, b) for a, b in zip(padded, full, strict=True)):
+        raise ValueError(f"Interventions.{name} has shape {tuple(shape)}; expected one that broadcasts to {full}.")
+
+
+def _concrete(x) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def merge(first: Interventions, second: Interventions) -> Interventions:
+    """Both interventions at once; ValueError if they patch the same site."""
+    changes = {}
+    for f in dataclasses.fields(Interventions):
+        a, b = getattr(first, f.name), getattr(second, f.name)
+        if a is not None and b is not None:
+            raise ValueError(f"Both interventions patch {f.name}; combine them into one Patch.")
+        changes[f.name] = a if b is None else b
+    return Interventions(**changes)

@@ -1,0 +1,119 @@
+"""`Model`, the bundle of config, parameters and tokenizer that every method takes, and `load`, which makes one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import AutoTokenizer
+
+import convert
+from jaxmech import checkpoint
+from jaxmech.config import Config
+from jaxmech.interventions import Interventions
+from jaxmech.model import Llama, Params, forward
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder with its parameters and tokenizer.
+
+    `params` is {"params": tree}, what `module.init` would return, for users of jit, vmap and grad:
+    `model.module.apply(model.params, tokens, interventions, capture)`.
+    """
+
+    config: Config
+    params: Any
+    tokenizer: Any = None
+
+    @property
+    def module(self) -> Llama:
+        """The Flax module that declares `params`."""
+        return Llama(self.config)
+
+    @property
+    def weights(self) -> Params:
+        """The parameter tree itself, as the pure functions of `jaxmech.model` take it."""
+        return self.params["params"]
+
+    def __call__(
+        self,
+        tokens: jax.Array | np.ndarray,
+        interventions: Interventions | None = None,
+        capture: Sequence[str] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits and captured activations; see `jaxmech.model.Llama.__call__`. Compiled once per shape.
+
+        Args:
+          tokens: token ids, int [B, T], right-padded.
+
+        Raises:
+          ValueError: ids outside the vocabulary, an unknown site, or an intervention that fails its check.
+        """
+        tokens = check_tokens(self.config, tokens)
+        if interventions is not None:
+            interventions.check(self.config, tokens.shape)  # values are concrete here, inside jit they are not
+        if isinstance(capture, str):
+            raise ValueError(f"capture is the string {capture!r}; expected a tuple of sites such as ({capture!r},).")
+        return _apply(self.config, self.weights, tokens, interventions, capture=tuple(capture))
+
+
+@partial(jax.jit, static_argnames=("config", "capture"))
+def _apply(config: Config, weights: Params, tokens: jax.Array, interventions: Interventions | None, capture):
+    return forward(config, weights, tokens, interventions, capture=capture)
+
+
+def check_tokens(config: Config, tokens: jax.Array | np.ndarray) -> np.ndarray:
+    """Token ids [B, T] as int32. ValueError if the rank is wrong or an id lies outside the vocabulary."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens has shape {tokens.shape} and dtype {tokens.dtype}; expected integers [B, T].")
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+        raise ValueError(
+            f"token ids reach from {tokens.min()} to {tokens.max()}; this model's vocabulary has ids "
+            f"0..{config.vocab_size - 1}. Were the prompts made with another tokenizer?"
+        )
+    return tokens.astype(np.int32)
+
+
+def load(path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, *, precision: str = "default") -> Model:
+    """Loads a Hugging Face checkpoint directory or an Orbax directory written by `python -m convert`.
+
+    Args:
+      path: local directory.
+      dtype: dtype of parameters and activations, "float32", "bfloat16" or "float16".
+      adapter: a LoRA adapter directory; not supported yet.
+      precision: precision of matmuls, "default", "high" or "highest".
+
+    Returns:
+      The model; `tokenizer` is None if the directory holds none.
+
+    Raises:
+      FileNotFoundError: the directory or a file in it is missing.
+      ValueError: the checkpoint is damaged or describes a model that is not supported.
+    """
+    path = Path(path)
+    if adapter is not None:
+        raise ValueError(f"adapter={str(adapter)!r}: adapters are not supported yet; merge it into the model first.")
+    changes = {"dtype": dtype, "param_dtype": dtype, "precision": precision}
+    if checkpoint.is_checkpoint(path):
+        config = checkpoint.read_config(path).replace(**changes)
+        return Model(config, checkpoint.read_params(path, config), _tokenizer(path / checkpoint.TOKENIZER, config))
+    config = convert.read_config(path, **changes)
+    return Model(config, convert.read_params(path, config), _tokenizer(path, config))
+
+
+def _tokenizer(path: Path, config: Config) -> Any:
+    """The tokenizer saved in `path`, or None if there is none. ValueError if it does not fit the model."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}. "
+            "They belong to different models."
+        )
+    return tokenizer

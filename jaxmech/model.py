@@ -1,0 +1,281 @@
+"""The Llama-family decoder: pure functions for the mathematics, a Linen module that declares its parameters.
+
+There is one norm, one attention and one MLP in the code base, and they are here; the cone engine uses them too.
+
+Axes, one letter each, in every shape and einsum of the project:
+  B batch   T query token   S key token   D embed   N query heads   K kv heads   G = N / K query heads per kv head
+  H head dim   F mlp   V vocab   L layers   P patched positions of one prompt
+
+Functions take `...` leading axes, so that the same function serves a batch and, vmapped, one example.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmech import rope
+from jaxmech.config import Config
+from jaxmech.interventions import SITES, Interventions, apply_patch, knocked_out
+
+Params = Mapping[str, Any]
+FORBIDDEN = float(jnp.finfo(jnp.float32).min)
+
+
+class Llama(nn.Module):
+    """A Llama-family decoder with explicit interventions. Linen only declares the parameters; see `forward`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        interventions: Interventions | None = None,
+        capture: Sequence[str] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits and captured activations of `tokens` [B, T].
+
+        Args:
+          tokens: token ids, int [B, T], right-padded.
+          interventions: what to patch or knock out.
+          capture: sites to return (see `jaxmech.interventions.SITES`).
+
+        Returns:
+          logits float32 [B, T, V], and {site: activation [L, B, T, ...]} after patching: [..., N, H] for q, k, v, z
+          (k and v per query head), [..., N, S] for pattern, [..., D] for residual sites.
+
+        Raises:
+          ValueError: an unknown site, or an intervention that fails `Interventions.check`.
+        """
+        shapes = parameter_shapes(self.config)
+        params = {name: self.param(name, _init, shape, self.config.param_dtype) for name, shape in shapes.items()}
+        return forward(self.config, params, tokens, interventions, capture=capture)
+
+
+def parameter_shapes(config: Config) -> dict[str, Any]:
+    """Shape of every parameter, as the nested dictionary that `Llama` declares; blocks are stacked over L."""
+    L, D, N, K, H, F = (
+        config.num_layers,
+        config.width,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.mlp_width,
+    )
+    blocks = {
+        "attn_norm": (L, D),
+        "q": (L, D, N, H),
+        "k": (L, D, K, H),
+        "v": (L, D, K, H),
+        "o": (L, N, H, D),
+        "mlp_norm": (L, D),
+        "gate": (L, D, F),
+        "up": (L, D, F),
+        "down": (L, F, D),
+    }
+    if config.attention_bias:
+        blocks |= {"q_bias": (L, N, H), "k_bias": (L, K, H), "v_bias": (L, K, H), "o_bias": (L, D)}
+    if config.mlp_bias:
+        blocks |= {"gate_bias": (L, F), "up_bias": (L, F), "down_bias": (L, D)}
+    top = {"embed": (config.vocab_size, D), "blocks": blocks, "final_norm": (D,)}
+    return top if config.tie_embeddings else top | {"unembed": (D, config.vocab_size)}
+
+
+def _init(key: jax.Array, shape: Any, dtype: str) -> Any:
+    """Normal(0.02), as Hugging Face's Llama; norms are ones, biases zeros. `shape` may be a dictionary of shapes."""
+    if isinstance(shape, dict):
+        keys = jax.random.split(key, len(shape))
+        return {name: _init_one(k, name, s, dtype) for k, (name, s) in zip(keys, shape.items(), strict=True)}
+    return _init_one(key, "final_norm" if len(shape) == 1 else "matrix", shape, dtype)
+
+
+def _init_one(key: jax.Array, name: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    if name.endswith("norm"):
+        return jnp.ones(shape, dtype)
+    if name.endswith("bias"):
+        return jnp.zeros(shape, dtype)
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def forward(
+    config: Config,
+    params: Params,
+    tokens: jax.Array,
+    interventions: Interventions | None = None,
+    *,
+    capture: Sequence[str] = (),
+    observe: Callable[[dict[str, jax.Array]], Any] | None = None,
+    logits_at: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The plain forward pass, layers scanned over their stacked parameters.
+
+    Args:
+      tokens: int [B, T].
+      capture: sites to return, stacked over layers.
+      observe: instead of `capture`, a function from a layer's {site: activation [B, T, ...]} (k and v per kv head
+        unless patched) to what is kept of it; the results are stacked over layers. For those who keep only a part.
+      logits_at: int [B]; logits are computed at this position of each prompt only.
+
+    Returns:
+      logits float32 [B, T, V], or [B, V] with `logits_at`; and what was captured or observed.
+    """
+    interventions = interventions or Interventions()
+    interventions.check(config, tokens.shape)
+    observe = observe or _captor(config, capture)
+    positions = jnp.arange(tokens.shape[1])
+    rotation = rope.angles(config, positions)
+    causal = positions[:, None, None] >= positions[None, None, :]  # [T, 1, S]
+
+    def layer(x, index_and_weights):
+        index, weights = index_and_weights
+        x, sites = block(config, weights, x, rotation, causal, interventions, index)
+        return x, observe(sites)
+
+    x = embed(config, params, tokens)
+    x, observed = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["blocks"]))
+    if logits_at is not None:
+        x = x[jnp.arange(x.shape[0]), logits_at]
+    return unembed(config, params, x), observed
+
+
+def block(
+    config: Config,
+    weights: Params,
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    causal: jax.Array,
+    interventions: Interventions,
+    index: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One decoder layer on x [B, T, D]: its output and the activation at every site, after patching."""
+    sites: dict[str, jax.Array] = {}
+
+    def site(name: str, activation: jax.Array) -> jax.Array:
+        patch = getattr(interventions, name)
+        if patch is not None:
+            if name in ("k", "v"):
+                activation = per_query_head(config, activation)
+            activation = apply_patch(activation, patch, index)
+        sites[name] = activation
+        return activation
+
+    x = site("resid_pre", x)
+    normed = norm(config, weights["attn_norm"], x)
+    q, k, v = (site(name, project(config, weights, name, normed)) for name in ("q", "k", "v"))
+    forbidden = knocked_out(interventions, index)
+    allowed = causal if forbidden is None else causal & ~forbidden
+    (pattern,) = attention_pattern(config, rope.rotate(q, *rotation), [(rope.rotate(k, *rotation), allowed)])
+    z = site("z", mix_values(config, [(site("pattern", pattern), v)]))
+    x = site("resid_mid", x + site("attn_out", attention_output(config, weights, z)))
+    x = site("resid_post", x + site("mlp_out", mlp(config, weights, norm(config, weights["mlp_norm"], x))))
+    return x, sites
+
+
+def embed(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
+    """Token ids [...] to the residual stream [..., D]."""
+    return params["embed"][tokens].astype(config.compute_dtype)
+
+
+def unembed(config: Config, params: Params, x: jax.Array) -> jax.Array:
+    """Residual stream after the last layer [..., D] to float32 logits [..., V]; includes the final norm."""
+    x = norm(config, params["final_norm"], x)
+    if config.tie_embeddings:
+        return _einsum(config, "...d,vd->...v", x, params["embed"], out=jnp.float32)
+    return _einsum(config, "...d,dv->...v", x, params["unembed"], out=jnp.float32)
+
+
+def norm(config: Config, weight: jax.Array, x: jax.Array) -> jax.Array:
+    """RMSNorm of x [..., D]: normalised in float32, cast, then multiplied by the weight (HF `LlamaRMSNorm`)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    return weight.astype(x.dtype) * x32.astype(x.dtype)
+
+
+def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Array:
+    """q, k or v (before RoPE) of the normed stream x [..., T, D]: [..., T, N, H], or K heads for k and v."""
+    y = _einsum(config, "...td,dnh->...tnh", x, weights[site])
+    return y + weights[f"{site}_bias"].astype(y.dtype) if config.attention_bias else y
+
+
+def per_query_head(config: Config, x: jax.Array) -> jax.Array:
+    """Repeats k or v [..., K, H] for each query head of its group: [..., N, H]. Does nothing if it is so already."""
+    return jnp.repeat(x, config.num_heads // x.shape[-2], axis=-2)
+
+
+def attention_pattern(
+    config: Config, q: jax.Array, keys: Sequence[tuple[jax.Array, jax.Array]]
+) -> list[jax.Array]:
+    """Attention probabilities of q [..., T, N, H] over one or more blocks of keys, under one softmax.
+
+    Several blocks let a suffix attend to a shared prefix without copying it: prefix and suffix are two blocks.
+
+    Args:
+      q: rotated queries.
+      keys: (k, allowed) of each block: rotated keys [..., S, K, H], where K may differ between blocks and divides N;
+        and a mask that broadcasts to [..., T, N, S], True where attention is allowed.
+
+    Returns:
+      A pattern [..., T, N, S] for each block, in the compute dtype; together they sum to 1 over S.
+    """
+    scores = [jnp.where(allowed, _scores(config, q, k), FORBIDDEN) for k, allowed in keys]
+    pattern = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(config.compute_dtype)
+    ends = [sum(s.shape[-1] for s in scores[: i + 1]) for i in range(len(scores) - 1)]
+    return jnp.split(pattern, ends, axis=-1)
+
+
+def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Scaled dot products [..., T, N, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
+    grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, config.head_dim)
+    scores = _einsum(config, "...tkgh,...skh->...tkgs", grouped, k, out=jnp.float32)
+    return scores.reshape(*q.shape[:-1], k.shape[-3]) * config.head_dim**-0.5
+
+
+def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """z [..., T, N, H]: the values v [..., S, K, H] of each block weighted by its pattern [..., T, N, S]."""
+    return sum(_mix(config, pattern, v) for pattern, v in blocks)  # pyright: ignore[reportReturnType]
+
+
+def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
+    grouped = pattern.reshape(*pattern.shape[:-2], v.shape[-2], -1, pattern.shape[-1])
+    z = _einsum(config, "...tkgs,...skh->...tkgh", grouped, v)
+    return z.reshape(*pattern.shape[:-1], config.head_dim)
+
+
+def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:
+    """attn_out [..., T, D] of all heads' z [..., T, N, H]."""
+    y = _einsum(config, "...tnh,nhd->...td", z, weights["o"])
+    return y + weights["o_bias"].astype(y.dtype) if config.attention_bias else y
+
+
+def mlp(config: Config, weights: Params, x: jax.Array) -> jax.Array:
+    """mlp_out [..., D] of the normed stream x [..., D]: down(silu(gate(x)) * up(x))."""
+    gate = _linear(config, weights, "gate", "...d,df->...f", x)
+    up = _linear(config, weights, "up", "...d,df->...f", x)
+    return _linear(config, weights, "down", "...f,fd->...d", jax.nn.silu(gate) * up)
+
+
+def _linear(config: Config, weights: Params, name: str, spec: str, x: jax.Array) -> jax.Array:
+    y = _einsum(config, spec, x, weights[name])
+    return y + weights[f"{name}_bias"].astype(y.dtype) if config.mlp_bias else y
+
+
+def _einsum(config: Config, spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
+    """einsum in the compute dtype and the config's precision; `out` is the result's dtype if another."""
+    return jnp.einsum(
+        spec, x, w.astype(x.dtype), precision=config.precision, preferred_element_type=out or x.dtype
+    )
+
+
+def _captor(config: Config, capture: Sequence[str]) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    if isinstance(capture, str):
+        raise ValueError(f"capture is the string {capture!r}; expected a tuple of sites such as ({capture!r},).")
+    if unknown := [site for site in capture if site not in SITES]:
+        raise ValueError(f"Unknown sites to capture: {unknown}; the sites are {', '.join(SITES)}.")
+
+    def keep(sites: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {s: per_query_head(config, sites[s]) if s in ("k", "v") else sites[s] for s in capture}
+
+    return keep

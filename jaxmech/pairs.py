@@ -1,0 +1,108 @@
+"""Pairs: the token prompts that every method works on.
+
+Owns the container and its checks. It knows nothing of boxes or tokenizers: any token ids will do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Clean prompts, their corrupt counterparts, the correct next token and named token positions.
+
+    Prompts are right-padded with any token id: attention is causal, so what stands behind the last
+    token of a prompt cannot change it. A *role* is a named token position, one per example; `last` must
+    be among them and is each prompt's true last token.
+
+    Attributes:
+      clean: token ids of the prompts, int32 [B, T].
+      corrupt: token ids of the corrupt prompts, int32 [B, T'], or None where a method needs none.
+      labels: the correct next token of each clean prompt, int32 [B].
+      positions: role -> token position in the clean prompt, int32 [B].
+      corrupt_positions: role -> token position in the corrupt prompt, int32 [B].
+
+    Raises:
+      ValueError: if shapes disagree, ids are negative, `last` is missing, or a role lies outside its prompt.
+    """
+
+    clean: np.ndarray  # [B, T]
+    corrupt: np.ndarray | None  # [B, T']
+    labels: np.ndarray  # [B]
+    positions: Mapping[str, np.ndarray]  # role -> [B]
+    corrupt_positions: Mapping[str, np.ndarray] = field(default_factory=dict)  # role -> [B]
+
+    def __post_init__(self):
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        set_field("clean", _token_ids("clean", self.clean, ndim=2))
+        set_field("labels", _token_ids("labels", self.labels, ndim=1))
+        if len(self.labels) != len(self.clean):
+            raise ValueError(f"Pairs: labels has {len(self.labels)} examples, clean has {len(self.clean)}.")
+        set_field("positions", _roles("positions", self.positions, self.clean))
+        if self.corrupt is None:
+            if self.corrupt_positions:
+                raise ValueError("Pairs: corrupt_positions given without corrupt prompts.")
+            return
+        set_field("corrupt", _token_ids("corrupt", self.corrupt, ndim=2))
+        if len(self.corrupt) != len(self.clean):
+            raise ValueError(f"Pairs: corrupt has {len(self.corrupt)} examples, clean has {len(self.clean)}.")
+        set_field("corrupt_positions", _roles("corrupt_positions", self.corrupt_positions, self.corrupt))
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Pairs":
+        """The examples `rows` (a slice, or an integer or boolean array [b]); padding is kept."""
+        pick = lambda roles: {role: value[rows] for role, value in roles.items()}  # noqa: E731
+        return Pairs(
+            clean=self.clean[rows],
+            corrupt=None if self.corrupt is None else self.corrupt[rows],
+            labels=self.labels[rows],
+            positions=pick(self.positions),
+            corrupt_positions=pick(self.corrupt_positions),
+        )
+
+    def position(self, role: str) -> np.ndarray:
+        """Position of `role` in each clean prompt, [B]; ValueError if there is no such role."""
+        return _role(self.positions, role, "positions")
+
+    def corrupt_position(self, role: str) -> np.ndarray:
+        """Position of `role` in each corrupt prompt, [B]; ValueError if there is no such role."""
+        if self.corrupt is None:
+            raise ValueError("These pairs have no corrupt prompts; this method needs them (Pairs(corrupt=...)).")
+        return _role(self.corrupt_positions, role, "corrupt_positions")
+
+
+def _token_ids(name: str, value, ndim: int) -> np.ndarray:
+    array = np.asarray(value)
+    if array.ndim != ndim or 0 in array.shape:
+        raise ValueError(f"Pairs: {name} has shape {array.shape}; expected {ndim} axes, none empty.")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"Pairs: {name} has dtype {array.dtype}; expected integer token ids.")
+    if array.min() < 0:
+        raise ValueError(f"Pairs: {name} holds the negative id {array.min()}; pad with any real token id.")
+    return array.astype(np.int32)
+
+
+def _roles(name: str, roles: Mapping, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    if "last" not in roles:
+        raise ValueError(f"Pairs: {name} has roles {sorted(roles)}; 'last' (each true last token) is missing.")
+    checked = {role: _token_ids(f"{name}[{role!r}]", value, ndim=1) for role, value in roles.items()}
+    for role, value in checked.items():
+        if len(value) != len(tokens):
+            raise ValueError(f"Pairs: {name}[{role!r}] has {len(value)} examples, the prompts {len(tokens)}.")
+        end = np.minimum(checked["last"], tokens.shape[1] - 1)
+        if (value > end).any():
+            row = int(np.argmax(value > end))
+            raise ValueError(
+                f"Pairs: {name}[{role!r}] of example {row} is {value[row]}, behind its last token {end[row]}."
+            )
+    return checked
+
+
+def _role(roles: Mapping[str, np.ndarray], role: str, name: str) -> np.ndarray:
+    if role not in roles:
+        raise ValueError(f"Unknown role {role!r}; these pairs have {name} for {sorted(roles)}.")
+    return roles[role]
