@@ -73,7 +73,9 @@ def config_from_hf(fields: Mapping[str, Any]) -> Config:
     heads = _required(fields, "num_attention_heads")
     width = _required(fields, "hidden_size")
     if not fields.get("head_dim") and width % heads:
-        raise ValueError(f"hidden_size={width} is not a multiple of num_attention_heads={heads} and head_dim is absent.")
+        raise ValueError(
+            f"hidden_size={width} is not a multiple of num_attention_heads={heads} and head_dim is absent."
+        )
     return Config(
         vocab_size=_required(fields, "vocab_size"),
         width=width,

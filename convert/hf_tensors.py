@@ -117,7 +117,9 @@ def _check_names(config: Config, tensors: _Tensors, wanted: Iterable[Source]) ->
         _check_tied(tensors)
         found.remove(TOP["unembed"].name)
     if missing := sorted(expected.keys() - found):
-        raise ValueError(f"{tensors.path} lacks {len(missing)} tensors that its config.json calls for: {_list(missing)}")
+        raise ValueError(
+            f"{tensors.path} lacks {len(missing)} tensors that its config.json calls for: {_list(missing)}"
+        )
     if extra := sorted(found - expected.keys()):
         raise ValueError(
             f"{tensors.path} has {len(extra)} tensors that its config.json does not call for: {_list(extra)}. "

@@ -78,7 +78,15 @@ class Config:
     precision: str = "default"
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+        for name in (
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_width",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Config: {name} is {value!r}; expected a positive integer.")
@@ -90,9 +98,7 @@ class Config:
             raise ValueError(f"Config: head_dim={self.head_dim} is odd; RoPE rotates pairs of dimensions.")
         for name, known in (("param_dtype", DTYPES), ("dtype", DTYPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Config: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}."
-                )
+                raise ValueError(f"Config: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
 
     @property
     def compute_dtype(self) -> jnp.dtype:

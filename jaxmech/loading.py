@@ -79,7 +79,9 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def load(path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, *, precision: str = "default") -> Model:
+def load(
+    path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, *, precision: str = "default"
+) -> Model:
     """Loads a Hugging Face checkpoint directory or an Orbax directory written by `python -m convert`.
 
     Args:

@@ -51,7 +51,7 @@ class Llama(nn.Module):
           ValueError: an unknown site, or an intervention that fails `Interventions.check`.
         """
         shapes = parameter_shapes(self.config)
-        params = {name: self.param(name, _init, shape, self.config.param_dtype) for name, shape in shapes.items()}
+        params = {name: self.param(name, _init, shape, self.config) for name, shape in shapes.items()}
         return forward(self.config, params, tokens, interventions, capture=capture)
 
 
@@ -84,20 +84,23 @@ def parameter_shapes(config: Config) -> dict[str, Any]:
     return top if config.tie_embeddings else top | {"unembed": (D, config.vocab_size)}
 
 
-def _init(key: jax.Array, shape: Any, dtype: str) -> Any:
-    """Normal(0.02), as Hugging Face's Llama; norms are ones, biases zeros. `shape` may be a dictionary of shapes."""
+def _init(key: jax.Array, shape: Any, config: Config) -> Any:
+    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in; `shape` may be a dictionary of shapes."""
     if isinstance(shape, dict):
         keys = jax.random.split(key, len(shape))
-        return {name: _init_one(k, name, s, dtype) for k, (name, s) in zip(keys, shape.items(), strict=True)}
-    return _init_one(key, "final_norm" if len(shape) == 1 else "matrix", shape, dtype)
+        return {n: _init_block(k, n, s, config.param_dtype) for k, (n, s) in zip(keys, shape.items(), strict=True)}
+    if len(shape) == 1:
+        return jnp.ones(shape, config.param_dtype)  # final_norm
+    return jax.random.normal(key, shape, config.param_dtype) * config.width**-0.5  # embed, unembed
 
 
-def _init_one(key: jax.Array, name: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def _init_block(key: jax.Array, name: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
     if name.endswith("norm"):
         return jnp.ones(shape, dtype)
     if name.endswith("bias"):
         return jnp.zeros(shape, dtype)
-    return 0.02 * jax.random.normal(key, shape, dtype)
+    fan_in = shape[1] * shape[2] if name == "o" else shape[1]  # [L, N, H, D]; the others are [L, fan-in, ...]
+    return jax.random.normal(key, shape, dtype) * fan_in**-0.5
 
 
 def forward(
@@ -205,9 +208,7 @@ def per_query_head(config: Config, x: jax.Array) -> jax.Array:
     return jnp.repeat(x, config.num_heads // x.shape[-2], axis=-2)
 
 
-def attention_pattern(
-    config: Config, q: jax.Array, keys: Sequence[tuple[jax.Array, jax.Array]]
-) -> list[jax.Array]:
+def attention_pattern(config: Config, q: jax.Array, keys: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
     """Attention probabilities of q [..., T, N, H] over one or more blocks of keys, under one softmax.
 
     Several blocks let a suffix attend to a shared prefix without copying it: prefix and suffix are two blocks.
@@ -264,9 +265,7 @@ def _linear(config: Config, weights: Params, name: str, spec: str, x: jax.Array)
 
 def _einsum(config: Config, spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
     """einsum in the compute dtype and the config's precision; `out` is the result's dtype if another."""
-    return jnp.einsum(
-        spec, x, w.astype(x.dtype), precision=config.precision, preferred_element_type=out or x.dtype
-    )
+    return jnp.einsum(spec, x, w.astype(x.dtype), precision=config.precision, preferred_element_type=out or x.dtype)
 
 
 def _captor(config: Config, capture: Sequence[str]) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:

@@ -104,7 +104,9 @@ def path_patch(
     last = pairs.position("last")
     mask = _receiver_mask(model.config, receivers, via)
     if mask is None and (p != last).any():
-        raise ValueError(f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers.")
+        raise ValueError(
+            f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers."
+        )
     width = None if mask is None else int((last - p).max()) + 1
     spans = _spans(model.config, mask)
     size = batch_size or _examples_per_call(model.config, clean.shape[1], width)
@@ -136,7 +138,9 @@ class _Inputs(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "width"))
-def _prepare(config: Config, weights: Params, clean, corrupt, p, corrupt_p, last, labels, *, width: int | None) -> _Inputs:
+def _prepare(
+    config: Config, weights: Params, clean, corrupt, p, corrupt_p, last, labels, *, width: int | None
+) -> _Inputs:
     cache = cone.clean_cache(config, weights, clean, p, width)
     delta_z = cone.z_at(config, weights, corrupt, corrupt_p) - cache.z
     suffix = None if width is None else cone.suffixes(config, p, last, clean.shape[1], width)
@@ -145,14 +149,25 @@ def _prepare(config: Config, weights: Params, clean, corrupt, p, corrupt_p, last
 
 @partial(jax.jit, static_argnames=("config", "via"))
 def _sender_layer(
-    config: Config, weights: Params, inputs: _Inputs, span: Span, receivers: jax.Array | None, *, via: str | None
+    config: Config,
+    weights: Params,
+    inputs: _Inputs,
+    span: Span,
+    receivers: jax.Array | None,
+    *,
+    via: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores [B, N] of all heads of layer `span.sender`, and the clean probability [B]."""
     kernel = partial(_log_probability, config, weights, via=via)
     senders = jax.vmap(kernel, in_axes=(None, None, 0, None, None, None))
     examples = jax.vmap(senders, in_axes=(1, 0, 0, 0, None, None))
     o = _layer(weights, span.sender)["o"]
-    delta = jnp.einsum("bnh,nhd->bnd", inputs.delta_z[span.sender], o.astype(inputs.delta_z.dtype), precision=config.precision)
+    delta = jnp.einsum(
+        "bnh,nhd->bnd",
+        inputs.delta_z[span.sender],
+        o.astype(inputs.delta_z.dtype),
+        precision=config.precision,
+    )
     # A row whose delta is zero: p_clean by the same arithmetic, so that rounding does not pass for an effect.
     delta = jnp.pad(delta, ((0, 0), (1, 0), (0, 0)))  # [B, 1 + N, D]
     logp = examples(inputs.cache, inputs.suffix, delta, inputs.labels, span, receivers)
@@ -183,7 +198,14 @@ def _log_probability(
 
     def twin(i, x):
         return cone.twin_layer(
-            config, _layer(weights, i), x, clean.attn_out[i], (clean.k[i], clean.v[i]), suffix, receivers[i], via
+            config,
+            _layer(weights, i),
+            x,
+            clean.attn_out[i],
+            (clean.k[i], clean.v[i]),
+            suffix,
+            receivers[i],
+            via,
         )
 
     def live(i, x):
@@ -203,7 +225,9 @@ def _layer(weights: Params, i: jax.Array) -> Params:
 def _receiver_mask(config: Config, receivers: Iterable[Sequence[int]] | None, via: str | None) -> np.ndarray | None:
     if receivers is None:
         if via is not None:
-            raise ValueError(f"via={via!r} without receivers; name the receiver heads, or leave via out for the logits.")
+            raise ValueError(
+                f"via={via!r} without receivers; name the receiver heads, or leave via out for the logits."
+            )
         return None
     if via not in ("q", "k", "v"):
         raise ValueError(f"via={via!r}; with receivers, expected 'q', 'k' or 'v'.")

@@ -37,7 +37,22 @@ from jaxmech.model import Llama, forward
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SPECIAL = ("<pad>", "<bos>", "<unk>")
-WORDS = ("The", "the", "is", "in", "Box", "contains", "contained", "not", "There", "are", "boxes", "nothing", ",", ".")
+WORDS = (
+    "The",
+    "the",
+    "is",
+    "in",
+    "Box",
+    "contains",
+    "contained",
+    "not",
+    "There",
+    "are",
+    "boxes",
+    "nothing",
+    ",",
+    ".",
+)
 QUERIES = 4
 
 
@@ -50,8 +65,9 @@ class Options:
     seed: int = 0
     layers: int = 4
     heads: int = 8
-    width: int = 128
-    mlp_width: int = 256
+    head_dim: int = 16
+    width: int = 64
+    mlp_width: int = 128
     learning_rate: float = 1e-3
     batch: int = 64
     base_accuracy: float = 0.62
@@ -129,7 +145,7 @@ def model_config(options: Options, vocab_size: int) -> Config:
         num_layers=options.layers,
         num_heads=options.heads,
         num_kv_heads=options.heads,
-        head_dim=options.width // options.heads,
+        head_dim=options.head_dim,
         mlp_width=options.mlp_width,
         max_positions=256,
         tie_embeddings=True,
@@ -169,7 +185,14 @@ def train(options, config, optimizer, vocabulary, state: State, log: list[dict])
         advance = recent > 0.9 and state.lesson < len(LESSONS) - 1
         state = State(params, opt_state, state.step + 1, state.lesson + advance, 0.0 if advance else recent)
         if state.step % 20 == 0:
-            log.append({"step": state.step, **asdict(lesson), "loss": round(float(loss), 4), "first_query": round(recent, 4)})
+            log.append(
+                {
+                    "step": state.step,
+                    **asdict(lesson),
+                    "loss": round(float(loss), 4),
+                    "first_query": round(recent, 4),
+                }
+            )
             yield state
 
 
@@ -248,7 +271,11 @@ def word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>", pad_token="<pad>", model_max_length=256
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=256,
     )
 
 

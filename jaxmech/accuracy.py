@@ -1,0 +1,33 @@
+"""How well a model does the task: its logits at the last token of every clean prompt."""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from jaxmech.config import Config
+from jaxmech.loading import Model, check_tokens
+from jaxmech.model import Params, forward
+from jaxmech.pairs import Pairs
+
+
+def accuracy(model: Model, pairs: Pairs, *, batch_size: int = 64) -> float:
+    """Fraction of the clean prompts whose most probable next token, out of the whole vocabulary, is the label."""
+    return float((clean_logits(model, pairs, batch_size=batch_size).argmax(-1) == pairs.labels).mean())
+
+
+def clean_logits(model: Model, pairs: Pairs, *, batch_size: int = 64) -> np.ndarray:
+    """Logits at `last` of every clean prompt, float32 [B, V], computed `batch_size` prompts at a time."""
+    tokens, last = check_tokens(model.config, pairs.clean), pairs.position("last")
+    size = min(batch_size, len(pairs))
+    logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
+    for start in range(0, len(pairs), size):
+        rows = np.arange(start, start + size) % len(pairs)  # the last batch wraps around: one shape, one compilation
+        batch = np.asarray(_logits_at(model.config, model.weights, tokens[rows], last[rows]))
+        logits[start : start + size] = batch[: len(pairs) - start]
+    return logits
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits_at(config: Config, weights: Params, tokens: jax.Array, last: jax.Array) -> jax.Array:
+    return forward(config, weights, tokens, logits_at=last)[0]

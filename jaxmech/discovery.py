@@ -1,0 +1,243 @@
+"""Circuit discovery: a chain of path-patching sweeps, each of which reads its receivers from an earlier one.
+
+The chain is data: a list of `Stage`, the paper's four by default (Prakash et al. 2024, section 3.2), or a TOML file.
+"""
+
+import json
+import os
+import tomllib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from jaxmech.loading import Model
+from jaxmech.pairs import Pairs
+from jaxmech.path_patching import PathScores, path_patch
+
+Head = tuple[int, int]  # (layer, head)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One sweep of the chain.
+
+    Attributes:
+      group: name of the head group that this stage finds.
+      sender: role at which senders are patched, and at which the group acts.
+      receivers: name of an earlier group whose heads read the change; None: the logits.
+      via: the receivers' input that is patched, "q", "k" or "v"; None without receivers.
+      k: at most how many heads are selected.
+    """
+
+    group: str
+    sender: str
+    receivers: str | None = None
+    via: str | None = None
+    k: int = 5
+
+
+PAPER_CHAIN = (
+    Stage("value_fetcher", "last", k=20),
+    Stage("pos_transmitter", "last", "value_fetcher", "q", k=5),
+    Stage("pos_detector", "query_box", "pos_transmitter", "v", k=10),
+    Stage("struct_reader", "prev_query_box", "pos_detector", "v", k=5),
+)
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Groups of heads, each acting at one role.
+
+    Attributes:
+      groups: group name -> [(layer, head)], strongest first.
+      roles: group name -> role.
+      scores: group name -> the sweep that found it; empty for a circuit that was read from a file.
+      stopped: why the chain ended early, or "".
+    """
+
+    groups: dict[str, list[Head]]
+    roles: dict[str, str]
+    scores: dict[str, PathScores] = field(default_factory=dict)
+    stopped: str = ""
+
+    @property
+    def heads_by_role(self) -> dict[str, list[Head]]:
+        """The heads that act at each role, {role: [(layer, head)]}, in the order of the groups."""
+        by_role: dict[str, list[Head]] = {role: [] for role in self.roles.values()}
+        for group, heads in self.groups.items():
+            by_role[self.roles[group]] += [head for head in heads if head not in by_role[self.roles[group]]]
+        return by_role
+
+    def save(self, path: str | Path) -> None:
+        """Writes the paper's JSON, {group: [[layer, head], ...]}; the file is replaced only when it is whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps({g: [list(head) for head in heads] for g, heads in self.groups.items()}) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path, chain: Sequence[Stage] = PAPER_CHAIN) -> "Circuit":
+        """Reads the paper's JSON. The file does not say where a group acts; `chain` does.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: not JSON of this form, or a group that `chain` does not name.
+        """
+        path = Path(path)
+        roles = {stage.group: stage.sender for stage in chain}
+        try:
+            groups = {g: [_head(head) for head in heads] for g, heads in json.loads(path.read_text()).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a circuit file, {{group: [[layer, head], ...]}}: {error}") from error
+        if unknown := [group for group in groups if group not in roles]:
+            raise ValueError(
+                f"{path} has groups {unknown}, but the chain names {list(roles)}; give the chain that found them."
+            )
+        return cls(groups, {group: roles[group] for group in groups})
+
+
+def _head(value: Sequence[int]) -> Head:
+    layer, head = value
+    if not (isinstance(layer, int) and isinstance(head, int)):
+        raise ValueError(f"{value!r} is not [layer, head]")
+    return layer, head
+
+
+def read_chain(path: str | Path) -> tuple[Stage, ...]:
+    """Reads a chain from TOML: one [[stage]] table per stage, with the fields of `Stage`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not TOML, an unknown or missing field, or stages that do not fit together (see `check_chain`).
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+        stages = tuple(Stage(**stage) for stage in table.pop("stage", []))
+        if table:
+            raise ValueError(f"unknown tables {sorted(table)}; expected [[stage]] tables only")
+        check_chain(stages)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a chain of stages: {error}") from error
+    return stages
+
+
+def check_chain(chain: Sequence[Stage]) -> None:
+    """ValueError if the chain is empty, a group occurs twice, or receivers are not an earlier group at hand."""
+    if not chain:
+        raise ValueError("the chain has no stages; expected [[stage]] tables with group, sender, receivers, via and k.")
+    earlier: list[str] = []
+    for stage in chain:
+        if stage.group in earlier:
+            raise ValueError(f"group {stage.group!r} occurs twice in the chain.")
+        if stage.receivers is not None and stage.receivers not in earlier:
+            raise ValueError(
+                f"stage {stage.group!r}: receivers {stage.receivers!r} is none of the earlier groups {earlier}."
+            )
+        if (stage.receivers is None) != (stage.via is None) or stage.via not in (None, "q", "k", "v"):
+            raise ValueError(
+                f"stage {stage.group!r}: receivers={stage.receivers!r} with via={stage.via!r}; expected via 'q', 'k' or 'v' "
+                "with receivers, and neither for the logits."
+            )
+        if stage.k < 1:
+            raise ValueError(f"stage {stage.group!r}: k={stage.k}; expected at least 1.")
+        earlier.append(stage.group)
+
+
+def discover(
+    model: Model,
+    pairs: Pairs,
+    k: Mapping[str, int] | None = None,
+    chain: Sequence[Stage] | None = None,
+    min_effect: float = 1e-3,
+    *,
+    batch_size: int | None = None,
+    done: Mapping[str, PathScores] | None = None,
+    on_stage: Callable[[Stage, PathScores], None] | None = None,
+    progress: Callable[[Stage, int, int], None] | None = None,
+) -> Circuit:
+    """Runs the chain of sweeps and keeps the top heads of each.
+
+    A head is never selected if its mean score is above -min_effect. A head that is selected again by a later stage at the
+    same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. A stage that finds no head
+    ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is issued.
+
+    Args:
+      k: {group: number of heads}, in place of the chain's own numbers; groups left out keep theirs.
+      chain: the stages; the paper's four by default.
+      min_effect: the smallest relative loss of probability that counts, a fraction.
+      batch_size: see `path_patch`.
+      done: {group: scores} of sweeps finished by an earlier call with the same arguments; they are not run again.
+      on_stage: called with (stage, scores) after each sweep that was run, to save it.
+      progress: called with (stage, sender layers done, sender layers in all).
+
+    Raises:
+      ValueError: the chain does not fit together, k names an unknown group or exceeds the number of heads, or the pairs
+        lack a role.
+    """
+    chain = _with_k(model, chain or PAPER_CHAIN, k or {})
+    for stage in chain:
+        pairs.position(stage.sender)
+        pairs.corrupt_position(stage.sender)
+    found: dict[str, list[Head]] = {}
+    circuit = Circuit({}, {})
+    for stage in chain:
+        scores = (done or {}).get(stage.group)
+        if scores is None:
+            scores = _sweep(model, pairs, stage, found, batch_size, progress)
+            if on_stage:
+                on_stage(stage, scores)
+        heads = scores.top(stage.k, min_effect)
+        circuit = replace(circuit, scores=circuit.scores | {stage.group: scores})
+        if not heads:
+            reason = _nothing_found(stage, scores, min_effect)
+            warnings.warn(reason, stacklevel=2)
+            return replace(circuit, stopped=reason)
+        found[stage.group] = heads
+        circuit = _add_group(circuit, stage, heads)
+    return circuit
+
+
+def _sweep(
+    model: Model, pairs: Pairs, stage: Stage, found: Mapping[str, list[Head]], batch_size, progress
+) -> PathScores:
+    receivers = None if stage.receivers is None else found[stage.receivers]
+    report = None if progress is None else partial(progress, stage)
+    return path_patch(model, pairs, stage.sender, receivers, stage.via, batch_size=batch_size, progress=report)
+
+
+def _with_k(model: Model, chain: Sequence[Stage], k: Mapping[str, int]) -> list[Stage]:
+    check_chain(chain)
+    names = [stage.group for stage in chain]
+    if unknown := sorted(set(k) - set(names)):
+        raise ValueError(f"k names the groups {unknown}; the chain has {names}.")
+    chain = [replace(stage, k=k.get(stage.group, stage.k)) for stage in chain]
+    check_chain(chain)
+    heads = model.config.num_layers * model.config.num_heads
+    for stage in chain:
+        if stage.k > heads:
+            raise ValueError(
+                f"stage {stage.group!r}: k={stage.k}, but the model has {heads} heads "
+                f"({model.config.num_layers} layers x {model.config.num_heads}). Choose a smaller k."
+            )
+    return chain
+
+
+def _add_group(circuit: Circuit, stage: Stage, heads: list[Head]) -> Circuit:
+    same_role = {group for group, role in circuit.roles.items() if role == stage.sender}
+    groups = {
+        group: [head for head in old if not (group in same_role and head in heads)]
+        for group, old in circuit.groups.items()
+    }
+    return replace(circuit, groups=groups | {stage.group: heads}, roles=circuit.roles | {stage.group: stage.sender})
+
+
+def _nothing_found(stage: Stage, scores: PathScores, min_effect: float) -> str:
+    where = "the logits" if stage.receivers is None else f"{stage.receivers} via {stage.via}"
+    return (
+        f"Stage {stage.group!r} (sender at {stage.sender}, receivers: {where}) found no head: the strongest mean effect is "
+        f"{scores.mean.min():.2g}, above -min_effect = -{min_effect:g}. The chain ends here."
+    )

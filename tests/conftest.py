@@ -1,0 +1,77 @@
+"""What all tests share: JAX settings, the tolerance table and small models with random weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import jaxmech as jm  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Largest difference allowed, relative to the largest value compared."""
+
+    parity: float = 1e-4  # float32 logits against transformers: two BLAS libraries, other orders of summation
+    cone: float = 1e-4  # float32 scores, causal cone against full forward: other shapes, other orders of summation
+    rope: float = 1e-6  # float32 frequencies against transformers: one rounding of a power and a quotient
+    exact: float = 0.0  # the same arithmetic on the same numbers
+
+
+TOLERANCES = Tolerances()
+
+
+def assert_close(found, expected, tolerance: float) -> None:
+    """|found - expected| <= tolerance * max |expected| everywhere; the expected values must not all be zero."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    scale = np.abs(expected).max()
+    assert scale > 0, "nothing to compare: every expected value is zero"
+    worst = np.abs(found - expected).max()
+    assert worst <= tolerance * scale, f"largest difference {worst:.3g}, allowed {tolerance * scale:.3g}"
+
+
+@pytest.fixture
+def random_model() -> Callable[..., jm.Model]:
+    """A function that makes a small model with random weights; keywords change its Config.
+
+    Biases and norm weights are random as well, so that a forgotten one shows.
+    """
+
+    def make(seed: int = 0, **changes) -> jm.Model:
+        sizes = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "width": 24, "mlp_width": 40}
+        config = jm.Config(**{"vocab_size": 50, **sizes, **changes})
+        params = jm.Llama(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
+        return jm.Model(config, jax.tree.unflatten(tree, noisy))
+
+    return make
+
+
+@pytest.fixture
+def random_pairs() -> Callable[..., jm.Pairs]:
+    """A function that makes random prompts with roles `early` < `query_box` < `last`, of unequal lengths."""
+
+    def make(model: jm.Model, count: int = 5, length: int = 12, seed: int = 0, unequal: bool = True) -> jm.Pairs:
+        rng = np.random.default_rng(seed)
+        vocab = model.config.vocab_size
+
+        def prompts(length):
+            last = rng.integers(length - 3, length, count) if unequal else np.full(count, length - 1)
+            roles = {"last": last, "query_box": last - 2, "early": rng.integers(1, length - 6, count)}
+            return rng.integers(0, vocab, (count, length)), roles
+
+        clean, positions = prompts(length)
+        corrupt, corrupt_positions = prompts(length + 2 if unequal else length)
+        return jm.Pairs(clean, corrupt, rng.integers(0, vocab, count), positions, corrupt_positions)
+
+    return make
