@@ -1,6 +1,6 @@
 """jaxmech: circuit discovery and activation patching for Llama-family models as jit-compiled JAX functions."""
 
-from jaxmech import boxes
+from jaxmech import boxes, demo
 from jaxmech.accuracy import accuracy
 from jaxmech.config import Config, Rope
 from jaxmech.discovery import PAPER_CHAIN, Circuit, Stage, discover, read_chain
@@ -24,6 +24,7 @@ __all__ = [
     "Stage",
     "accuracy",
     "boxes",
+    "demo",
     "discover",
     "head_weights",
     "load",

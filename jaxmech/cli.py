@@ -1,27 +1,23 @@
-"""The command line: `jaxmech demo`, `jaxmech discover`, `jaxmech data`. Printing and progress bars live here only."""
+"""The command line: `jaxmech demo`, `jaxmech discover`, `jaxmech data`. Only commands print and show progress."""
 
-import json
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import jaxmech as jm
 from jaxmech.discovery import PAPER_CHAIN, Stage, discover, read_chain
 from jaxmech.path_patching import PathScores
-from jaxmech.report import heat_map, save_figure
+from jaxmech.report import accuracy_table, circuit_table, heat_map, save_figure
+from jaxmech.run_folder import RunFolder, fingerprint, text_hash
 
 console = Console()
 
@@ -68,6 +64,8 @@ class Discover:
     """Precision of matrix products: default, high or highest."""
     batch_size: int | None = None
     """Examples per call; without it, as many as fit the memory budget."""
+    overwrite: bool = False
+    """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on."""
 
 
 @dataclass(frozen=True)
@@ -114,23 +112,15 @@ def run_data(options: Data) -> None:
 def run_demo(options: Demo) -> None:
     """`jaxmech demo`: both shipped models' accuracies, and the base model's circuit by a chain that fits it."""
     started = time.perf_counter()
-    demo = Path(str(resources.files("jaxmech.demo")))
     examples = jm.boxes.make(options.scenes, seed=options.seed)
-    models = {name: jm.load(demo / name) for name in ("base", "tuned")}
+    models = {name: jm.load(jm.demo.path(name)) for name in ("base", "tuned")}
     pairs = jm.boxes.pairs(examples, models["base"].tokenizer, seed=options.seed)
     _print_accuracies(models, pairs)
-    _discover_into(
-        options.out,
-        _jsonable(options),
-        models["base"],
-        pairs,
-        read_chain(demo / "chain.toml"),
-        {},
-        1e-3,
-        None,
-    )
+    chain = read_chain(jm.demo.path("chain.toml"))
+    run = RunFolder.open(options.out, _settings(options, chain), overwrite=True)  # it takes seconds
+    _discover_into(run, models["base"], pairs, chain)
     console.print(
-        f"The demo took {time.perf_counter() - started:.0f} s. What the heads do: jaxmech/demo/MODEL_CARD.md."
+        f"The demo took {time.perf_counter() - started:.0f} s. What the heads do: {jm.demo.path('MODEL_CARD.md')}"
     )
 
 
@@ -148,152 +138,63 @@ def run_discover(options: Discover) -> None:
         pairs = jm.boxes.pairs(
             examples, model.tokenizer, seed=options.seed, split_objects="drop", add_bos=options.add_bos
         )
+    sources = {
+        "model_files": fingerprint(options.model),
+        "examples": text_hash(example.sentence for example in examples),
+    }
+    run = RunFolder.open(options.out, _settings(options, chain) | sources, overwrite=options.overwrite)
+    if run.scores:
+        console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
     _print_accuracies({options.model.name: model}, pairs)
-    _discover_into(
-        options.out,
-        _jsonable(options),
-        model,
-        pairs,
-        chain,
-        options.k,
-        options.min_effect,
-        options.batch_size,
-    )
+    _discover_into(run, model, pairs, chain, k=options.k, min_effect=options.min_effect, batch_size=options.batch_size)
 
 
-def _discover_into(
-    out: Path,
-    config: dict[str, Any],
-    model: jm.Model,
-    pairs: jm.Pairs,
-    chain: Sequence[Stage],
-    k: dict[str, int],
-    min_effect: float,
-    batch_size: int | None,
-) -> None:
-    """Runs the chain, writes everything to `out` stage by stage, and prints the table of heads."""
-    config = config | {"chain": [asdict(stage) for stage in chain], "versions": _versions()}
-    done = _start_or_resume(out, config)
-    scores = dict(done)
+def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequence[Stage], **options: Any) -> None:
+    """Runs the chain, writes everything to the run's folder stage by stage, and prints the table of heads."""
 
-    def keep(stage: Stage, found: PathScores) -> None:
-        scores[stage.group] = found
-        _save_scores(out / "scores.npz", scores)
+    def keep(stage: Stage, scores: PathScores) -> None:
+        run.keep(stage.group, scores)
 
     with _progress(chain) as progress, _warnings_printed():
-        circuit = discover(
-            model,
-            pairs,
-            k,
-            chain,
-            min_effect,
-            batch_size=batch_size,
-            done=done,
-            on_stage=keep,
-            progress=progress,
-        )
-    circuit.save(out / "circuit.json")
+        circuit = discover(model, pairs, chain=chain, done=run.scores, on_stage=keep, progress=progress, **options)
+    circuit.save(run.path / "circuit.json")
     for stage in chain:
         if stage.group in circuit.scores:
             mean, chosen = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
             reads = "direct effect on the logits" if stage.receivers is None else f"{stage.via} of {stage.receivers}"
             figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}")
-            save_figure(figure, out / f"{stage.group}.png")
-    _print_circuit(chain, circuit)
-    console.print(f"Results are in {out}: circuit.json, scores.npz, config.json and a heat map (PNG) per stage.")
+            save_figure(figure, run.path / f"{stage.group}.png")
+    console.print(circuit_table(chain, circuit))
+    console.print(f"Results are in {run.path}: circuit.json, scores.npz, config.json and a heat map (PNG) per stage.")
 
 
-def _start_or_resume(out: Path, config: dict[str, Any]) -> dict[str, PathScores]:
-    """Writes config.json; if the same run stopped there before, returns the scores of its finished stages.
-
-    Raises:
-      ValueError: `out` holds the results of other settings, which are not overwritten.
-    """
-    file = out / "config.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
-        if changed:
-            raise ValueError(
-                f"{out} holds the results of another run (different {', '.join(changed)}). Choose another --out or "
-                "delete the folder."
-            )
-        done = _load_scores(out / "scores.npz")
-        if done:
-            console.print(f"Going on with the run in {out}; finished stages: {', '.join(done)}.")
-        return done
-    out.mkdir(parents=True, exist_ok=True)
-    _replace(file, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
-    return {}
+def _settings(options: Any, chain: Sequence[Stage]) -> dict[str, Any]:
+    """What a run's results depend on, as JSON values: the options but for those that only say where and whether."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return {k: v for k, v in values.items() if k not in ("out", "overwrite")} | {"stages": [asdict(s) for s in chain]}
 
 
-def _save_scores(file: Path, scores: dict[str, PathScores]) -> None:
-    """All stages in one npz: GROUP (per example, [L, N, B]) and GROUP.probability ([B])."""
-    arrays: dict[str, Any] = {group: found.per_example for group, found in scores.items()}
-    arrays |= {f"{group}.probability": found.probability for group, found in scores.items()}
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as stream:
-            np.savez_compressed(stream, **arrays)
-
-    _replace(file, write)
-
-
-def _load_scores(file: Path) -> dict[str, PathScores]:
-    if not file.exists():
-        return {}
-    with np.load(file, allow_pickle=False) as arrays:
-        groups = [name for name in arrays.files if not name.endswith(".probability")]
-        return {group: PathScores(arrays[group], arrays[f"{group}.probability"]) for group in groups}
-
-
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, file)
-
-
-def _print_accuracies(models: dict[str, jm.Model], pairs: jm.Pairs) -> None:
-    table = Table(title=f"Accuracy on {len(pairs)} prompts")
-    table.add_column("model")
-    table.add_column("accuracy", justify="right")
-    for name, model in models.items():
-        table.add_row(name, f"{100 * jm.accuracy(model, pairs):.1f} %")
-    console.print(table)
-
-
-def _print_circuit(chain: Sequence[Stage], circuit: jm.Circuit, most: int = 8) -> None:
-    table = Table(title="Circuit: heads by group, mean change of p(correct)")
-    for column in ("group", "sender at", "receivers", "layer.head (change, %)"):
-        table.add_column(column)
-    for stage in chain:
-        if stage.group not in circuit.scores:
-            continue
-        mean, heads = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
-        shown = "  ".join(f"{layer}.{head} ({100 * mean[layer, head]:+.1f})" for layer, head in heads[:most])
-        more = f"  and {len(heads) - most} more" if len(heads) > most else ""
-        receivers = "logits" if stage.receivers is None else f"{stage.receivers}, {stage.via}"
-        table.add_row(stage.group, stage.sender, receivers, shown + more or "none")
-    console.print(table)
+def _print_accuracies(models: Mapping[str, jm.Model], pairs: jm.Pairs) -> None:
+    accuracies = {name: jm.accuracy(model, pairs) for name, model in models.items()}
+    console.print(accuracy_table(accuracies, len(pairs)))
 
 
 @contextmanager
 def _progress(chain: Sequence[Stage]):
-    """A progress bar for all stages of the chain; yields the callback that `discover` takes."""
+    """A progress bar for each stage of the chain; yields the callback that `discover` takes."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         tasks = {stage.group: bars.add_task(stage.group, total=None, start=False) for stage in chain}
 
         def advance(stage: Stage, done: int, total: int) -> None:
-            task = tasks[stage.group]
-            bars.start_task(task)
-            bars.update(task, completed=done, total=total)
+            bars.start_task(tasks[stage.group])
+            bars.update(tasks[stage.group], completed=done, total=total)
 
         yield advance
 
 
 @contextmanager
-def _warnings_printed():
+def _warnings_printed() -> Iterator[None]:
     """Prints the warnings of the library as notes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -301,17 +202,6 @@ def _warnings_printed():
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             console.print(f"[yellow]note:[/] {warning.message}", soft_wrap=True)
-
-
-def _jsonable(options: Any) -> dict[str, Any]:
-    """The options as plain JSON, so that a run can be told from another and repeated."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {package: version(package) for package in ("jaxmech", "jax", "flax", "transformers", "numpy")}
 
 
 if __name__ == "__main__":

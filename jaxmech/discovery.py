@@ -4,7 +4,6 @@ The chain is data: a list of `Stage`, the paper's four by default (Prakash et al
 """
 
 import json
-import os
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from jaxmech.files import write_text
 from jaxmech.loading import Model
 from jaxmech.pairs import Pairs
 from jaxmech.path_patching import PathScores, path_patch
@@ -72,11 +72,8 @@ class Circuit:
 
     def save(self, path: str | Path) -> None:
         """Writes the paper's JSON, {group: [[layer, head], ...]}; the file is replaced only when it is whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({g: [list(head) for head in heads] for g, heads in self.groups.items()}) + "\n")
-        os.replace(temporary, path)
+        groups = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
+        write_text(path, json.dumps(groups) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, chain: Sequence[Stage] = PAPER_CHAIN) -> "Circuit":
@@ -139,8 +136,8 @@ def check_chain(chain: Sequence[Stage]) -> None:
             )
         if (stage.receivers is None) != (stage.via is None) or stage.via not in (None, "q", "k", "v"):
             raise ValueError(
-                f"stage {stage.group!r}: receivers={stage.receivers!r} with via={stage.via!r}; expected via 'q', 'k' or 'v' "
-                "with receivers, and neither for the logits."
+                f"stage {stage.group!r}: receivers={stage.receivers!r} with via={stage.via!r}; expected via "
+                "'q', 'k' or 'v' with receivers, and neither for the logits."
             )
         if stage.k < 1:
             raise ValueError(f"stage {stage.group!r}: k={stage.k}; expected at least 1.")
@@ -161,9 +158,9 @@ def discover(
 ) -> Circuit:
     """Runs the chain of sweeps and keeps the top heads of each.
 
-    A head is never selected if its mean score is above -min_effect. A head that is selected again by a later stage at the
-    same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. A stage that finds no head
-    ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is issued.
+    A head is never selected if its mean score is above -min_effect. A head that is selected again by a later stage at
+    the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. A stage that finds no
+    head ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is issued.
 
     Args:
       k: {group: number of heads}, in place of the chain's own numbers; groups left out keep theirs.
@@ -238,6 +235,6 @@ def _add_group(circuit: Circuit, stage: Stage, heads: list[Head]) -> Circuit:
 def _nothing_found(stage: Stage, scores: PathScores, min_effect: float) -> str:
     where = "the logits" if stage.receivers is None else f"{stage.receivers} via {stage.via}"
     return (
-        f"Stage {stage.group!r} (sender at {stage.sender}, receivers: {where}) found no head: the strongest mean effect is "
-        f"{scores.mean.min():.2g}, above -min_effect = -{min_effect:g}. The chain ends here."
+        f"Stage {stage.group!r} (sender at {stage.sender}, receivers: {where}) found no head: the strongest mean "
+        f"effect is {scores.mean.min():.2g}, above -min_effect = -{min_effect:g}. The chain ends here."
     )

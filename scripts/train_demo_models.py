@@ -54,6 +54,7 @@ WORDS = (
     ".",
 )
 QUERIES = 4
+REPORT = 5  # steps from one evaluation to the next; the task is learnt suddenly, so that `base` needs a close look
 
 
 @dataclass(frozen=True)
@@ -117,24 +118,21 @@ def main(options: Options) -> None:
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.linear_schedule(0.0, options.learning_rate, 100)),
     )
-    state, log = restore(options, config, optimizer, console)
+    start, log = restore(options, config, optimizer, console)
     held_out = held_out_batch(vocabulary)
-    for state in train(options, config, optimizer, vocabulary, state, log):
-        last = state.lesson == len(LESSONS) - 1
-        accuracy = held_out_accuracy(config, state.params, held_out) if last else 0.0
-        log[-1]["held_out_accuracy"] = round(accuracy, 4)
+    for state in train(options, config, optimizer, vocabulary, start, log):
+        accuracy = log[-1]["held_out_accuracy"] = held_out_accuracy(config, state.params, held_out)
         console.print(
             f"step {state.step}  {LESSONS[state.lesson].boxes} boxes  loss {log[-1]['loss']:.3f}  "
             f"first query {state.recent:.3f}  held out {accuracy:.3f}"
         )
         if accuracy >= options.base_accuracy and not (options.out / "base").exists():
             ship(options, "base", config, state, vocabulary, log)
+        save(options, state, log)
         if accuracy >= options.tuned_accuracy:
             ship(options, "tuned", config, state, vocabulary, log)
-            break
-        save(options, state, log)
-    else:
-        raise SystemExit(f"Stopped after {options.max_steps} steps without reaching {options.tuned_accuracy}.")
+            return
+    raise SystemExit(f"Stopped after {options.max_steps} steps without reaching {options.tuned_accuracy}.")
 
 
 def model_config(options: Options, vocab_size: int) -> Config:
@@ -175,7 +173,7 @@ def sequences(
 
 
 def train(options, config, optimizer, vocabulary, state: State, log: list[dict]) -> Iterator[State]:
-    """Steps the model; yields the state every 20 steps, after appending a row to `log`."""
+    """Steps the model; yields the state every `REPORT` steps, after appending a row to `log`."""
     while state.step < options.max_steps:
         lesson = LESSONS[state.lesson]
         rng = np.random.default_rng([options.seed, state.step])
@@ -184,15 +182,9 @@ def train(options, config, optimizer, vocabulary, state: State, log: list[dict])
         recent = 0.95 * state.recent + 0.05 * float(correct)
         advance = recent > 0.9 and state.lesson < len(LESSONS) - 1
         state = State(params, opt_state, state.step + 1, state.lesson + advance, 0.0 if advance else recent)
-        if state.step % 20 == 0:
-            log.append(
-                {
-                    "step": state.step,
-                    **asdict(lesson),
-                    "loss": round(float(loss), 4),
-                    "first_query": round(recent, 4),
-                }
-            )
+        if state.step % REPORT == 0:
+            row = {"step": state.step, **asdict(lesson), "loss": round(float(loss), 4)}
+            log.append(row | {"first_query": round(recent, 4)})
             yield state
 
 
@@ -221,7 +213,7 @@ def held_out_batch(vocabulary: dict[str, int], count: int = 512) -> tuple[np.nda
 def held_out_accuracy(config: Config, params: dict, held_out: tuple[np.ndarray, np.ndarray]) -> float:
     """Fraction of held-out queries whose most probable next token is the answer."""
     prompts, answers = held_out
-    return float((predict(config, params, prompts) == answers).mean())
+    return round(float((predict(config, params, prompts) == answers).mean()), 4)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -248,7 +240,7 @@ def save(options: Options, state: State, log: list[dict]) -> None:
     """Writes the state to a temporary file and renames it."""
     saved = {"state": flax.serialization.to_state_dict(state), "log": json.dumps(log)}
     temporary = options.out / "training_state.tmp"
-    temporary.write_bytes(flax.serialization.msgpack_serialize(jax.tree.map(lambda x: x, saved)))
+    temporary.write_bytes(flax.serialization.msgpack_serialize(saved))
     os.replace(temporary, options.out / "training_state.msgpack")
 
 

@@ -22,6 +22,10 @@ class Tolerances:
     parity: float = 1e-4  # float32 logits against transformers: two BLAS libraries, other orders of summation
     cone: float = 1e-4  # float32 scores, causal cone against full forward: other shapes, other orders of summation
     rope: float = 1e-6  # float32 frequencies against transformers: one rounding of a power and a quotient
+    angle: float = 2e-6  # cos and sin at positions up to 16384: two libraries' reductions of large arguments
+    recompiled: float = 1e-5  # float32, the same arithmetic compiled into another program: other fusions and orders
+    bfloat16: float = 3e-2  # bfloat16 logits against transformers: 8 bits, rounded at other places, over a few layers
+    gradient: float = 1e-2  # float32 gradient against central differences: truncation and cancellation
     exact: float = 0.0  # the same arithmetic on the same numbers
 
 

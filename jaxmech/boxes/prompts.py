@@ -122,7 +122,8 @@ def _whole_objects(examples: Sequence[Example], read: Callable[[str], _Tokens], 
     if len(kept) == len(examples):
         return kept
     words = sorted({word for objects in split.values() for word in objects})
-    found = f"The tokenizer splits or does not know {len(words)} objects: {', '.join(words[:8])}{', ...' * (len(words) > 8)}"
+    more = ", ..." * (len(words) > 8)
+    found = f"The tokenizer splits or does not know {len(words)} objects: {', '.join(words[:8])}{more}"
     if split_objects == "refuse":
         raise ValueError(f"{found}. Use other objects, or split_objects='drop' to leave their scenes out.")
     if not kept:

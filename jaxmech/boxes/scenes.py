@@ -5,7 +5,6 @@ contains the fig."
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmech.boxes.objects import OBJECTS
+from jaxmech.files import write_text
 
 LABELS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 MIN_BOXES, MAX_BOXES = (
@@ -94,7 +94,7 @@ def _scene(rng: np.random.Generator, n_boxes: int) -> Scene:
 
 
 def read(path: str | Path) -> list[Example]:
-    """Reads examples from JSONL: one object a line, its key "sentence" as `Example.sentence` is; other keys are ignored.
+    """Reads examples from JSONL: one object a line, its key "sentence" as in `Example.sentence`, other keys ignored.
 
     Raises:
       FileNotFoundError: no such file.
@@ -116,12 +116,8 @@ def read(path: str | Path) -> list[Example]:
 
 def write(path: str | Path, examples: Iterable[Example]) -> None:
     """Writes examples as JSONL, key "sentence"; the file is replaced only when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     lines = [json.dumps({KEY: example.sentence}, ensure_ascii=False) + "\n" for example in examples]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(lines))
 
 
 def _sentence(line: str) -> str:

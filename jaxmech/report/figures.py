@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from jaxmech.discovery import Head
+from jaxmech.files import replacing
 
 
 def heat_map(mean: np.ndarray, chosen: Iterable[Head], title: str, subtitle: str = "") -> Figure:
@@ -42,10 +43,9 @@ def heat_map(mean: np.ndarray, chosen: Iterable[Head], title: str, subtitle: str
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes the figure as PNG at 160 dots per inch; makes the folder if it is not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    """Writes the figure as PNG at 160 dots per inch, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160, format="png")
 
 
 def _ticks(count: int) -> np.ndarray:

@@ -1,0 +1,85 @@
+"""Imports go one way, the README runs as written, and nothing loads code it should not."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From top to bottom: a module may import what stands in a later row, and within its own row.
+ROWS = (
+    ("jaxmech.cli",),
+    ("jaxmech.report",),
+    ("jaxmech.run_folder",),
+    ("jaxmech", "jaxmech.demo"),  # the package's own re-exports
+    ("jaxmech.discovery",),
+    ("jaxmech.path_patching", "jaxmech.accuracy"),
+    ("jaxmech.boxes",),
+    ("jaxmech.cone",),
+    ("jaxmech.loading",),
+    ("convert",),
+    ("jaxmech.checkpoint",),
+    ("jaxmech.model", "jaxmech.rope", "jaxmech.interventions", "jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
+)
+SOURCES = sorted(path for top in ("jaxmech", "convert") for path in (ROOT / top).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def row(module: str) -> int:
+    """Row of the longest name that `module` is or lies in."""
+    places = {name: i for i, names in enumerate(ROWS) for name in names}
+    while module not in places:
+        module, _, rest = module.rpartition(".")
+        assert rest, "a module that the rows do not name"
+    return places[module]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this project that the file imports, and the top names of others."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            files = [name for name in inside if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()]
+            folders = [name for name in inside if (ROOT / name.replace(".", "/") / "__init__.py").exists()]
+            found |= set(files + folders) or {node.module or ""}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_go_one_way(path):
+    module = module_name(path)
+    for imported in imports(path):
+        if imported.split(".")[0] in ("jaxmech", "convert"):
+            assert row(imported) >= row(module), f"{module} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_torch_stays_out_and_orbax_in_one_place(path):
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert "torch" not in tops
+    assert "orbax" not in tops or module_name(path) == "jaxmech.checkpoint"
+
+
+def test_every_module_says_what_it_owns():
+    for path in SOURCES:
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_examples_of_the_readme_run_as_written(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2 and sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 10
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert re.match(r"accuracy 0\.\d\d\n\[\[", printed)
+    assert names["lookup"].mean.min() < -0.5
+    assert names["captured"]["pattern"].shape == (4, 70, 54, 8, 54)
