@@ -3,40 +3,46 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from convert.families import sources
+from convert.families import source
 from jaxmech.config import Config
+from jaxmech.model import check_params
 
 
 def write_hf(path: Path, config: Config, params: Any, tokenizer: Any = None) -> None:
     """Writes config.json, model.safetensors and, if given, the tokenizer's files to the folder `path`.
 
+    Files of these names that are there already are replaced, as `save_pretrained` does.
+
     Args:
       params: {"params": tree}; written in the dtype they have.
       tokenizer: a Hugging Face tokenizer.
+
+    Raises:
+      ValueError: `params` are not those that `config` calls for.
     """
+    check_params(config, params)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for keys, source in sources(params["params"]):
-        value = params["params"]
-        for key in keys:
-            value = value[key]
-        value = np.asarray(value)
-        if "{layer}" in source.name:
-            tensors |= {source.name.format(layer=i): source.to_theirs(config, x) for i, x in enumerate(value)}
-        else:
-            tensors[source.name] = source.to_theirs(config, value)
+    for keys, value in cast(dict[tuple[str, ...], Any], flatten_dict(params["params"])).items():
+        target = source(keys)
+        layers = np.asarray(value) if target.per_layer else np.asarray(value)[None]
+        for name, layer in zip(target.names(config), layers, strict=True):
+            tensors[name] = target.to_theirs(config, layer)
     temporary = path / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})  # transformers refuses files without a format
     os.replace(temporary, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+    fields = config_to_hf(config)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+        fields |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

@@ -4,7 +4,7 @@ One table per family. Axes are written in the letters of `jaxmech.model`; letter
 the Hugging Face tensor, so "NH D" -> "D N H" reads: split the first axis into heads, then transpose.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,19 @@ class Source:
     theirs: str
     ours: str
 
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is one such tensor a layer."""
+        return "{layer}" in self.name
+
+    def names(self, config: Config) -> list[str]:
+        """The checkpoint's tensors that make up one parameter: one a layer, or just one."""
+        return [self.name.format(layer=i) for i in range(config.num_layers)] if self.per_layer else [self.name]
+
     def shape(self, config: Config) -> tuple[int, ...]:
-        """Shape that the tensor must have in the checkpoint."""
+        """Shape that each of them must have in the checkpoint."""
         sizes = axis_sizes(config)
-        return tuple(int(np.prod([sizes[letter] for letter in axis])) for axis in self.theirs.split())
+        return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.theirs.split())
 
     def to_ours(self, config: Config, tensor: np.ndarray) -> np.ndarray:
         """The tensor with our axes, without copying it."""
@@ -81,10 +90,6 @@ BLOCKS = {
 IGNORED_SUFFIXES = (".self_attn.rotary_emb.inv_freq",)
 
 
-def sources(params: dict) -> Iterator[tuple[tuple[str, ...], Source]]:
-    """The source of every parameter in the tree `params` (see `jaxmech.model.parameter_shapes`), by its path."""
-    for name in params:
-        if name == "blocks":
-            yield from ((("blocks", part), BLOCKS[part]) for part in params["blocks"])
-        else:
-            yield (name,), TOP[name]
+def source(path: tuple[str, ...]) -> Source:
+    """The source of the parameter at `path` in the tree, such as ("embed",) or ("blocks", "q")."""
+    return BLOCKS[path[1]] if path[0] == "blocks" else TOP[path[0]]

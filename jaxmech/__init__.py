@@ -8,7 +8,8 @@ from jaxmech.interventions import Interventions, Patch, head_weights
 from jaxmech.loading import Model, load
 from jaxmech.model import Llama
 from jaxmech.pairs import Pairs
-from jaxmech.path_patching import PathScores, path_patch
+from jaxmech.path_patching import path_patch
+from jaxmech.scores import PathScores
 
 __all__ = [
     "PAPER_CHAIN",

@@ -2,14 +2,13 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxmech.config import Config
-from jaxmech.model import Llama
+from jaxmech.model import abstract_params, check_params
 
 FORMAT = 1
 TOKENIZER = "tokenizer"  # folder inside the checkpoint
@@ -21,22 +20,45 @@ def is_checkpoint(path: Path) -> bool:
     return (Path(path) / "_CHECKPOINT_METADATA").is_file()
 
 
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Refuses to write a checkpoint over something else.
+
+    Raises:
+      ValueError: `path` exists and `overwrite` is False, or it is not a checkpoint.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another output directory or ask to overwrite it.")
+    if path.exists() and not is_checkpoint(path):
+        raise ValueError(
+            f"{path} exists and is not a checkpoint, so it is not overwritten; choose another output directory."
+        )
+
+
 def save(path: Path, config: Config, params: Any, tokenizer: Any = None, *, overwrite: bool = False) -> None:
     """Writes `params` ({"params": tree}) with `config` and, if given, a Hugging Face tokenizer to `path`.
 
-    Orbax writes to a temporary folder and renames it, so that an interrupted save leaves no half checkpoint.
+    Everything is written to a folder beside `path` that is renamed at the end, so that an interrupted save leaves no
+    half checkpoint.
 
     Raises:
-      ValueError: `path` exists and `overwrite` is False.
+      ValueError: `path` exists and is not to be overwritten (see `check_output`), or `params` are not the config's.
     """
     path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another output directory or ask to overwrite it.")
-    metadata = {"jaxmech": {"format": FORMAT, "config": config.to_dict()}}
-    ocp.save(path, params, custom_metadata=metadata, overwrite=overwrite)
+    check_output(path, overwrite=overwrite)
+    check_params(config, params)
+    metadata: dict[str, Any] = {"jaxmech": {"format": FORMAT, "config": config.to_dict()}}
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    context = ocp.Context()
+    # Weights hardly compress; to try takes most of the time and holds a second copy of the model in memory.
+    context.array.saving.use_compression = False
+    with context:
+        ocp.save(str(unfinished), params, custom_metadata=metadata, overwrite=True)
     if tokenizer is not None:
-        shutil.rmtree(path / TOKENIZER, ignore_errors=True)
-        tokenizer.save_pretrained(path / TOKENIZER)
+        tokenizer.save_pretrained(unfinished / TOKENIZER)
+    if path.exists():
+        shutil.rmtree(path)
+    unfinished.rename(path)
 
 
 def read_config(path: Path) -> Config:
@@ -45,19 +67,35 @@ def read_config(path: Path) -> Config:
     Raises:
       ValueError: the checkpoint was not written by `save`.
     """
-    metadata = ocp.metadata(Path(path).absolute()).custom_metadata or {}
-    saved = metadata.get("jaxmech", {})  # pyright: ignore[reportAttributeAccessIssue]
+    metadata = cast(dict[str, Any], ocp.metadata(str(Path(path).absolute())).custom_metadata or {})
+    saved = metadata.get("jaxmech", {})
     if saved.get("format") != FORMAT:
         raise ValueError(
             f"{path} is an Orbax checkpoint without a jaxmech config of format {FORMAT}; convert the Hugging Face "
             "model again with `python -m convert`."
         )
-    return Config.from_dict(saved["config"])
+    try:
+        return Config.from_dict(saved["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_params(path: Path, config: Config) -> Any:
-    """The parameters at `path`, {"params": tree}, cast to `config.param_dtype` while they are read."""
-    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    """The parameters at `path`, {"params": tree}, cast to `config.param_dtype` while they are read.
+
+    Raises:
+      ValueError: the parameters are not those that `config` calls for, or the checkpoint is damaged.
+    """
+    source = str(Path(path).absolute())
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return ocp.load(Path(path).absolute(), placed)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        abstract_params(config),
+    )
+    try:
+        check_params(config, ocp.metadata(source).metadata, dtypes=False)
+        return ocp.load(source, placed)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged; convert the Hugging Face model again with `python -m convert`. ({str(error)[:300]})"
+        ) from error

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import jaxmech as jm
 from jaxmech.discovery import PAPER_CHAIN, Stage, discover, read_chain
-from jaxmech.path_patching import PathScores
 from jaxmech.report import accuracy_table, circuit_table, heat_map, save_figure
 from jaxmech.run_folder import RunFolder, fingerprint, text_hash
+from jaxmech.scores import PathScores
 
 console = Console()
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         {Demo: run_demo, Discover: run_discover, Data: run_data}[type(options)](options)
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("Interrupted. Finished stages are kept; the same command goes on from there.")
@@ -201,7 +201,7 @@ def _warnings_printed() -> Iterator[None]:
         yield
     for warning in caught:
         if issubclass(warning.category, UserWarning):
-            console.print(f"[yellow]note:[/] {warning.message}", soft_wrap=True)
+            console.print(f"note: {warning.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

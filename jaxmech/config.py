@@ -1,4 +1,4 @@
-"""The model's configuration: every number that the mathematics in `model.py` reads, and no other.
+"""The model's configuration: every number that the mathematics in `model.py` reads.
 
 Owns `Config` and `Rope`. It does not know Hugging Face's names; `convert.hf_config` translates them.
 """
@@ -37,8 +37,13 @@ class Rope:
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"Unsupported RoPE type {self.kind!r}; supported are {', '.join(ROPE_KINDS)}.")
-        if self.theta <= 0 or self.factor <= 0:
-            raise ValueError(f"RoPE theta and factor must be positive; found {self.theta} and {self.factor}.")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions"):
+            _check_positive("RoPE", name, getattr(self, name), (int, float))
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"RoPE: high_freq_factor={self.high_freq_factor} must be larger than "
+                f"low_freq_factor={self.low_freq_factor}."
+            )
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,15 @@ class Config:
       vocab_size, width, num_layers, num_heads, num_kv_heads, head_dim, mlp_width: the axes V, D, L, N, K, H
         and F of `model.py`. head_dim is independent of width.
       norm_eps: epsilon of RMSNorm.
-      max_positions: context length that the checkpoint states, in tokens.
+      max_positions: context length that the checkpoint states, in tokens; no limit here, only written back on export.
       rope: rotary embedding.
       attention_bias: q, k, v and o projections have a bias.
       mlp_bias: gate, up and down projections have a bias.
       tie_embeddings: the unembedding is the transposed embedding.
       param_dtype: dtype in which parameters are stored.
       dtype: dtype of the activations; norms, softmax, RoPE angles and logits are float32 in any case.
-      precision: precision of matmuls ("default", "high", "highest"): on GPU and TPU JAX's default float32 product
-        is not float32.
+      precision: precision of matmuls. On GPU and TPU JAX's default float32 product is not float32; "highest" is.
+        "default" leaves the choice to JAX (`jax.default_matmul_precision`).
     """
 
     vocab_size: int
@@ -78,18 +83,10 @@ class Config:
     precision: str = "default"
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "width",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_width",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Config: {name} is {value!r}; expected a positive integer.")
+        sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+        for name in (*sizes, "max_positions"):
+            _check_positive("Config", name, getattr(self, name), int)
+        _check_positive("Config", "norm_eps", self.norm_eps, (int, float))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"Config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}."
@@ -115,8 +112,21 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """Reads `to_dict`'s output. ValueError names any field that this version does not know."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"Config: unknown fields {unknown}; was this saved by a newer jaxmech?")
+        """Reads `to_dict`'s output. ValueError names any field that is missing or that this version does not know."""
+        _check_fields(cls, values)
+        _check_fields(Rope, values["rope"])
         return cls(**{**values, "rope": Rope(**values["rope"])})
+
+
+def _check_positive(owner: str, name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+        number = "integer" if kind is int else "number"
+        raise ValueError(f"{owner}: {name} is {value!r}; expected a positive {number}.")
+
+
+def _check_fields(cls: type, values: dict[str, Any]) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"{cls.__name__}: unknown fields {unknown}; was this saved by a newer jaxmech?")
+    if missing := sorted(known - values.keys()):
+        raise ValueError(f"{cls.__name__}: fields {missing} are missing; was this saved by an older jaxmech?")

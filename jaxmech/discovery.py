@@ -14,7 +14,8 @@ from pathlib import Path
 from jaxmech.files import write_text
 from jaxmech.loading import Model
 from jaxmech.pairs import Pairs
-from jaxmech.path_patching import PathScores, path_patch
+from jaxmech.path_patching import path_patch
+from jaxmech.scores import PathScores
 
 Head = tuple[int, int]  # (layer, head)
 

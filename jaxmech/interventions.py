@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxmech.config import Config
 
@@ -49,7 +50,7 @@ class Interventions:
 
     Attributes:
       knockout: bool [L, B, T, N, S], broadcastable; True forbids query T of head N in layer L to attend to key S.
-        A query with nothing left to attend to attends to all keys alike.
+        A query with no key left attends to nothing: its pattern and z are zero.
     """
 
     resid_pre: Patch | None = None
@@ -64,21 +65,24 @@ class Interventions:
     resid_post: Patch | None = None
     knockout: jax.Array | None = None  # [L, B, T, N, S]
 
-    def check(self, config: Config, tokens_shape: tuple[int, int]) -> None:
+    def check(self, config: Config, tokens_shape: tuple[int, ...]) -> None:
         """Refuses what cannot be meant. Shapes are checked always, values only where they are concrete.
 
+        Args:
+          tokens_shape: shape of the tokens that the interventions go with, (B, T).
+
         Raises:
-          ValueError: a shape does not broadcast, a position lies outside the prompt or repeats, or a patch
-            selects nothing.
+          ValueError: a shape does not broadcast, a position lies outside the prompt or repeats, or a patch or the
+            knockout selects nothing.
         """
+        if len(tokens_shape) != 2:
+            raise ValueError(f"tokens has shape {tokens_shape}; expected [B, T].")
         for site in SITES:
             patch = getattr(self, site)
             if patch is not None:
                 _check_patch(config, site, patch, tokens_shape)
         if self.knockout is not None:
-            batch, length = tokens_shape
-            full = (config.num_layers, batch, length, config.num_heads, length)
-            _check_broadcast("knockout", np.shape(self.knockout), full)
+            _check_knockout(config, self.knockout, tokens_shape)
 
 
 def head_weights(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
@@ -129,24 +133,26 @@ def _at_layer(x: jax.Array, layer: jax.Array, rank: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, 0 if x.shape[0] == 1 else layer, keepdims=False)
 
 
-def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[int, int]) -> None:
+def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[int, ...]) -> None:
     batch, length = tokens_shape
+    if patch.positions is not None:
+        _check_positions(site, patch.positions, tokens_shape)
     count = length if patch.positions is None else np.shape(patch.positions)[-1]
     last = {"pattern": length}.get(site, config.head_dim if site in HEAD_SITES else config.width)
     full = (config.num_layers, batch, count) + ((config.num_heads,) if site in HEAD_SITES else ())
-    if patch.positions is not None:
-        _check_positions(site, patch.positions, tokens_shape)
     _check_broadcast(f"{site}.weight", np.shape(patch.weight), full)
     _check_broadcast(f"{site}.value", np.shape(patch.value), (*full, last))
     if _concrete(patch.weight) and not np.any(patch.weight):
         raise ValueError(f"Interventions.{site}: every weight is 0, so nothing is patched. Leave the site out.")
 
 
-def _check_positions(site: str, positions: jax.Array, tokens_shape: tuple[int, int]) -> None:
+def _check_positions(site: str, positions: jax.Array, tokens_shape: tuple[int, ...]) -> None:
     batch, length = tokens_shape
-    if np.ndim(positions) != 2 or np.shape(positions)[0] != batch or 0 in np.shape(positions):
+    shape, dtype = np.shape(positions), jnp.result_type(positions)
+    if len(shape) != 2 or shape[0] != batch or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"Interventions.{site}.positions has shape {np.shape(positions)}; expected [B, P] with B={batch}, P >= 1."
+            f"Interventions.{site}.positions has shape {shape} and dtype {dtype}; "
+            f"expected integers [B, P] with B={batch}, P >= 1."
         )
     if not _concrete(positions):
         return
@@ -157,7 +163,25 @@ def _check_positions(site: str, positions: jax.Array, tokens_shape: tuple[int, i
             f"the prompts have positions 0..{length - 1}."
         )
     if (found[:, 1:] == found[:, :-1]).any():
-        raise ValueError(f"Interventions.{site}.positions name a position twice in one example.")
+        example = int((found[:, 1:] == found[:, :-1]).any(axis=1).argmax())
+        raise ValueError(
+            f"Interventions.{site}.positions name a position twice in example {example}: {found[example].tolist()}."
+        )
+
+
+def _check_knockout(config: Config, knockout: jax.Array, tokens_shape: tuple[int, ...]) -> None:
+    batch, length = tokens_shape
+    _check_broadcast("knockout", np.shape(knockout), (config.num_layers, batch, length, config.num_heads, length))
+    if (dtype := jnp.result_type(knockout)) != jnp.bool_:
+        raise ValueError(f"Interventions.knockout has dtype {dtype}; expected bool, True where attention is forbidden.")
+    if not _concrete(knockout):
+        return
+    mask = np.asarray(knockout).reshape((1,) * (5 - np.ndim(knockout)) + np.shape(knockout))
+    if not (mask.any(axis=(0, 1, 3)) & np.tri(length, dtype=bool)).any():  # [T, S]
+        raise ValueError(
+            "Interventions.knockout forbids nothing: no key at or before its query is True. Leave it out, or check "
+            "the order of the axes [L, B, T query, N, S key]."
+        )
 
 
 def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
@@ -166,8 +190,8 @@ def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -
         raise ValueError(f"Interventions.{name} has shape {tuple(shape)}; expected one that broadcasts to {full}.")
 
 
-def _concrete(x) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+def _concrete(x: object) -> bool:
+    return not isinstance(x, Tracer)
 
 
 def merge(first: Interventions, second: Interventions) -> Interventions:

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from transformers import AutoTokenizer
 
 import convert
 from jaxmech import checkpoint
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions
-from jaxmech.model import Llama, Params, forward
+from jaxmech.model import Llama, Params, check_capture, forward
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ class Model:
         tokens = check_tokens(self.config, tokens)
         if interventions is not None:
             interventions.check(self.config, tokens.shape)  # values are concrete here, inside jit they are not
-        if isinstance(capture, str):
-            raise ValueError(f"capture is the string {capture!r}; expected a tuple of sites such as ({capture!r},).")
-        return _apply(self.config, self.weights, tokens, interventions, capture=tuple(capture))
+        return _apply(self.config, self.weights, tokens, interventions, capture=check_capture(capture))
 
 
 @partial(jax.jit, static_argnames=("config", "capture"))
@@ -103,19 +100,8 @@ def load(
     changes = {"dtype": dtype, "param_dtype": dtype, "precision": precision}
     if checkpoint.is_checkpoint(path):
         config = checkpoint.read_config(path).replace(**changes)
-        return Model(config, checkpoint.read_params(path, config), _tokenizer(path / checkpoint.TOKENIZER, config))
+        tokenizer = convert.read_tokenizer(path / checkpoint.TOKENIZER, config)
+        return Model(config, checkpoint.read_params(path, config), tokenizer)
     config = convert.read_config(path, **changes)
-    return Model(config, convert.read_params(path, config), _tokenizer(path, config))
-
-
-def _tokenizer(path: Path, config: Config) -> Any:
-    """The tokenizer saved in `path`, or None if there is none. ValueError if it does not fit the model."""
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}. "
-            "They belong to different models."
-        )
-    return tokenizer
+    tokenizer = convert.read_tokenizer(path, config)  # before the parameters: what is refused is refused at once
+    return Model(config, convert.read_params(path, config), tokenizer)

@@ -10,11 +10,13 @@ Functions take `...` leading axes, so that the same function serves a batch and,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from jaxmech import rope
 from jaxmech.config import Config
@@ -84,6 +86,29 @@ def parameter_shapes(config: Config) -> dict[str, Any]:
     return top if config.tie_embeddings else top | {"unembed": (D, config.vocab_size)}
 
 
+def abstract_params(config: Config) -> dict[str, Any]:
+    """What `Llama(config).init` returns, {"params": tree}, as shapes and dtypes without any data."""
+    return jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def check_params(config: Config, params: Any, *, dtypes: bool = True) -> None:
+    """Compares `params` (arrays or their shapes) with `abstract_params`; Linen itself ignores unknown parameters.
+
+    Raises:
+      ValueError: the first parameter, by name, that is missing, unknown or of another shape or (if `dtypes`) dtype.
+    """
+    expected, found = (
+        {keystr(path, simple=True, separator="."): x for path, x in tree_leaves_with_path(tree)}
+        for tree in (abstract_params(config), params)
+    )
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected:
+            raise ValueError(f"Parameter {name} is {'missing' if name in expected else 'unknown to the model'}.")
+        want, have = (f"{x.dtype if dtypes else ''}{list(x.shape)}" for x in (expected[name], found[name]))
+        if want != have:
+            raise ValueError(f"Parameter {name} is {have}; the model's config calls for {want}.")
+
+
 def _init(key: jax.Array, shape: Any, config: Config) -> Any:
     """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in; `shape` may be a dictionary of shapes."""
     if isinstance(shape, dict):
@@ -127,7 +152,7 @@ def forward(
     """
     interventions = interventions or Interventions()
     interventions.check(config, tokens.shape)
-    observe = observe or _captor(config, capture)
+    observe = observe or _captor(config, check_capture(capture))
     positions = jnp.arange(tokens.shape[1])
     rotation = rope.angles(config, positions)
     causal = positions[:, None, None] >= positions[None, None, :]  # [T, 1, S]
@@ -171,6 +196,8 @@ def block(
     forbidden = knocked_out(interventions, index)
     allowed = causal if forbidden is None else causal & ~forbidden
     (pattern,) = attention_pattern(config, rope.rotate(q, *rotation), [(rope.rotate(k, *rotation), allowed)])
+    if forbidden is not None:
+        pattern = jnp.where(allowed, pattern, 0)  # a query with no key left attends to nothing, not to all alike
     z = site("z", mix_values(config, [(site("pattern", pattern), v)]))
     x = site("resid_mid", x + site("attn_out", attention_output(config, weights, z)))
     x = site("resid_post", x + site("mlp_out", mlp(config, weights, norm(config, weights["mlp_norm"], x))))
@@ -186,8 +213,8 @@ def unembed(config: Config, params: Params, x: jax.Array) -> jax.Array:
     """Residual stream after the last layer [..., D] to float32 logits [..., V]; includes the final norm."""
     x = norm(config, params["final_norm"], x)
     if config.tie_embeddings:
-        return _einsum(config, "...d,vd->...v", x, params["embed"], out=jnp.float32)
-    return _einsum(config, "...d,dv->...v", x, params["unembed"], out=jnp.float32)
+        return einsum(config, "...d,vd->...v", x, params["embed"], out=jnp.float32)
+    return einsum(config, "...d,dv->...v", x, params["unembed"], out=jnp.float32)
 
 
 def norm(config: Config, weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -199,7 +226,7 @@ def norm(config: Config, weight: jax.Array, x: jax.Array) -> jax.Array:
 
 def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Array:
     """q, k or v (before RoPE) of the normed stream x [..., T, D]: [..., T, N, H], or K heads for k and v."""
-    y = _einsum(config, "...td,dnh->...tnh", x, weights[site])
+    y = einsum(config, "...td,dnh->...tnh", x, weights[site])
     return y + weights[f"{site}_bias"].astype(y.dtype) if config.attention_bias else y
 
 
@@ -229,26 +256,31 @@ def attention_pattern(config: Config, q: jax.Array, keys: Sequence[tuple[jax.Arr
 
 def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled dot products [..., T, N, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
-    grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, config.head_dim)
-    scores = _einsum(config, "...tkgh,...skh->...tkgs", grouped, k, out=jnp.float32)
+    grouped = q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], config.head_dim)
+    scores = einsum(config, "...tkgh,...skh->...tkgs", grouped, k, out=jnp.float32)
     return scores.reshape(*q.shape[:-1], k.shape[-3]) * config.head_dim**-0.5
 
 
 def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
     """z [..., T, N, H]: the values v [..., S, K, H] of each block weighted by its pattern [..., T, N, S]."""
-    return sum(_mix(config, pattern, v) for pattern, v in blocks)  # pyright: ignore[reportReturnType]
+    return reduce(jnp.add, (_mix(config, pattern, v) for pattern, v in blocks))
 
 
 def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
-    grouped = pattern.reshape(*pattern.shape[:-2], v.shape[-2], -1, pattern.shape[-1])
-    z = _einsum(config, "...tkgs,...skh->...tkgh", grouped, v)
+    grouped = pattern.reshape(*pattern.shape[:-2], v.shape[-2], pattern.shape[-2] // v.shape[-2], pattern.shape[-1])
+    z = einsum(config, "...tkgs,...skh->...tkgh", grouped, v)
     return z.reshape(*pattern.shape[:-1], config.head_dim)
 
 
 def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:
     """attn_out [..., T, D] of all heads' z [..., T, N, H]."""
-    y = _einsum(config, "...tnh,nhd->...td", z, weights["o"])
+    y = einsum(config, "...tnh,nhd->...td", z, weights["o"])
     return y + weights["o_bias"].astype(y.dtype) if config.attention_bias else y
+
+
+def mlp_half(config: Config, weights: Params, x: jax.Array) -> jax.Array:
+    """The second half of a layer: resid_mid [..., D] to resid_post [..., D]."""
+    return x + mlp(config, weights, norm(config, weights["mlp_norm"], x))
 
 
 def mlp(config: Config, weights: Params, x: jax.Array) -> jax.Array:
@@ -259,21 +291,26 @@ def mlp(config: Config, weights: Params, x: jax.Array) -> jax.Array:
 
 
 def _linear(config: Config, weights: Params, name: str, spec: str, x: jax.Array) -> jax.Array:
-    y = _einsum(config, spec, x, weights[name])
+    y = einsum(config, spec, x, weights[name])
     return y + weights[f"{name}_bias"].astype(y.dtype) if config.mlp_bias else y
 
 
-def _einsum(config: Config, spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
+def einsum(config: Config, spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
     """einsum in the compute dtype and the config's precision; `out` is the result's dtype if another."""
-    return jnp.einsum(spec, x, w.astype(x.dtype), precision=config.precision, preferred_element_type=out or x.dtype)
+    precision = None if config.precision == "default" else config.precision
+    return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=out or x.dtype)
 
 
-def _captor(config: Config, capture: Sequence[str]) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+def check_capture(capture: Sequence[str]) -> tuple[str, ...]:
+    """The sites to capture as a tuple. ValueError names the unknown ones."""
     if isinstance(capture, str):
         raise ValueError(f"capture is the string {capture!r}; expected a tuple of sites such as ({capture!r},).")
     if unknown := [site for site in capture if site not in SITES]:
         raise ValueError(f"Unknown sites to capture: {unknown}; the sites are {', '.join(SITES)}.")
+    return tuple(capture)
 
+
+def _captor(config: Config, capture: tuple[str, ...]) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
     def keep(sites: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {s: per_query_head(config, sites[s]) if s in ("k", "v") else sites[s] for s in capture}
 

@@ -14,23 +14,26 @@ from jaxmech.config import Config, Rope
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Angle per token of each rotated pair of dimensions, float32 [H/2], radians.
 
-    Source: `ROPE_INIT_FUNCTIONS` of `transformers.modeling_rope_utils`, computed in float32 as there.
+    Source: `ROPE_INIT_FUNCTIONS` of `transformers.modeling_rope_utils`, with its operations in its order: the last bit
+    of a frequency is an angle of 0.001 at position 16000.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequency = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+    # PyTorch's float32 power is correctly rounded here, NumPy's is not; the float64 power, rounded, is.
+    power = (float(rope.theta) ** exponent.astype(np.float64)).astype(np.float32)
+    frequency = 1 / power
     if rope.kind == "linear":
         frequency = frequency / np.float32(rope.factor)
     if rope.kind == "llama3":
         frequency = _llama3(rope, frequency)
-    return frequency.astype(np.float32)
+    return frequency
 
 
 def _llama3(rope: Rope, frequency: np.ndarray) -> np.ndarray:
     """Long wavelengths are stretched by `factor`, short ones kept, a band between them interpolated."""
-    turns = rope.original_max_positions * frequency / (2 * np.pi)  # full turns within the original context
+    turns = rope.original_max_positions / (2 * np.pi / frequency)  # full turns within the original context
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)
-    return keep * frequency + (1 - keep) * frequency / rope.factor
+    return (1 - keep) * frequency / rope.factor + keep * frequency
 
 
 def angles(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxmech.files import replacing, write_text
-from jaxmech.path_patching import PathScores
+from jaxmech.scores import PathScores
 
 _PACKAGES = ("jaxmech", "jax", "flax", "transformers", "numpy")
 

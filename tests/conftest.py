@@ -13,6 +13,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
+from jaxmech.model import abstract_params  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Tolerances:
 
     parity: float = 1e-4  # float32 logits against transformers: two BLAS libraries, other orders of summation
     cone: float = 1e-4  # float32 scores, causal cone against full forward: other shapes, other orders of summation
-    rope: float = 1e-6  # float32 frequencies against transformers: one rounding of a power and a quotient
-    angle: float = 2e-6  # cos and sin at positions up to 16384: two libraries' reductions of large arguments
+    rope: float = 1.2e-7  # float32 frequencies against transformers: the last bit, as machines' powers may differ
+    angle: float = 2e-3  # cos and sin at positions up to 16384: the last bit of a frequency times the position
     recompiled: float = 1e-5  # float32, the same arithmetic compiled into another program: other fusions and orders
     bfloat16: float = 3e-2  # bfloat16 logits against transformers: 8 bits, rounded at other places, over a few layers
     gradient: float = 1e-2  # float32 gradient against central differences: truncation and cancellation
@@ -49,14 +50,19 @@ def random_model() -> Callable[..., jm.Model]:
     Biases and norm weights are random as well, so that a forgotten one shows.
     """
 
-    def make(seed: int = 0, **changes) -> jm.Model:
+    def make(seed: int = 4, **changes) -> jm.Model:
         sizes = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "width": 24, "mlp_width": 40}
         config = jm.Config(**{"vocab_size": 50, **sizes, **changes})
-        params = jm.Llama(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-        noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-        return jm.Model(config, jax.tree.unflatten(tree, noisy))
+        rng = np.random.default_rng(seed)
+
+        def draw(path, x):
+            name = path[-1].key
+            mean = 1.0 if name.endswith("norm") else 0.0
+            # Attention and embeddings that matter, so that effects are far above rounding.
+            scale = {"o": 0.7, "embed": 0.5}.get(name, 0.35)
+            return jnp.asarray(rng.normal(mean, scale, x.shape), x.dtype)
+
+        return jm.Model(config, jax.tree_util.tree_map_with_path(draw, abstract_params(config)))
 
     return make
 

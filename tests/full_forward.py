@@ -1,6 +1,6 @@
 """Path patching by plain full forward passes with `Interventions`, one head at a time: the oracle of the fast path."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,12 @@ def path_patch(
     sender: str = "last",
     receivers: Sequence[tuple[int, int]] | None = None,
     via: str | None = None,
+    outcome: Callable[[jax.Array], jax.Array] | None = None,
 ) -> np.ndarray:
-    """Scores [L, N, B] from the definition in `jaxmech.path_patching`, with no causal cone."""
+    """Scores [L, N, B] from the definition in `jaxmech.path_patching`, with no causal cone.
+
+    A score is (p_patched - p_clean) / p_clean, or the change of `outcome`, a function from logits [B, T, V] to [B].
+    """
     rows = np.arange(len(pairs))
     p, corrupt_p, last = pairs.position(sender), pairs.corrupt_position(sender), pairs.position("last")
     logits, clean = model(pairs.clean, capture=("z", "attn_out"))
@@ -32,5 +36,8 @@ def path_patch(
             value = seen[via][:, rows, p][:, :, None]  # [L, B, 1, N, H]
             patch = jm.Patch(jm.head_weights(model.config, receivers), value, p[:, None])
             patched, _ = model(pairs.clean, jm.Interventions(**{via: patch}))
-        scores[layer, head] = probability(patched) / probability(logits) - 1
+        if outcome:
+            scores[layer, head] = outcome(patched) - outcome(logits)
+        else:
+            scores[layer, head] = probability(patched) / probability(logits) - 1
     return scores

@@ -80,7 +80,7 @@ def test_results_of_other_settings_are_not_overwritten_unless_asked(tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         discover(tmp_path, "--seed", "9")
     assert stop.value.code == 2
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().err.split())
     assert "other settings (examples, seed differ)" in printed and "--overwrite" in printed
     assert (tmp_path / "scores.npz").read_bytes() == before
     discover(tmp_path, "--seed", "9", "--overwrite")
@@ -110,5 +110,5 @@ def test_bad_input_ends_with_a_message_and_status_2(tmp_path, capsys, arguments,
     with pytest.raises(SystemExit) as stop:
         discover(tmp_path / "run", *arguments)
     assert stop.value.code == 2
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().err.split())
     assert "error:" in printed and message in printed

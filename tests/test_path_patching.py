@@ -13,7 +13,7 @@ MHA = {"num_kv_heads": 4}
 GQA = {"num_kv_heads": 2}
 MQA = {"num_kv_heads": 1, "attention_bias": True, "mlp_bias": True, "tie_embeddings": True}
 LLAMA3 = {"num_kv_heads": 2, "rope": jm.Rope(kind="llama3", factor=8.0, original_max_positions=4)}
-RECEIVERS = [(2, 1), (2, 3), (3, 0)]  # two layers, and heads of one group under GQA
+RECEIVERS = [(2, 1), (2, 3), (4, 0)]  # heads of one group under GQA, a layer between, and the last layer
 
 
 @pytest.mark.parametrize(
@@ -33,17 +33,17 @@ RECEIVERS = [(2, 1), (2, 3), (3, 0)]  # two layers, and heads of one group under
     ],
 )
 def test_causal_cone_equals_full_forwards(random_model, random_pairs, shape, sender, receivers, via):
-    model = random_model(**shape)
+    model = random_model(num_layers=5, **shape)
     pairs = random_pairs(model)
     expected = full_path_patch(model, pairs, sender, receivers, via)
     found = jm.path_patch(model, pairs, sender, receivers, via)
-    assert np.abs(expected).max() > 0.02, "scores too small to compare"
+    assert np.abs(expected).max() > 0.1, "scores too small to compare"
     assert_close(found.per_example, expected, TOLERANCES.cone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
 def test_scores_do_not_depend_on_the_batch_size(random_model, random_pairs, batch_size):
-    model = random_model(**GQA)
+    model = random_model(num_layers=5, **GQA)
     pairs = random_pairs(model)
     whole = jm.path_patch(model, pairs, "early", RECEIVERS, "v")
     parts = jm.path_patch(model, pairs, "early", RECEIVERS, "v", batch_size=batch_size)
@@ -52,7 +52,7 @@ def test_scores_do_not_depend_on_the_batch_size(random_model, random_pairs, batc
 
 
 def test_scores_do_not_depend_on_the_padding(random_model, random_pairs):
-    model = random_model()
+    model = random_model(num_layers=5)
     pairs = random_pairs(model)
     longer = jm.Pairs(
         np.pad(pairs.clean, ((0, 0), (0, 5)), constant_values=7),
@@ -66,7 +66,7 @@ def test_scores_do_not_depend_on_the_padding(random_model, random_pairs):
 
 
 def test_scores_do_not_depend_on_the_order_of_the_examples(random_model, random_pairs):
-    model = random_model()
+    model = random_model(num_layers=5)
     pairs = random_pairs(model)
     order = np.array([3, 0, 4, 1, 2])
     forth = jm.path_patch(model, pairs, "early", RECEIVERS, "v").per_example
@@ -77,14 +77,14 @@ def test_scores_do_not_depend_on_the_order_of_the_examples(random_model, random_
 
 @pytest.mark.parametrize(("receivers", "via"), [(None, None), (RECEIVERS, "q"), (RECEIVERS, "v")])
 def test_patching_from_the_clean_prompt_itself_changes_exactly_nothing(random_model, random_pairs, receivers, via):
-    model = random_model(**GQA)
+    model = random_model(num_layers=5, **GQA)
     pairs = random_pairs(model)
     itself = jm.Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.positions, pairs.positions)
     assert not jm.path_patch(model, itself, "last", receivers, via).per_example.any()
 
 
 def test_probability_is_that_of_the_plain_forward(random_model, random_pairs):
-    model = random_model()
+    model = random_model(num_layers=5)
     pairs = random_pairs(model)
     logits, _ = model(pairs.clean)
     rows = np.arange(len(pairs))
@@ -111,10 +111,10 @@ def test_patching_every_head_of_a_one_layer_model_gives_the_corrupt_run(random_m
 
 
 def test_patching_every_head_everywhere_gives_the_corrupt_run(random_model, random_pairs):
-    model = random_model(**GQA)
+    model = random_model(num_layers=5, **GQA)
     pairs = random_pairs(model, unequal=False)
     sources, seen = model(pairs.corrupt, capture=("z", "resid_pre"))
-    first_layer = np.zeros((4, 1, 1)) + (np.arange(4) == 0)[:, None, None]
+    first_layer = (np.arange(5) == 0)[:, None, None]
     everything = jm.Interventions(z=jm.Patch(1.0, seen["z"]), resid_pre=jm.Patch(first_layer, seen["resid_pre"]))
     assert_close(model(pairs.clean, everything)[0], sources, TOLERANCES.cone)
 
@@ -210,7 +210,6 @@ def test_queries_of_the_hand_computed_model_change_nothing():
         ({"receivers": [(2, 0)], "via": "z"}, "via='z'"),
         ({"via": "q"}, "via='q' without receivers"),
         ({"sender": "query_box"}, "no direct path to the logits"),
-        ({"receivers": [(0, 0)], "via": "q"}, "layer 0"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

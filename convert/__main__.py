@@ -1,0 +1,71 @@
+"""`python -m convert`: a Hugging Face checkpoint directory to an Orbax checkpoint with config and tokenizer inside."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import convert
+from jaxmech import checkpoint
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Convert a Llama-family checkpoint of Hugging Face to an Orbax checkpoint that `jaxmech.load` reads."""
+
+    model: Path
+    """Hugging Face directory: config.json, *.safetensors and, if there is one, the tokenizer."""
+    out: Path
+    """Directory to write; it must not exist, unless --overwrite is given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype in which parameters are stored. float32 loses nothing, whatever dtype the checkpoint has, and
+    `jaxmech.load` casts to any other; bfloat16 and float16 take half the space."""
+    overwrite: bool = False
+    """Replace the checkpoint that is at --out. Anything else there is never replaced."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the conversion. Exit status 2 for bad input, 130 when interrupted."""
+    options = tyro.cli(Options, prog="python -m convert", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("Interrupted; nothing was written to --out.")
+        sys.exit(130)
+
+
+def run(options: Options) -> None:
+    """Reads `options.model` and writes `options.out`. Raises what `read_config`, `read_params` and `save` raise."""
+    checkpoint.check_output(options.out, overwrite=options.overwrite)
+    config = convert.read_config(options.model, dtype=options.dtype, param_dtype=options.dtype)
+    tokenizer = convert.read_tokenizer(options.model, config)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        reading = bars.add_task("reading", total=None)
+        params = convert.read_params(
+            options.model, config, lambda done, total: bars.update(reading, completed=done, total=total)
+        )
+        writing = bars.add_task("writing", total=None)
+        checkpoint.save(options.out, config, params, tokenizer, overwrite=options.overwrite)
+        bars.update(writing, completed=1, total=1)
+    without = (
+        "" if tokenizer is not None else f" {options.model} holds no tokenizer, so the checkpoint has none either."
+    )
+    console.print(f"Wrote {options.out} ({options.dtype}).{without}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # conversion computes nothing; accelerators are left alone
+    main()

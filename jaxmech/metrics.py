@@ -1,0 +1,66 @@
+"""Metrics: what the effect of a patch on the next-token distribution is measured by.
+
+  probability        (p_patched - p_clean) / p_clean of the correct token, the paper's; -1 means that all is lost
+  log_probability    log p_patched - log p_clean of the correct token, in nats
+  logit_difference   change of logit(correct) - logit(wrong), the wrong answer being named by the caller
+
+All are negative where the patch hurts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmech.config import Config
+from jaxmech.model import Params, unembed
+
+METRICS = ("probability", "log_probability", "logit_difference")
+
+
+class Outcome(NamedTuple):
+    """What the metrics need of a next-token distribution; float32, any leading axes."""
+
+    log_probability: jax.Array  # of the correct token
+    logit_difference: jax.Array  # correct minus wrong
+
+
+def outcome(config: Config, weights: Params, x: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> Outcome:
+    """The outcome, fields [B], from the residual stream after the last layer x [B, D] and labels [B]."""
+    logits = unembed(config, weights, x)
+    correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
+    return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), correct - wrong)
+
+
+def effect(metric: str, patched: Outcome, clean: Outcome) -> jax.Array:
+    """The score of a patch by `metric`, one of METRICS."""
+    if metric == "logit_difference":
+        return patched.logit_difference - clean.logit_difference
+    change = patched.log_probability - clean.log_probability
+    return jnp.expm1(change) if metric == "probability" else change
+
+
+def check_metric(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The wrong labels [B], or any where `metric` does not need them.
+
+    Raises:
+      ValueError: an unknown metric; "logit_difference" without wrong labels or with ones that are not [B] token ids
+        other than the labels; wrong labels for another metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS)}.")
+    if metric != "logit_difference":
+        if wrong_labels is not None:
+            raise ValueError(f"wrong_labels given, but metric={metric!r} has no use for them.")
+        return labels
+    if wrong_labels is None:
+        raise ValueError("metric='logit_difference' needs wrong_labels, a wrong answer for each prompt.")
+    wrong = np.asarray(wrong_labels)
+    if wrong.shape != labels.shape or not np.issubdtype(wrong.dtype, np.integer):
+        raise ValueError(f"wrong_labels has shape {wrong.shape} and dtype {wrong.dtype}; expected ids {labels.shape}.")
+    if wrong.min() < 0 or wrong.max() >= vocab_size:
+        raise ValueError(f"wrong_labels reach from {wrong.min()} to {wrong.max()}; expected ids 0..{vocab_size - 1}.")
+    if (wrong == labels).any():
+        raise ValueError(f"wrong_labels of example {int((wrong == labels).argmax())} is its correct label.")
+    return wrong.astype(np.int32)

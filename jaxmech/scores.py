@@ -1,0 +1,60 @@
+"""`PathScores`: the scores of a sweep per example, and what is read off them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PathScores:
+    """Effect of patching each head's path, most negative where the head matters most.
+
+    Attributes:
+      per_example: float32 [L, N, B], in the units of `metric`.
+      probability: float32 [B], the correct token's probability without a patch.
+      metric: see `jaxmech.metrics`; "probability" scores are (p_patched - p_clean) / p_clean.
+    """
+
+    per_example: np.ndarray  # [L, N, B]
+    probability: np.ndarray  # [B]
+    metric: str = "probability"
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean over examples, float32 [L, N]."""
+        return self.per_example.mean(-1)
+
+    def top(self, k: int, min_effect: float = 0.0) -> list[tuple[int, int]]:
+        """The k heads with the most negative mean, strongest first, as (layer, head).
+
+        Heads whose mean is above -min_effect are left out, so there may be fewer; ties go to the lower head.
+
+        Raises:
+          ValueError: k is negative or exceeds the number of heads.
+        """
+        mean = self.mean
+        if not 0 <= k <= mean.size:
+            raise ValueError(f"k={k}, but the model has {mean.size} heads ({mean.shape[0]} x {mean.shape[1]}).")
+        order = np.argsort(mean, axis=None, kind="stable")[:k]
+        heads = [(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]
+        return [head for head in heads if mean[head] <= -min_effect]
+
+    def confidence_interval(
+        self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper bound of the mean, float [L, N] each: percentile bootstrap over examples (Efron 1979).
+
+        Args:
+          level: coverage, a fraction.
+          resamples: bootstrap samples of the B examples, drawn with replacement.
+
+        Raises:
+          ValueError: level outside (0, 1) or resamples < 1.
+        """
+        if not 0 < level < 1 or resamples < 1:
+            raise ValueError(f"level={level}, resamples={resamples}; expected 0 < level < 1 and resamples >= 1.")
+        count = self.per_example.shape[-1]
+        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+        means = self.per_example @ (drawn.T / count)  # [L, N, resamples]
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+        return low, high

@@ -1,0 +1,113 @@
+"""A clean forward pass of prompts that begin alike, in which what they share is computed once.
+
+In the boxes task every box of a scene is queried in turn, and the scenes of corrupt prompts are those of others: most
+of the tokens of a batch stand in a few scenes that its prompts share. This pass computes every distinct prefix once,
+and for each prompt only what follows it. It is exact, as what follows cannot change what stands before.
+
+Axes as in `jaxmech.model`; R prompts of T tokens are U distinct prefixes of P tokens and R suffixes of T - P.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmech import rope
+from jaxmech.config import Config
+from jaxmech.model import (
+    Params,
+    attention_output,
+    attention_pattern,
+    embed,
+    mix_values,
+    mlp_half,
+    norm,
+    project,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Prompts [R, T] as distinct prefixes and what follows them."""
+
+    prefixes: Any  # [U, P] token ids
+    owner: Any  # [R] the prefix of each prompt
+    suffixes: Any  # [R, T - P] token ids
+
+    @classmethod
+    def split(cls, tokens: np.ndarray, length: int, count: int) -> "SharedPrompts":
+        """Splits the prompts `tokens` [R, T] after P = `length` tokens; prefixes are filled up to U = `count`."""
+        if length == 0:
+            return cls(np.zeros((1, 0), np.int32), np.zeros(len(tokens), np.int32), tokens)
+        prefixes, owner = np.unique(tokens[:, :length], axis=0, return_inverse=True)
+        prefixes = np.pad(prefixes, ((0, count - len(prefixes)), (0, 0)))
+        return cls(prefixes, owner.reshape(-1), tokens[:, length:])
+
+
+def shared_length(batches: Sequence[np.ndarray]) -> tuple[int, int]:
+    """P and U for batches of prompts [R, T]: where to split so that the fewest tokens are computed; P = 0 is no split.
+
+    U is the largest number of distinct prefixes of one batch. Where sharing saves less than a tenth, P = 0.
+    """
+
+    def tokens_computed(length: int) -> tuple[int, int]:
+        count = max(len(np.unique(tokens[:, :length], axis=0)) for tokens in batches) if length else 1
+        rows, total = batches[0].shape
+        return count * length + rows * (total - length), count
+
+    costs = [tokens_computed(length) for length in range(batches[0].shape[1])]
+    best = min(range(len(costs)), key=lambda length: costs[length][0])
+    return (best, costs[best][1]) if costs[best][0] < 0.9 * costs[0][0] else (0, 1)
+
+
+def observe_prompts(
+    config: Config, params: Params, prompts: SharedPrompts, observe: Callable[[dict[str, jax.Array]], Any]
+) -> Any:
+    """What `observe` keeps of every layer, stacked over layers.
+
+    Args:
+      observe: a function from a layer's {site: activation [R, T, ...]}, for the sites resid_pre, k (rotated), v, z and
+        attn_out, k and v per kv head, to what is kept of it.
+    """
+    length, total = prompts.prefixes.shape[1], prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
+    cos, sin = rope.angles(config, jnp.arange(total))
+    token = jnp.arange(total)
+    causal = token[:, None, None] >= token  # [T, 1, S]
+    own_prefix, own_suffix = causal[:length, :, :length], causal[length:, :, length:]
+
+    def layer(streams, weights):
+        prefix, suffix = streams
+        prefix, before = _layer(config, weights, prefix, (cos[:length], sin[:length]), [], own_prefix)
+        shared = [(before["k"][prompts.owner], before["v"][prompts.owner])]
+        suffix, after = _layer(config, weights, suffix, (cos[length:], sin[length:]), shared, own_suffix)
+        return (prefix, suffix), observe(
+            {site: jnp.concatenate([x[prompts.owner], after[site]], axis=1) for site, x in before.items()}
+        )
+
+    streams = embed(config, params, prompts.prefixes), embed(config, params, prompts.suffixes)
+    return jax.lax.scan(layer, streams, params["blocks"])[1]
+
+
+def _layer(
+    config: Config,
+    weights: Params,
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    before: Sequence[tuple[jax.Array, jax.Array]],
+    causal: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer on x [R, T, D] that also attends to the (k, v) in `before`, and its sites."""
+    normed = norm(config, weights["attn_norm"], x)
+    q, k, v = (project(config, weights, site, normed) for site in ("q", "k", "v"))
+    q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+    everywhere = jnp.ones((), bool)
+    patterns = attention_pattern(config, q, [*((keys, everywhere) for keys, _ in before), (k, causal)])
+    values = [*(values for _, values in before), v]
+    z = mix_values(config, list(zip(patterns, values, strict=True)))
+    attn_out = attention_output(config, weights, z)
+    sites = {"resid_pre": x, "k": k, "v": v, "z": z, "attn_out": attn_out}
+    return mlp_half(config, weights, x + attn_out), sites

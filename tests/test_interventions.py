@@ -1,0 +1,206 @@
+"""What patches and the attention knockout do to the plain forward pass, at every site."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TOLERANCES, assert_close
+
+import jaxmech as jm
+from jaxmech import Interventions, Patch
+from jaxmech.interventions import HEAD_SITES, SITES
+
+B, T = 3, 9
+LAYERS, HEADS = 4, 4
+EVERYWHERE = np.float32(1)
+
+
+def one_layer(layer: int, site: str, weight: float = 1.0) -> np.ndarray:
+    """A Patch.weight that is `weight` at one layer and 0 elsewhere."""
+    chosen = np.zeros(LAYERS, np.float32)
+    chosen[layer] = weight
+    return chosen.reshape(LAYERS, 1, 1, 1) if site in HEAD_SITES else chosen.reshape(LAYERS, 1, 1)
+
+
+def patched(site: str, *args) -> Interventions:
+    return Interventions(**{site: Patch(*args)})
+
+
+@pytest.fixture
+def model(random_model) -> jm.Model:
+    return random_model(num_kv_heads=2)  # grouped queries: heads 0, 1 and heads 2, 3 share keys and values
+
+
+@pytest.fixture
+def runs(model):
+    """(tokens, every site's activation, logits) of two batches of prompts."""
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, model.config.vocab_size, (B, T)) for _ in range(2)]
+    found = [(tokens, *model(tokens, capture=SITES)) for tokens in batches]
+    return [(tokens, {site: np.asarray(x) for site, x in sites.items()}, logits) for tokens, logits, sites in found]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_patching_a_site_with_its_own_activation_changes_nothing(model, runs, site):
+    (tokens, sites, logits), (_, other, _) = runs
+    after, _ = model(tokens, patched(site, EVERYWHERE, sites[site]))
+    assert_close(after, logits, TOLERANCES.recompiled)
+    changed, _ = model(tokens, patched(site, EVERYWHERE, other[site]))
+    assert np.abs(changed - logits).max() > 0.1, "the site must matter, or the test proves nothing"
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_fractional_weight_mixes_at_its_layer_and_leaves_the_layers_below_alone(model, runs, site):
+    (tokens, sites, _), (_, other, _) = runs
+    _, found = model(tokens, patched(site, one_layer(2, site, 0.25), other[site]), capture=SITES)
+    assert_close(found[site][2], 0.75 * sites[site][2] + 0.25 * other[site][2], TOLERANCES.recompiled)
+    for name in SITES:
+        assert_close(found[name][:2], sites[name][:2], TOLERANCES.recompiled)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "follows"),
+    [
+        (("q", "k"), "pattern"),
+        (("q", "k", "v"), "z"),
+        (("pattern", "v"), "z"),
+        (("z",), "attn_out"),
+        (("resid_pre", "attn_out"), "resid_mid"),
+        (("resid_mid",), "mlp_out"),
+        (("resid_mid", "mlp_out"), "resid_post"),
+    ],
+)
+def test_what_follows_from_replaced_sites_is_the_other_run(model, runs, replaced, follows):
+    (tokens, _, _), (_, other, _) = runs
+    interventions = Interventions(**{site: Patch(EVERYWHERE, other[site]) for site in replaced})
+    _, found = model(tokens, interventions, capture=(follows,))
+    assert_close(found[follows], other[follows], TOLERANCES.recompiled)
+
+
+@pytest.mark.parametrize("replaced", [("resid_pre",), ("resid_mid",), ("resid_post",), SITES], ids="+".join)
+def test_patching_the_whole_stream_with_another_run_gives_that_run(model, runs, replaced):
+    (tokens, _, _), (_, other, expected) = runs
+    logits, _ = model(tokens, Interventions(**{site: Patch(EVERYWHERE, other[site]) for site in replaced}))
+    assert_close(logits, expected, TOLERANCES.recompiled)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_positions_are_patched_and_no_others(model, runs, site):
+    (tokens, sites, _), (_, other, _) = runs
+    positions = np.array([[2, 7], [5, 0], [8, 3]])
+    rows = np.arange(B)[:, None]
+    value = other[site][:, rows, positions]  # [L, B, P, ...]
+    _, found = model(tokens, patched(site, one_layer(1, site), value, positions), capture=(site,))
+    expected = sites[site][1].copy()
+    expected[rows, positions] = value[1]
+    assert_close(found[site][1], expected, TOLERANCES.recompiled)
+    assert_close(np.asarray(found[site][1])[rows, positions], value[1], TOLERANCES.exact)
+
+
+@pytest.mark.parametrize("site", HEAD_SITES)
+def test_one_head_is_patched_alone(model, runs, site):
+    """Under GQA, too: k and v are patched per query head, after the repeat."""
+    (tokens, sites, _), (_, other, _) = runs
+    weight = jm.head_weights(model.config, [(0, 1)])
+    _, found = model(tokens, patched(site, weight, other[site]), capture=("z",))
+    change = np.abs(np.asarray(found["z"][0]) - sites["z"][0]).max(axis=(0, 1, 3))
+    assert change[1] > 0.1
+    assert (change[[0, 2, 3]] <= TOLERANCES.recompiled).all(), "head 0 is of the same group as head 1"
+
+
+@pytest.mark.parametrize("site", ["k", "v"])
+def test_a_patched_query_head_of_a_group_acts_as_in_the_model_without_groups(model, runs, site):
+    (tokens, _, _), (_, other, _) = runs
+    blocks = dict(model.weights["blocks"])
+    blocks |= {name: jnp.repeat(blocks[name], 2, axis=2) for name in ("k", "v")}
+    ungrouped = jm.Model(model.config.replace(num_kv_heads=HEADS), {"params": {**model.weights, "blocks": blocks}})
+    patch = patched(site, jm.head_weights(model.config, [(1, 2), (3, 1)]), other[site])
+    assert_close(model(tokens, patch)[0], ungrouped(tokens, patch)[0], TOLERANCES.recompiled)
+
+
+def block_key(query: int, key: int, from_layer: int = 0, heads=slice(None)) -> np.ndarray:
+    knockout = np.zeros((LAYERS, 1, T, HEADS, T), bool)
+    knockout[from_layer:, :, query, heads, key] = True
+    return knockout
+
+
+def test_knocked_out_attention_is_renormalised_over_the_other_keys(model, runs):
+    (tokens, sites, _), _ = runs
+    _, found = model(tokens, Interventions(knockout=block_key(6, 2)), capture=("pattern", "z"))
+    expected = sites["pattern"][0].copy()  # [B, T, N, S]; layer 0: nothing has changed before it
+    expected[:, 6, :, 2] = 0
+    expected[:, 6] /= expected[:, 6].sum(axis=-1, keepdims=True)
+    assert_close(found["pattern"][0], expected, TOLERANCES.recompiled)
+    values = sites["v"][0]  # [B, S, N, H]
+    assert_close(found["z"][0], np.einsum("btns,bsnh->btnh", expected, values), TOLERANCES.recompiled)
+
+
+def test_knockout_acts_from_its_layer_on_and_on_its_heads_only(model, runs):
+    (tokens, sites, _), _ = runs
+    _, found = model(tokens, Interventions(knockout=block_key(6, 2, from_layer=2, heads=[1, 3])), capture=("pattern",))
+    pattern = np.asarray(found["pattern"])
+    assert_close(pattern[:2], sites["pattern"][:2], TOLERANCES.recompiled)
+    assert (pattern[2:, :, 6, [1, 3], 2] == 0).all()
+    assert (pattern[2:, :, 6, [0, 2], 2] > 0).all()
+    assert_close(pattern[2, :, :, [0, 2]], sites["pattern"][2, :, :, [0, 2]], TOLERANCES.recompiled)
+
+
+def test_a_query_with_no_key_left_attends_to_nothing(model, runs):
+    (tokens, _, _), (other_tokens, _, _) = runs
+    interventions = Interventions(knockout=block_key(0, 0))
+    logits, found = model(tokens, interventions, capture=("pattern", "z"))
+    assert (np.asarray(found["pattern"])[:, :, 0] == 0).all()
+    assert (np.asarray(found["z"])[:, :, 0] == 0).all()
+    other = np.concatenate([tokens[:, :1], other_tokens[:, 1:]], axis=1)
+    assert_close(model(other, interventions)[0][:, 0], logits[:, 0], TOLERANCES.exact)  # it sees no later token
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_knockout_broadcasts(model, runs, full):
+    (tokens, _, _), _ = runs
+    small = np.zeros((T, 1, T), bool)
+    small[4, 0, 1] = True
+    wide = np.broadcast_to(small, (LAYERS, B, T, HEADS, T)) if full else small[None, None]
+    expected, _ = model(tokens, Interventions(knockout=block_key(4, 1)))
+    assert_close(model(tokens, Interventions(knockout=wide))[0], expected, TOLERANCES.recompiled)
+
+
+def test_the_linen_module_applied_to_params_is_the_model(model, runs):
+    (tokens, _, _), (_, other, _) = runs
+    interventions = patched("z", jm.head_weights(model.config, [(1, 0)]), other["z"])
+    expected, sites = model(tokens, interventions, ("v", "resid_post"))
+    logits, captured = model.module.apply(model.params, tokens, interventions, ("v", "resid_post"))
+    assert_close(logits, expected, TOLERANCES.recompiled)
+    assert set(captured) == set(sites)
+    for site in sites:
+        assert_close(captured[site], sites[site], TOLERANCES.recompiled)
+
+
+def test_vmap_over_interventions_equals_a_loop(model, runs):
+    (tokens, _, _), (_, other, _) = runs
+    heads = [(0, 1), (1, 3), (2, 0), (3, 2)]
+    weights = np.stack([jm.head_weights(model.config, [head]) for head in heads])
+
+    def run(weight):
+        patch = patched("z", weight, other["z"][:, :, -1:], np.full((B, 1), T - 1))
+        return model.module.apply(model.params, tokens, patch)[0]
+
+    together = jax.jit(jax.vmap(run))(weights)
+    assert_close(together, np.stack([run(weight) for weight in weights]), TOLERANCES.recompiled)
+    assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+def test_the_gradient_through_a_mask_over_heads_matches_finite_differences(model, runs):
+    (tokens, _, _), (_, other, _) = runs
+
+    @jax.jit
+    def loss(mask):  # [L, N]
+        patch = patched("z", mask[:, None, None, :], other["z"])
+        logits, _ = model.module.apply(model.params, tokens, patch)
+        return -jax.nn.log_softmax(logits[:, -1])[:, 7].mean()
+
+    mask = jax.random.uniform(jax.random.key(0), (LAYERS, HEADS))
+    gradient = jax.grad(loss)(mask)
+    step = 0.003 * jnp.eye(LAYERS * HEADS).reshape(-1, LAYERS, HEADS)
+    differences = jnp.array([loss(mask + s) - loss(mask - s) for s in step]) / 0.006
+    assert_close(gradient.ravel(), differences, TOLERANCES.gradient)

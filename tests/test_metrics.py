@@ -1,0 +1,95 @@
+"""Metrics of an effect, and the bootstrap intervals of scores."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import TOLERANCES, assert_close
+from full_forward import path_patch as full_path_patch
+
+import jaxmech as jm
+
+RECEIVERS = [(2, 1), (3, 0)]
+
+
+@pytest.fixture
+def sweep(random_model, random_pairs):
+    model = random_model()
+    pairs = random_pairs(model)
+    return model, pairs, (pairs.labels + 7) % model.config.vocab_size
+
+
+def test_log_probability_is_the_logarithm_of_the_probability_ratio(sweep):
+    model, pairs, _ = sweep
+    ratio = jm.path_patch(model, pairs, "query_box", RECEIVERS, "v")
+    log = jm.path_patch(model, pairs, "query_box", RECEIVERS, "v", metric="log_probability")
+    assert (ratio.metric, log.metric) == ("probability", "log_probability")
+    assert_close(log.per_example, np.log1p(ratio.per_example), TOLERANCES.cone)
+
+
+@pytest.mark.parametrize(("receivers", "via"), [(None, None), (RECEIVERS, "q")])
+def test_logit_difference_equals_that_of_full_forwards(sweep, receivers, via):
+    model, pairs, wrong = sweep
+    rows = np.arange(len(pairs))
+
+    def difference(logits):
+        at_last = logits[rows, pairs.positions["last"]]
+        return at_last[rows, pairs.labels] - at_last[rows, wrong]
+
+    found = jm.path_patch(model, pairs, "last", receivers, via, metric="logit_difference", wrong_labels=wrong)
+    expected = full_path_patch(model, pairs, "last", receivers, via, outcome=difference)
+    assert_close(found.per_example, expected, TOLERANCES.cone)
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "message"),
+    [
+        ("accuracy", None, "metric='accuracy'; expected one of probability, log_probability, logit_difference"),
+        ("probability", lambda wrong: wrong, "has no use for them"),
+        ("logit_difference", None, "needs wrong_labels"),
+        ("logit_difference", lambda wrong: wrong[:2], r"shape \(2,\)"),
+        ("logit_difference", lambda wrong: wrong + 0.5, "dtype float64"),
+        ("logit_difference", lambda wrong: wrong + 50, "expected ids 0..49"),
+        ("logit_difference", lambda wrong: (wrong - 7) % 50, "example 0 is its correct label"),
+    ],
+)
+def test_metrics_that_cannot_be_meant_are_named(sweep, metric, change, message):
+    model, pairs, wrong = sweep
+    with pytest.raises(ValueError, match=message):
+        jm.path_patch(model, pairs, metric=metric, wrong_labels=change and change(wrong))
+
+
+def test_confidence_intervals_are_those_of_normal_scores():
+    rng = np.random.default_rng(1)
+    scores = jm.PathScores(rng.normal(-0.3, 0.2, (2, 3, 400)).astype(np.float32), np.ones(400, np.float32))
+    low, high = scores.confidence_interval(0.95, resamples=4000)
+    half = 1.96 * scores.per_example.std(-1) / 20  # the normal approximation, sqrt(400) = 20
+    assert_close(low, scores.mean - half, 0.01)
+    assert_close(high, scores.mean + half, 0.01)
+    narrow_low, narrow_high = scores.confidence_interval(0.5)
+    assert (low < narrow_low).all() and (narrow_high < high).all()
+
+
+def test_confidence_intervals_of_equal_examples_have_no_width():
+    scores = jm.PathScores(np.full((1, 1, 8), -0.25, np.float32), np.ones(8, np.float32))
+    low, high = scores.confidence_interval()
+    np.testing.assert_allclose([low[0, 0], high[0, 0]], -0.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [{"level": 0.0}, {"level": 1.5}, {"resamples": 0}])
+def test_impossible_intervals_are_refused(arguments):
+    scores = jm.PathScores(np.zeros((1, 1, 2), np.float32), np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="expected 0 < level < 1"):
+        scores.confidence_interval(**arguments)
+
+
+def test_probability_scores_are_relative_losses(sweep):
+    """The paper's score from probabilities that are computed here, of one head by hand."""
+    model, pairs, _ = sweep
+    rows, last = np.arange(len(pairs)), pairs.positions["last"]
+    logits, clean = model(pairs.clean, capture=("attn_out", "z"))
+    _, corrupt = model(pairs.corrupt, capture=("z",))
+    delta = corrupt["z"][3, rows, pairs.corrupt_positions["last"], 1] - clean["z"][3, rows, last, 1]
+    changed = clean["attn_out"].at[3, rows, last].add(delta @ model.weights["blocks"]["o"][3, 1])
+    patched, _ = model(pairs.clean, jm.Interventions(attn_out=jm.Patch(1.0, changed)))
+    before, after = (jax.nn.softmax(x[rows, last])[rows, pairs.labels] for x in (logits, patched))
+    assert_close(jm.path_patch(model, pairs).per_example[3, 1], (after - before) / before, TOLERANCES.cone)

@@ -1,0 +1,113 @@
+"""Interventions, captures and tokens that cannot be meant are refused, and the message says what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmech as jm
+from jaxmech import Interventions, Patch
+from jaxmech.interventions import merge
+
+B, T, L, N, H, D = 2, 6, 4, 4, 8, 24
+TOKENS = np.arange(B * T).reshape(B, T)
+Z = np.ones((L, B, T, N, H), np.float32)
+TWO = Z[:, :, :2]
+NOTHING = np.zeros((L, 1, 1, N), np.float32)
+FUTURE = np.triu(np.ones((T, T), bool), 1)[:, None]  # [T, 1, S]
+
+
+@pytest.fixture
+def model(random_model) -> jm.Model:
+    return random_model()
+
+
+REFUSED = {
+    "every weight 0": (Interventions(z=Patch(NOTHING, Z)), ["z", "every weight is 0", "Leave the site out"]),
+    "position past the prompt": (Interventions(z=Patch(1.0, TWO, np.array([[0, 6], [1, 2]]))), ["0 to 6", "0..5"]),
+    "negative position": (Interventions(z=Patch(1.0, TWO, np.array([[0, -1], [1, 2]]))), ["-1", "0..5"]),
+    "position named twice": (Interventions(z=Patch(1.0, TWO, np.array([[0, 1], [2, 2]]))), ["twice", "example 1"]),
+    "positions of one example": (Interventions(z=Patch(1.0, TWO, np.array([[0, 1]]))), ["(1, 2)", "B=2"]),
+    "no positions": (Interventions(z=Patch(1.0, Z[:, :, :0], np.zeros((2, 0), int))), ["(2, 0)", "P >= 1"]),
+    "a scalar position": (Interventions(z=Patch(1.0, TWO, np.array(3))), ["()", "[B, P]"]),
+    "positions that are floats": (
+        Interventions(z=Patch(1.0, TWO, np.array([[0.0, 1], [2, 3]]))),
+        ["float", "integers"],
+    ),
+    "value of another length": (
+        Interventions(z=Patch(1.0, Z[:, :, :4])),
+        ["z.value", "(4, 2, 4, 4, 8)", "(4, 2, 6, 4, 8)"],
+    ),
+    "value with a head dim for a residual site": (Interventions(resid_pre=Patch(1.0, Z)), ["resid_pre.value", "24"]),
+    "weight of another rank": (Interventions(mlp_out=Patch(Z, Z[..., 0, :1])), ["mlp_out.weight", "(4, 2, 6)"]),
+    "pattern without keys": (Interventions(pattern=Patch(1.0, Z)), ["pattern.value", "(4, 2, 6, 4, 6)"]),
+    "knockout of floats": (Interventions(knockout=np.ones((T, 1, T), np.float32)), ["knockout", "float32", "bool"]),
+    "knockout of another length": (Interventions(knockout=np.ones((5, 1, 5), bool)), ["knockout", "(5, 1, 5)"]),
+    "knockout of nothing": (Interventions(knockout=np.zeros((T, 1, T), bool)), ["knockout", "nothing"]),
+    "knockout of later keys only": (Interventions(knockout=FUTURE), ["knockout", "nothing", "order of the axes"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_interventions_that_cannot_be_meant_are_refused(model, case):
+    interventions, words = REFUSED[case]
+    for run in (lambda: model(TOKENS, interventions), lambda: model.module.apply(model.params, TOKENS, interventions)):
+        with pytest.raises(ValueError, match="Interventions") as error:
+            run()
+        assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_shapes_are_checked_inside_jit_too(model):
+    def run(value):
+        return model.module.apply(model.params, TOKENS, Interventions(z=Patch(jnp.ones(()), value)))[0]
+
+    jax.jit(run)(Z)
+    with pytest.raises(ValueError, match=r"z\.value has shape \(4, 2, 5, 4, 8\)"):
+        jax.jit(run)(Z[:, :, :5])
+
+
+@pytest.mark.parametrize(
+    ("capture", "words"),
+    [(("z", "resid"), ["'resid'", "resid_pre"]), ("z", ["string 'z'", "('z',)"])],
+)
+def test_unknown_sites_are_refused(model, capture, words):
+    for run in (
+        lambda: model(TOKENS, capture=capture),
+        lambda: model.module.apply(model.params, TOKENS, None, capture),
+    ):
+        with pytest.raises(ValueError) as error:
+            run()
+        assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (TOKENS + 45, ["45", "56", "0..49", "tokenizer"]),
+        (TOKENS - 1, ["-1", "0..49"]),
+        (TOKENS[0], ["(6,)", "[B, T]"]),
+        (TOKENS * 1.0, ["float64", "integers"]),
+    ],
+)
+def test_tokens_that_are_not_ids_of_the_vocabulary_are_refused(model, tokens, words):
+    with pytest.raises(ValueError) as error:
+        model(tokens)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [([(0, 4)], ["(0, 4)", "heads 0..3"]), ([(-1, 0)], ["(-1, 0)", "layers 0..3"]), ([], ["selects nothing"])],
+)
+def test_heads_that_do_not_exist_are_refused(model, heads, words):
+    with pytest.raises(ValueError) as error:
+        jm.head_weights(model.config, heads)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_merging_keeps_both_and_refuses_two_patches_of_one_site():
+    z, q = Patch(jnp.ones(()), jnp.asarray(Z)), Patch(jnp.ones(()), jnp.asarray(Z))
+    both = merge(Interventions(z=z), Interventions(q=q))
+    assert both.z is z and both.q is q
+    with pytest.raises(ValueError, match="both|Both"):
+        merge(Interventions(z=z), Interventions(z=q))
