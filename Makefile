@@ -1,16 +1,21 @@
 # Needs Python 3.11 or newer and make. Every target sets up what it needs in .venv.
 PYTHON ?= python3
-VENV := .venv
+# Another Python (make test PYTHON=python3.12) has an environment of its own.
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: $(VENV)/.run
 	$(BIN)/jaxmech demo --out out/demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/bench_path_patching.py --shape small --out out/bench_small.json
+	$(BIN)/python benchmarks/report.py out/bench_small.json --chart out/bench_small.png
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -22,7 +27,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf .venv .venv-* out build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,85 @@
+"""How sweeps compile: once each, for every platform, in time and memory that do not depend on the number of layers."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmech as jm
+from jaxmech import path_patching
+from jaxmech.path_patching import _batch, _Examples, _plan, _prepare, _receiver_mask, _sender_layers
+
+SWEEPS = (
+    ("last", None, None),
+    ("last", [(2, 1), (3, 0)], "q"),
+    ("query_box", [(1, 1), (2, 0)], "v"),
+    ("early", [(1, 0), (3, 2)], "k"),
+)
+
+
+def compilations(sweep) -> int:
+    before = _sender_layers._cache_size()
+    sweep()
+    return _sender_layers._cache_size() - before
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=str)
+@pytest.mark.parametrize("layers", [4, 7])
+def test_a_sweep_compiles_once_whatever_the_number_of_layers(random_model, random_pairs, sweep, layers):
+    model = random_model(num_layers=layers, vocab_size=50 + layers)  # a shape of its own, compiled by no other test
+    pairs = random_pairs(model, count=6)
+    assert compilations(lambda: jm.path_patch(model, pairs, *sweep, batch_size=4)) == 1
+
+
+def test_other_receivers_need_no_new_compilation(random_model, random_pairs):
+    model = random_model(num_layers=6, vocab_size=61)
+    pairs = random_pairs(model)
+    jm.path_patch(model, pairs, "early", [(2, 0), (5, 1)], "v")
+    assert compilations(lambda: jm.path_patch(model, pairs, "early", [(1, 2), (3, 1), (4, 0)], "v")) == 0
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=str)
+def test_sweeps_lower_for_every_platform(random_model, random_pairs, sweep):
+    model = random_model(num_kv_heads=2, dtype="bfloat16")
+    sender, receivers, via = sweep
+    pairs = random_pairs(model)
+    mask = _receiver_mask(model.config, receivers, via)
+    examples = _Examples(
+        pairs.clean,
+        pairs.corrupt,
+        pairs.position(sender),
+        pairs.corrupt_position(sender),
+        pairs.position("last"),
+        pairs.labels,
+        pairs.labels,
+    )
+    plan = _plan(model.config, examples, mask, None)
+    batch = _batch(examples, plan.batches[0], plan)
+    inputs = jax.eval_shape(lambda w, b: _prepare(model.config, w, b, live=mask is not None), model.weights, batch)
+    platforms = ("cpu", "cuda", "tpu")
+    prepare = _prepare.trace(model.config, model.weights, batch, live=mask is not None)
+    step = _sender_layers.trace(
+        model.config,
+        model.weights,
+        inputs,
+        plan.spans[0],
+        mask,
+        via=via,
+        metric="probability",
+        count=plan.layers_per_call,
+    )
+    for traced in (prepare, step):
+        text = traced.lower(lowering_platforms=platforms).as_text()
+        assert "stablehlo.dot_general" in text and "bf16" in text
+
+
+def test_sweeps_split_themselves_to_fit_the_memory_budget(random_model, random_pairs, monkeypatch):
+    model = random_model()
+    pairs = random_pairs(model, count=12)
+    whole = jm.path_patch(model, pairs, "early", [(2, 0)], "v").per_example
+    sizes = []
+    split = path_patching._batches
+    monkeypatch.setattr(path_patching.memory, "budget", lambda: 2**20)
+    monkeypatch.setattr(path_patching, "_batches", lambda length, size: sizes.append(size) or split(length, size))
+    parts = jm.path_patch(model, pairs, "early", [(2, 0)], "v").per_example
+    assert 1 <= sizes[0] < 12
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
