@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import jax
 
@@ -14,6 +15,23 @@ import pytest  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech.model import abstract_params  # noqa: E402
+
+
+NEEDS_TORCH = (
+    "test_bad_checkpoints.py",
+    "test_checkpoint.py",
+    "test_convert.py",
+    "test_parity.py",
+    "test_peers.py",
+    "test_rope.py",
+    "test_torch_reference.py",
+)
+collect_ignore = [] if find_spec("torch") else list(NEEDS_TORCH)
+
+
+def pytest_report_header() -> str:
+    """Says which tests are left out where PyTorch is not installed."""
+    return f"PyTorch is not installed; left out: {', '.join(NEEDS_TORCH)}" if collect_ignore else "with PyTorch"
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ from the corrupt run; MLPs and norms are recomputed. Without receivers the logit
 their q, k or v (before RoPE) at the sender's position is recorded here, and the live pass, an otherwise unpatched
 forward pass of the clean prompt, is run with these values in place.
 
-Matters of taste are decided in PyTorch's favour: the frozen pass runs Hugging Face's own norms and MLPs and computes no
-attention at all (a hook on the output of self_attn would compute it and throw it away), it stops at the last receiver,
-logits are computed at the last token alone, and senders without a path to a receiver are skipped. Both passes do run
-the whole prompt from the first layer, as hooks do; to start later and run fewer tokens is the algorithm of
-`incremental`.
+There are two frozen passes. "hooks" is the whole model with hooks that replace the output of every self_attn, as hook
+libraries do it; the attention is computed and thrown away. "lean" runs Hugging Face's own norms and MLPs, computes no
+attention and stops at the last receiver. With either, logits are computed at the last token alone, and senders without
+a path to a receiver are skipped. Both passes run the whole prompt from the first layer; to start later and run fewer
+tokens is the algorithm of `incremental`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ def path_patch(
     *,
     senders: Iterable[Head] | None = None,
     chunk: int | None = None,
+    frozen: str = "lean",
 ) -> Tensor:
     """Scores heads as senders: (p_patched - p_clean) / p_clean, p the softmax probability of the label at `last`.
 
@@ -67,6 +69,7 @@ def path_patch(
         `hooks.edited`); None without receivers.
       senders: the heads to score, for timing a sample of a large model; all by default.
       chunk: examples in one forward pass; all at once by default.
+      frozen: how the frozen pass is run, "hooks" or "lean".
 
     Returns:
       float32 [L, N, B] on the model's device. Heads at or above the last receiver layer score exactly 0; heads not in
@@ -81,7 +84,8 @@ def path_patch(
     sends = None if senders is None else {(layer, int(h)) for layer, hs in by_layer(model, senders).items() for h in hs}
     size = chunk or len(prompts.clean)
     parts = zip(*(x.split(size) for x in prompts), strict=True)
-    return torch.cat([_scores(model, Prompts(*part), reads, via, sends) for part in parts], dim=-1)
+    passes = {"hooks": _hooked_frozen_pass, "lean": _frozen_pass}[frozen]
+    return torch.cat([_scores(model, Prompts(*part), reads, via, sends, passes) for part in parts], dim=-1)
 
 
 def check_receivers(
@@ -113,13 +117,14 @@ def _scores(
     reads: dict[int, Tensor],
     via: str | None,
     sends: set[Head] | None,
+    frozen_pass: Callable,
 ) -> Tensor:
     """Scores [L, N, B] of one chunk of examples."""
     config = model.config
     cache = capture(model, prompts.clean, {"attn_out": None, "z": prompts.position})
     delta_z = capture(model, prompts.corrupt, {"z": prompts.corrupt_position})["z"] - cache["z"]  # [L, B, N, H]
     scores = delta_z.new_zeros(config.num_hidden_layers, config.num_attention_heads, len(prompts.clean)).float()
-    p_clean = _probability(model, prompts, cache["attn_out"], None, reads, via)
+    p_clean = _probability(model, prompts, cache["attn_out"], None, reads, via, frozen_pass)
     for layer in range(max(reads, default=config.num_hidden_layers)):
         weight = model.model.layers[layer].self_attn.o_proj.weight.unflatten(1, (config.num_attention_heads, -1))
         for head in range(config.num_attention_heads):
@@ -127,7 +132,7 @@ def _scores(
                 scores[layer, head] = torch.nan
                 continue
             delta = delta_z[layer, :, head] @ weight[:, head].T  # [B, D]
-            p_patched = _probability(model, prompts, cache["attn_out"], (layer, delta), reads, via)
+            p_patched = _probability(model, prompts, cache["attn_out"], (layer, delta), reads, via, frozen_pass)
             scores[layer, head] = (p_patched - p_clean) / p_clean
     return scores
 
@@ -139,9 +144,10 @@ def _probability(
     change: tuple[int, Tensor] | None,
     reads: dict[int, Tensor],
     via: str | None,
+    frozen_pass: Callable,
 ) -> Tensor:
     """Probability of the label [B] when the attention output of a layer changes by [B, D] at the sender's position."""
-    hidden, recorded = _frozen_pass(model, prompts, attn_out, change, reads, via)
+    hidden, recorded = frozen_pass(model, prompts, attn_out, change, reads, via)
     if not reads:
         return unembed_probability(model, at(hidden, prompts.last), prompts.labels)
     edits = [(via, layer, replace(prompts.position, reads[layer], recorded[layer])) for layer in reads]
@@ -174,3 +180,46 @@ def _frozen_pass(
             hidden[rows, prompts.position] += change[1]
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return hidden, recorded
+
+
+def _hooked_frozen_pass(
+    model: LlamaForCausalLM,
+    prompts: Prompts,
+    attn_out: Tensor,
+    change: tuple[int, Tensor] | None,
+    reads: dict[int, Tensor],
+    via: str | None,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """As `_frozen_pass`, by hooks on a forward pass of the whole model."""
+    rows = torch.arange(len(prompts.clean), device=model.device)
+    seen: dict[str, Tensor] = {}
+    recorded: dict[int, Tensor] = {}
+
+    def freeze(index: int):
+        def hook(module, args, output):
+            frozen = attn_out[index]
+            if change is not None and index == change[0]:
+                frozen = frozen.index_put((rows, prompts.position), change[1], accumulate=True)
+            return (frozen, *output[1:])
+
+        return hook
+
+    def record(index: int):
+        def hook(module, args, output):
+            value = at(output, prompts.position).unflatten(-1, (-1, model.model.layers[index].self_attn.head_dim))
+            recorded[index] = per_query_head(model, value)[:, reads[index]]
+
+        return hook
+
+    def keep(module, args, output):
+        seen["hidden"] = output if isinstance(output, Tensor) else output[0]
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.model.layers):
+            stack.callback(layer.self_attn.register_forward_hook(freeze(index)).remove)
+            if index in reads:
+                projection = getattr(layer.self_attn, f"{via}_proj")
+                stack.callback(projection.register_forward_hook(record(index)).remove)
+        stack.callback(model.model.layers[-1].register_forward_hook(keep).remove)
+        model.model(prompts.clean, use_cache=False)
+    return seen["hidden"], recorded

@@ -1,0 +1,208 @@
+"""Times the four path-patching stages of jaxmech against PyTorch, in one run on one machine.
+
+    python benchmarks/bench_path_patching.py --shape small --out out/bench_small.json
+
+For each stage: median time of jaxmech and of each comparison, ratios, compilation time, the FLOPs that the cone needs
+(`flops.cone`), their share of full forward passes (`flops.naive`), and the fraction of the machine's measured matmul
+rate at which they ran. Comparisons (`torch_reference`): "hooks", a full forward pass per head and stream with forward
+hooks; "lean", the same with a frozen pass that computes no attention; "incremental", the cone's algorithm in PyTorch
+(stages 1 and 2). Scores are compared before anything is timed. Needs neither tyro nor rich, so that it runs wherever
+jaxmech and torch do; without torch, or with --comparisons "", jaxmech is timed alone.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import flops  # noqa: E402
+import shapes  # noqa: E402
+
+import convert  # noqa: E402
+import jaxmech as jm  # noqa: E402
+from jaxmech.path_patching import _prompts, _sender_layers  # noqa: E402
+from jaxmech.shared_prefix import shared_length  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
+    parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
+    parser.add_argument("--comparisons", default="hooks,lean,incremental", help="comma-separated; empty for none")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of jaxmech, after a warm-up")
+    parser.add_argument("--reference-runs", type=int, default=5, help="timed runs of each comparison, after a warm-up")
+    parser.add_argument("--random-prompts", action="store_true", help="prompts that share nothing with each other")
+    options = parser.parse_args()
+    shape = shapes.SHAPES[options.shape]
+    model = shapes.random_model(shape.config)
+    pairs = shapes.pairs(shape, boxes=not options.random_prompts)
+    wanted = [name for name in options.comparisons.split(",") if name]
+    compare = comparisons(model, pairs, wanted) if wanted else {}
+    result = {
+        "shape": options.shape,
+        "shared_prefixes": not options.random_prompts,
+        "prompts": shape.prompts,
+        "tokens": shape.tokens,
+        "config": shape.config.to_dict(),
+        "machine": machine(),
+        "matmul_flops_per_s": matmul_rate(shape.config.compute_dtype),
+        "runs": options.runs,
+        "reference_runs": options.reference_runs,
+        "stages": [],
+    }
+    for stage in shapes.stages(shape.config):
+        row = bench_stage(model, pairs, stage, compare, options.runs, options.reference_runs)
+        row["matmul_fraction"] = row["cone_flops"] / row["seconds"] / result["matmul_flops_per_s"]
+        result["stages"].append(row)
+        print(json.dumps(row), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Wrote {options.out}.")
+
+
+def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, reference_runs: int) -> dict:
+    """One row of the table."""
+
+    def ours() -> np.ndarray:
+        return jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
+
+    before = _sender_layers._cache_size()
+    started = time.perf_counter()
+    scores = ours()
+    first = time.perf_counter() - started
+    times = timed(ours, runs)
+    work = sweep_sizes(model.config, pairs, stage)
+    row = {
+        **asdict(stage),
+        "seconds": statistics.median(times),
+        "all_seconds": times,
+        "compile_seconds": max(0.0, first - statistics.median(times)),
+        "compilations": _sender_layers._cache_size() - before,
+        "cone_flops": flops.cone(model.config, work),
+        "naive_flops": flops.naive(model.config, work),
+        "comparisons": {},
+    }
+    for name, run in compare.items():
+        if name == "incremental" and (stage.sender != "last" or stage.via not in (None, "q")):
+            continue
+        theirs = run(stage)
+        difference = float(np.abs(theirs - scores).max() / np.abs(theirs).max())
+        theirs_times = timed(lambda run=run: run(stage), reference_runs)
+        seconds = statistics.median(theirs_times)
+        row["comparisons"][name] = {
+            "seconds": seconds,
+            "all_seconds": theirs_times,
+            "ratio": seconds / row["seconds"],
+            "largest_relative_difference": difference,
+        }
+    return row
+
+
+def timed(run: Callable[[], np.ndarray], runs: int) -> list[float]:
+    """Seconds of each run; `run` returns a NumPy array, so that nothing is left in flight."""
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def sweep_sizes(config: jm.Config, pairs: jm.Pairs, stage: shapes.Stage) -> flops.Sweep:
+    """What `flops` needs to know of the work."""
+    assert pairs.corrupt is not None
+    prompts = _prompts(_Tokens(pairs.clean, pairs.corrupt), np.arange(len(pairs)))
+    length, count = shared_length([prompts])
+    return flops.Sweep(
+        receiver_layers=tuple(sorted({layer for layer, _ in stage.receivers or ()})),
+        via=stage.via,
+        lengths=pairs.position("last") - pairs.position(stage.sender) + 1,
+        tokens=pairs.clean.shape[1],
+        computed_tokens=count * length + len(prompts) * (prompts.shape[1] - length),
+    )
+
+
+class _Tokens:
+    """Clean and corrupt prompts alone."""
+
+    def __init__(self, clean: np.ndarray, corrupt: np.ndarray):
+        self.clean, self.corrupt = clean, corrupt
+
+
+def comparisons(model: jm.Model, pairs: jm.Pairs, names: list[str]) -> dict[str, Callable]:
+    """Functions from a stage to its scores [L, N, B], by the PyTorch implementations in `names`."""
+    import torch
+    from torch_reference import incremental, path_patching
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        convert.write_hf(Path(folder), model.config, model.params)
+        dtype = getattr(torch, model.config.dtype)
+        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    theirs.requires_grad_(False)
+    theirs.to("cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu")
+
+    def run(function: Callable, **options) -> Callable:
+        def stage_scores(stage: shapes.Stage) -> np.ndarray:
+            p, corrupt_p = pairs.position(stage.sender), pairs.corrupt_position(stage.sender)
+            prompts = (pairs.clean, pairs.corrupt, pairs.labels, p, corrupt_p, pairs.position("last"))
+            return function(theirs, *prompts, stage.receivers, stage.via, **options).float().cpu().numpy()
+
+        return stage_scores
+
+    every = {
+        "hooks": run(path_patching.path_patch, frozen="hooks"),
+        "lean": run(path_patching.path_patch, frozen="lean"),
+        "incremental": run(incremental.path_patch),
+    }
+    return {name: every[name] for name in names}
+
+
+def matmul_rate(dtype, size: int | None = None) -> float:
+    """FLOP/s of square matrix products of this dtype on the first device, the best of ten."""
+    size = size or (8192 if jax.default_backend() == "gpu" else 2048)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    times = timed(lambda: jax.block_until_ready(product(x, x)), 10)
+    return 2.0 * size**3 / min(times)
+
+
+def machine() -> dict:
+    """What the numbers depend on besides the code."""
+    packages = ("jaxmech", "jax", "jaxlib", "flax", "numpy", "transformers")
+    versions = {name: version(name) for name in packages}
+    try:
+        import torch
+
+        versions["torch"], threads = torch.__version__, torch.get_num_threads()
+    except ImportError:
+        threads = None
+    return {
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": threads,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The benchmark scripts run, and their counts of operations are those that XLA counts."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmech as jm
+from jaxmech.path_patching import _batch, _Examples, _plan, _prepare, _receiver_mask, _sender_layers
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import bench_path_patching  # noqa: E402
+import flops  # noqa: E402
+import report  # noqa: E402
+import shapes  # noqa: E402
+
+
+def test_benchmark_and_report_run_on_the_tiny_shape(tmp_path, monkeypatch, capsys):
+    out, chart = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = ["bench", "--shape", "tiny", "--runs", "1", "--comparisons", "", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench_path_patching.main()
+    result = json.loads(out.read_text())
+    assert [stage["name"][0] for stage in result["stages"]] == ["1", "2", "3", "4"]
+    for stage in result["stages"]:
+        assert stage["seconds"] > 0 and 0 < stage["cone_flops"] < stage["naive_flops"]
+    monkeypatch.setattr(sys, "argv", ["report", str(out), "--chart", str(chart)])
+    capsys.readouterr()
+    report.main()
+    printed = capsys.readouterr().out
+    assert "| 4 struct_reader |" in printed and "8 boxes prompts x 57 tokens" in printed
+    assert chart.stat().st_size > 10_000
+
+
+def test_ratios_are_rounded_down():
+    assert [report.floor(x) for x in (39.99, 10.0, 9.99, 0.96)] == ["39", "10", "9.9", "0.9"]
+
+
+def test_benchmark_prompts_have_the_structure_of_the_task():
+    pairs = shapes.pairs(shapes.SHAPES["tiny"])
+    rows = np.arange(len(pairs))
+    labels = pairs.clean[rows, pairs.positions["query_box"]]
+    np.testing.assert_array_equal(pairs.clean[rows, pairs.positions["prev_query_box"]], labels)
+    assert len(np.unique(pairs.clean[:, :-6], axis=0)) == 2, "eight prompts of two scenes"
+    assert len(np.unique(shapes.pairs(shapes.SHAPES["tiny"], boxes=False).clean[:, :6], axis=0)) == 8
+
+
+def unrolled(low, high, body, carry):
+    for i in range(int(low), int(high)):
+        carry = body(i, carry)
+    return carry
+
+
+def unrolled_scan(body, carry, xs):
+    results = []
+    for i in range(len(jax.tree.leaves(xs)[0])):
+        carry, y = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+        results.append(y)
+    return carry, jax.tree.map(lambda *ys: jax.numpy.stack(ys), *results)
+
+
+@pytest.mark.parametrize(
+    ("sender", "receivers", "via"),
+    [("last", None, None), ("last", [(2, 0), (3, 1)], "q"), ("query_box", [(1, 0), (2, 5)], "v")],
+)
+def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, receivers, via):
+    """XLA counts a loop's body once, so loops are unrolled here; with many heads, the clean row hardly counts."""
+    sizes = {"vocab_size": 512, "width": 128, "num_layers": 4, "num_heads": 32, "num_kv_heads": 32, "head_dim": 4}
+    shape = shapes.Shape(jm.Config(**sizes, mlp_width=512), prompts=7, tokens=57)
+    model, pairs = shapes.random_model(shape.config), shapes.pairs(shape)
+    work = bench_path_patching.sweep_sizes(model.config, pairs, shapes.Stage("", sender, receivers, via))
+    mask = _receiver_mask(model.config, receivers, via)
+    position, corrupt_position = pairs.position(sender), pairs.corrupt_position(sender)
+    prompts = (pairs.clean, pairs.corrupt, position, corrupt_position, pairs.position("last"))
+    examples = _Examples(*prompts, pairs.labels, pairs.labels)
+    plan = _plan(model.config, examples, mask, None)
+    batch = _batch(examples, plan.batches[0], plan)
+    live = mask is not None
+    inputs = _prepare(model.config, model.weights, batch, live=live)
+    monkeypatch.setattr(jax.lax, "fori_loop", unrolled)
+    monkeypatch.setattr(jax.lax, "scan", unrolled_scan)
+
+    def counted(function, *arguments) -> float:
+        with jax.ensure_compile_time_eval():
+            return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+    def step(span):
+        options = {"via": via, "metric": "probability", "count": plan.layers_per_call}
+        call = _sender_layers.__wrapped__
+        return lambda weights, inputs: call(model.config, weights, inputs, span, mask, **options)
+
+    total = counted(lambda w, b: _prepare.__wrapped__(model.config, w, b, live=live), model.weights, batch)
+    total += sum(counted(step(span), model.weights, inputs) for span in plan.spans)
+    assert abs(total / flops.cone(model.config, work) - 1) < 0.1
