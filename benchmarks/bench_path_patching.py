@@ -6,7 +6,8 @@ For each stage: median time of jaxmech and of each comparison, ratios, compilati
 (`flops.cone`), their share of full forward passes (`flops.naive`), and the fraction of the machine's measured matmul
 rate at which they ran. Comparisons (`torch_reference`): "hooks", a full forward pass per head and stream with forward
 hooks; "lean", the same with a frozen pass that computes no attention; "incremental", the cone's algorithm in PyTorch
-(stages 1 and 2). Scores are compared before anything is timed. Needs neither tyro nor rich, so that it runs wherever
+(stages 1 and 2); "transformer_lens" and "nnsight", the same stages by these libraries (the extra `bench-peers`). Scores
+are compared before anything is timed. Needs neither tyro nor rich, so that it runs wherever
 jaxmech and torch do; without torch, or with --comparisons "", jaxmech is timed alone.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--comparisons", default="hooks,lean,incremental", help="comma-separated; empty for none")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--reference-runs", type=int, default=5, help="timed runs of each comparison, after a warm-up")
+    parser.add_argument("--stages", default="1234", help="digits of the stages to run")
     parser.add_argument("--random-prompts", action="store_true", help="prompts that share nothing with each other")
     options = parser.parse_args()
     shape = shapes.SHAPES[options.shape]
@@ -66,6 +69,8 @@ def main() -> None:
         "stages": [],
     }
     for stage in shapes.stages(shape.config):
+        if stage.name[0] not in options.stages:
+            continue
         row = bench_stage(model, pairs, stage, compare, options.runs, options.reference_runs)
         row["matmul_fraction"] = row["cone_flops"] / row["seconds"] / result["matmul_flops_per_s"]
         result["stages"].append(row)
@@ -86,19 +91,21 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
     scores = ours()
     first = time.perf_counter() - started
     times = timed(ours, runs)
+    memory = peak_memory(ours)
     work = sweep_sizes(model.config, pairs, stage)
     row = {
         **asdict(stage),
         "seconds": statistics.median(times),
         "all_seconds": times,
         "compile_seconds": max(0.0, first - statistics.median(times)),
+        "peak_bytes": memory,
         "compilations": _sender_layers._cache_size() - before,
         "cone_flops": flops.cone(model.config, work),
         "naive_flops": flops.naive(model.config, work),
         "comparisons": {},
     }
     for name, run in compare.items():
-        if name == "incremental" and (stage.sender != "last" or stage.via not in (None, "q")):
+        if name not in ("hooks", "lean") and (stage.sender != "last" or stage.via not in (None, "q")):
             continue
         theirs = run(stage)
         difference = float(np.abs(theirs - scores).max() / np.abs(theirs).max())
@@ -121,6 +128,30 @@ def timed(run: Callable[[], np.ndarray], runs: int) -> list[float]:
         run()
         times.append(time.perf_counter() - started)
     return times
+
+
+def peak_memory(run: Callable[[], np.ndarray]) -> int | None:
+    """Bytes that `run` needs at most, beyond what the process holds before it.
+
+    On a GPU, the most that JAX has held so far. On Linux, the growth of the process's peak resident memory; elsewhere
+    None.
+    """
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        run()
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+    reset.write_text("5")  # sets the peak to what is held now (proc(5))
+    before = resident(status.read_text(), "VmRSS")
+    run()
+    return max(0, resident(status.read_text(), "VmHWM") - before)
+
+
+def resident(status: str, field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
 def sweep_sizes(config: jm.Config, pairs: jm.Pairs, stage: shapes.Stage) -> flops.Sweep:
@@ -170,7 +201,20 @@ def comparisons(model: jm.Model, pairs: jm.Pairs, names: list[str]) -> dict[str,
         "lean": run(path_patching.path_patch, frozen="lean"),
         "incremental": run(incremental.path_patch),
     }
+    if {"transformer_lens", "nnsight"} & set(names):
+        every |= peers(theirs, run)
     return {name: every[name] for name in names}
+
+
+def peers(model, run: Callable) -> dict[str, Callable]:
+    """The sweeps of the peer libraries on the Hugging Face model `model`, wrapped by `run`."""
+    from benchmarks.peers import nnsight_sweep, transformer_lens_sweep
+
+    def sweep(module) -> Callable:
+        loaded = module.load(model)
+        return run(lambda model, *arguments: module.path_patch(loaded, *arguments))
+
+    return {"transformer_lens": sweep(transformer_lens_sweep), "nnsight": sweep(nnsight_sweep)}
 
 
 def matmul_rate(dtype, size: int | None = None) -> float:

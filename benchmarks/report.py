@@ -9,8 +9,21 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-NAMES = {"hooks": "PyTorch hooks", "lean": "PyTorch, lean frozen pass", "incremental": "PyTorch, incremental"}
-COLOURS = {"jaxmech": "#0072b2", "hooks": "#d55e00", "lean": "#e69f00", "incremental": "#009e73"}  # Okabe-Ito
+NAMES = {
+    "hooks": "PyTorch hooks",
+    "lean": "PyTorch, lean frozen pass",
+    "transformer_lens": "TransformerLens",
+    "nnsight": "nnsight",
+    "incremental": "PyTorch, incremental",
+}
+COLOURS = {  # Okabe-Ito
+    "jaxmech": "#0072b2",
+    "hooks": "#d55e00",
+    "lean": "#e69f00",
+    "transformer_lens": "#cc79a7",
+    "nnsight": "#56b4e9",
+    "incremental": "#009e73",
+}
 
 
 def main() -> None:
@@ -28,7 +41,7 @@ def table(result: dict) -> str:
     """The result as Markdown: a line on the conditions, and a row per stage."""
     names = comparisons(result)
     head = ["stage", "jaxmech"] + [NAMES[name] for name in names]
-    head += ["compilation", "cone / full forwards, TFLOP", "of matmul rate"]
+    head += ["peak memory", "compilation", "cone / full forwards, TFLOP", "of matmul rate"]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for stage in result["stages"]:
         theirs = [stage["comparisons"].get(name) for name in names]
@@ -36,6 +49,7 @@ def table(result: dict) -> str:
             [stage["name"], f"{stage['seconds']:.3g} s"]
             + [f"{x['seconds']:.3g} s ({floor(x['ratio'])}x)" if x else "-" for x in theirs]
             + [
+                "-" if stage["peak_bytes"] is None else f"{stage['peak_bytes'] / 2**20:.0f} MiB",
                 f"{stage['compile_seconds']:.1f} s",
                 f"{stage['cone_flops'] / 1e12:.3g} / {stage['naive_flops'] / 1e12:.3g}",
                 f"{int(100 * stage['matmul_fraction'])} %",

@@ -16,7 +16,6 @@ import pytest  # noqa: E402
 import jaxmech as jm  # noqa: E402
 from jaxmech.model import abstract_params  # noqa: E402
 
-
 NEEDS_TORCH = (
     "test_bad_checkpoints.py",
     "test_checkpoint.py",

@@ -1,0 +1,113 @@
+"""How the time of a sweep grows with examples, layers and the length of the prompt, for jaxmech and PyTorch.
+
+    python benchmarks/bench_scaling.py --out out/scaling.json --chart out/scaling.png
+
+Stages 1 and 2 on a model of 4 layers x 256, one size varied at a time, random prompts that share nothing. jaxmech:
+median of 3 after a warm-up. The PyTorch reference with hooks: the better of two runs, and no larger size after one that
+took longer than --reference-limit.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import shapes  # noqa: E402
+from bench_path_patching import comparisons, machine, timed  # noqa: E402
+
+import jaxmech as jm  # noqa: E402
+
+BASE = shapes.Shape(
+    jm.Config(vocab_size=1024, width=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=704),
+    prompts=16,
+    tokens=57,
+)
+POINTS = {"examples": (4, 8, 16, 32, 64, 128, 256), "layers": (2, 4, 8, 16), "prompt length": (57, 128, 256, 512)}
+UNITS = {"examples": "examples", "layers": "layers", "prompt length": "tokens"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/scaling.json"))
+    parser.add_argument("--chart", type=Path, default=Path("out/scaling.png"))
+    parser.add_argument(
+        "--reference-limit", type=float, default=20.0, help="no larger points after one that took longer"
+    )
+    options = parser.parse_args()
+    result = {"machine": machine(), "axes": {}}
+    for axis, values in POINTS.items():
+        rows, slow = [], False
+        for value in values:
+            rows.append(point(varied(axis, value), slow))
+            slow = slow or max(x or 0 for x in rows[-1]["hooks"]) > options.reference_limit
+            print(axis, value, json.dumps(rows[-1]), flush=True)
+        result["axes"][axis] = {"values": values, "rows": rows}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    chart(result).savefig(options.chart, dpi=160)
+
+
+def varied(axis: str, value: int) -> shapes.Shape:
+    """BASE with one size changed."""
+    if axis == "examples":
+        return dataclasses.replace(BASE, prompts=value)
+    if axis == "layers":
+        return dataclasses.replace(BASE, config=BASE.config.replace(num_layers=value))
+    return dataclasses.replace(BASE, tokens=value)
+
+
+def point(shape: shapes.Shape, slow: bool) -> dict:
+    """Seconds of stages 1 and 2 for jaxmech and for the reference (None if it is too slow here)."""
+    model, pairs = shapes.random_model(shape.config), shapes.pairs(shape, boxes=False)
+    stages = shapes.stages(shape.config)[:2]
+    row: dict = {"jaxmech": [], "hooks": []}
+    reference = None if slow else comparisons(model, pairs, ["hooks"])["hooks"]
+    for stage in stages:
+
+        def ours(stage=stage):
+            return jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
+
+        ours()
+        row["jaxmech"].append(statistics.median(timed(ours, 3)))
+        row["hooks"].append(None if reference is None else min(timed(lambda stage=stage: reference(stage), 2)))
+    return row
+
+
+def chart(result: dict) -> Figure:
+    """A panel per axis: seconds against size, both logarithmic."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(result["axes"]), sharey=True)
+    styles = {"jaxmech": ("#0072b2", "o"), "hooks": ("#d55e00", "s")}
+    for panel, (axis, found) in zip(panels, result["axes"].items(), strict=True):
+        for who, (colour, marker) in styles.items():
+            for stage, line in ((0, "-"), (1, "--")):
+                seconds = [row[who][stage] for row in found["rows"]]
+                shown = [(x, y) for x, y in zip(found["values"], seconds, strict=True) if y is not None]
+                name = {"jaxmech": "jaxmech", "hooks": "PyTorch hooks"}[who]
+                panel.plot(
+                    *zip(*shown, strict=True),
+                    line,
+                    color=colour,
+                    marker=marker,
+                    ms=4,
+                    label=f"{name}, stage {stage + 1}",
+                )
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(found["values"], labels=[str(value) for value in found["values"]])
+        panel.set_xlabel(f"{axis} ({UNITS[axis]})" if axis == "prompt length" else axis)
+        panel.grid(color="#e5e5e5", linewidth=0.6)
+    panels[0].set_ylabel("seconds per sweep")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
