@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -131,27 +130,9 @@ def timed(run: Callable[[], np.ndarray], runs: int) -> list[float]:
 
 
 def peak_memory(run: Callable[[], np.ndarray]) -> int | None:
-    """Bytes that `run` needs at most, beyond what the process holds before it.
-
-    On a GPU, the most that JAX has held so far. On Linux, the growth of the process's peak resident memory; elsewhere
-    None.
-    """
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        run()
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
-        return None
-    reset.write_text("5")  # sets the peak to what is held now (proc(5))
-    before = resident(status.read_text(), "VmRSS")
+    """The most bytes that JAX has held on the device once `run` is done; None where the device does not say (CPUs)."""
     run()
-    return max(0, resident(status.read_text(), "VmHWM") - before)
-
-
-def resident(status: str, field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def sweep_sizes(config: jm.Config, pairs: jm.Pairs, stage: shapes.Stage) -> flops.Sweep:

@@ -41,15 +41,16 @@ def table(result: dict) -> str:
     """The result as Markdown: a line on the conditions, and a row per stage."""
     names = comparisons(result)
     head = ["stage", "jaxmech"] + [NAMES[name] for name in names]
-    head += ["peak memory", "compilation", "cone / full forwards, TFLOP", "of matmul rate"]
+    memory = any(stage["peak_bytes"] for stage in result["stages"])
+    head += ["peak memory"] * memory + ["compilation", "cone / full forwards, TFLOP", "of matmul rate"]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for stage in result["stages"]:
         theirs = [stage["comparisons"].get(name) for name in names]
         rows.append(
             [stage["name"], f"{stage['seconds']:.3g} s"]
             + [f"{x['seconds']:.3g} s ({floor(x['ratio'])}x)" if x else "-" for x in theirs]
+            + [f"{(stage['peak_bytes'] or 0) / 2**30:.3g} GiB"] * memory
             + [
-                "-" if stage["peak_bytes"] is None else f"{stage['peak_bytes'] / 2**20:.0f} MiB",
                 f"{stage['compile_seconds']:.1f} s",
                 f"{stage['cone_flops'] / 1e12:.3g} / {stage['naive_flops'] / 1e12:.3g}",
                 f"{int(100 * stage['matmul_fraction'])} %",
