@@ -4,7 +4,6 @@ Owns the containers `Patch` and `Interventions`, their checks and their arithmet
 each site is. Axes as in `model.py`; P counts the patched positions of one prompt.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -192,14 +191,3 @@ def _check_broadcast(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -
 
 def _concrete(x: object) -> bool:
     return not isinstance(x, Tracer)
-
-
-def merge(first: Interventions, second: Interventions) -> Interventions:
-    """Both interventions at once; ValueError if they patch the same site."""
-    changes = {}
-    for f in dataclasses.fields(Interventions):
-        a, b = getattr(first, f.name), getattr(second, f.name)
-        if a is not None and b is not None:
-            raise ValueError(f"Both interventions patch {f.name}; combine them into one Patch.")
-        changes[f.name] = a if b is None else b
-    return Interventions(**changes)

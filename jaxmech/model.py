@@ -135,24 +135,21 @@ def forward(
     interventions: Interventions | None = None,
     *,
     capture: Sequence[str] = (),
-    observe: Callable[[dict[str, jax.Array]], Any] | None = None,
     logits_at: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The plain forward pass, layers scanned over their stacked parameters.
 
     Args:
       tokens: int [B, T].
       capture: sites to return, stacked over layers.
-      observe: instead of `capture`, a function from a layer's {site: activation [B, T, ...]} (k and v per kv head
-        unless patched) to what is kept of it; the results are stacked over layers. For those who keep only a part.
       logits_at: int [B]; logits are computed at this position of each prompt only.
 
     Returns:
-      logits float32 [B, T, V], or [B, V] with `logits_at`; and what was captured or observed.
+      logits float32 [B, T, V], or [B, V] with `logits_at`; and {site: activation [L, B, T, ...]} of `capture`.
     """
     interventions = interventions or Interventions()
     interventions.check(config, tokens.shape)
-    observe = observe or _captor(config, check_capture(capture))
+    keep = _captor(config, check_capture(capture))
     positions = jnp.arange(tokens.shape[1])
     rotation = rope.angles(config, positions)
     causal = positions[:, None, None] >= positions[None, None, :]  # [T, 1, S]
@@ -160,13 +157,13 @@ def forward(
     def layer(x, index_and_weights):
         index, weights = index_and_weights
         x, sites = block(config, weights, x, rotation, causal, interventions, index)
-        return x, observe(sites)
+        return x, keep(sites)
 
     x = embed(config, params, tokens)
-    x, observed = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["blocks"]))
+    x, captured = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["blocks"]))
     if logits_at is not None:
         x = x[jnp.arange(x.shape[0]), logits_at]
-    return unembed(config, params, x), observed
+    return unembed(config, params, x), captured
 
 
 def block(

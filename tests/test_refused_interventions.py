@@ -7,7 +7,6 @@ import pytest
 
 import jaxmech as jm
 from jaxmech import Interventions, Patch
-from jaxmech.interventions import merge
 
 B, T, L, N, H, D = 2, 6, 4, 4, 8, 24
 TOKENS = np.arange(B * T).reshape(B, T)
@@ -103,11 +102,3 @@ def test_heads_that_do_not_exist_are_refused(model, heads, words):
     with pytest.raises(ValueError) as error:
         jm.head_weights(model.config, heads)
     assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_merging_keeps_both_and_refuses_two_patches_of_one_site():
-    z, q = Patch(jnp.ones(()), jnp.asarray(Z)), Patch(jnp.ones(()), jnp.asarray(Z))
-    both = merge(Interventions(z=z), Interventions(q=q))
-    assert both.z is z and both.q is q
-    with pytest.raises(ValueError, match="both|Both"):
-        merge(Interventions(z=z), Interventions(z=q))
