@@ -171,6 +171,15 @@ def test_chosen_senders_and_chunks_do_not_change_the_scores(twins, pairs):
     assert not every[2:].any() and not some[2:].any()
 
 
+@pytest.mark.parametrize(("sender", "receivers", "via"), [("last", None, None), ("query_box", [(1, 0), (2, 1)], "v")])
+def test_the_frozen_pass_by_hooks_gives_the_scores_of_the_lean_one(twins, pairs, sender, receivers, via):
+    inputs = sweep_inputs(pairs, sender)
+    lean, hooks = (
+        path_patching.path_patch(twins.torch, *inputs, receivers, via, frozen=frozen) for frozen in ("lean", "hooks")
+    )
+    assert_close(hooks, lean, TOLERANCES.cone)
+
+
 def test_frozen_pass_without_a_sender_is_the_clean_pass(twins, pairs):
     prompts = path_patching.Prompts(*(hooks.indices(twins.torch, x) for x in sweep_inputs(pairs, "last")))
     attn_out = hooks.capture(twins.torch, prompts.clean, {"attn_out": None})["attn_out"]

@@ -17,7 +17,7 @@ def heat_map(mean: np.ndarray, chosen: Iterable[Head], title: str, subtitle: str
     Args:
       mean: float [L, N], relative change of the correct token's probability.
       chosen: (layer, head) pairs to frame.
-      title: bold first line.
+      title: first line.
       subtitle: second line.
     """
     layers, heads = mean.shape
