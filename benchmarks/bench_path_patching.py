@@ -5,7 +5,8 @@
 For each stage: median time of jaxmech and of each comparison, ratios, compilation time, the FLOPs that the cone needs
 (`flops.cone`), their share of full forward passes (`flops.naive`), and the fraction of the machine's measured matmul
 rate at which they ran. Comparisons (`torch_reference`): "hooks", a full forward pass per head and stream with forward
-hooks; "lean", the same with a frozen pass that computes no attention; "incremental", the cone's algorithm in PyTorch
+hooks, for every head, as the published code does it; "reachable", the same without the heads that have no path to a
+receiver; "lean", that with a frozen pass that computes no attention; "incremental", the cone's algorithm in PyTorch
 (stages 1 and 2); "transformer_lens" and "nnsight", the same stages by these libraries (the extra `bench-peers`). Scores
 are compared before anything is timed. Needs neither tyro nor rich, so that it runs wherever
 jaxmech and torch do; without torch, or with --comparisons "", jaxmech is timed alone.
@@ -36,7 +37,7 @@ import shapes  # noqa: E402
 
 import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
-from jaxmech.path_patching import _prompts, _sender_layers  # noqa: E402
+from jaxmech.path_patching import _prompts, _senders  # noqa: E402
 from jaxmech.shared_prefix import shared_length  # noqa: E402
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
-    parser.add_argument("--comparisons", default="hooks,lean,incremental", help="comma-separated; empty for none")
+    parser.add_argument("--comparisons", default="hooks,reachable,incremental", help="comma-separated; empty for none")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--reference-runs", type=int, default=5, help="timed runs of each comparison, after a warm-up")
     parser.add_argument("--stages", default="1234", help="digits of the stages to run")
@@ -85,7 +86,7 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
     def ours() -> np.ndarray:
         return jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
 
-    before = _sender_layers._cache_size()
+    before = _senders._cache_size()
     started = time.perf_counter()
     scores = ours()
     first = time.perf_counter() - started
@@ -98,13 +99,13 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
         "all_seconds": times,
         "compile_seconds": max(0.0, first - statistics.median(times)),
         "peak_bytes": memory,
-        "compilations": _sender_layers._cache_size() - before,
+        "compilations": _senders._cache_size() - before,
         "cone_flops": flops.cone(model.config, work),
         "naive_flops": flops.naive(model.config, work),
         "comparisons": {},
     }
     for name, run in compare.items():
-        if name not in ("hooks", "lean") and (stage.sender != "last" or stage.via not in (None, "q")):
+        if name not in ("hooks", "reachable", "lean") and (stage.sender != "last" or stage.via not in (None, "q")):
             continue
         theirs = run(stage)
         difference = float(np.abs(theirs - scores).max() / np.abs(theirs).max())
@@ -178,7 +179,8 @@ def comparisons(model: jm.Model, pairs: jm.Pairs, names: list[str]) -> dict[str,
         return stage_scores
 
     every = {
-        "hooks": run(path_patching.path_patch, frozen="hooks"),
+        "hooks": run(path_patching.path_patch, frozen="hooks", every_head=True),
+        "reachable": run(path_patching.path_patch, frozen="hooks"),
         "lean": run(path_patching.path_patch, frozen="lean"),
         "incremental": run(incremental.path_patch),
     }

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 NAMES = {
     "hooks": "PyTorch hooks",
+    "reachable": "PyTorch hooks, reachable heads",
     "lean": "PyTorch, lean frozen pass",
     "transformer_lens": "TransformerLens",
     "nnsight": "nnsight",
@@ -19,6 +20,7 @@ NAMES = {
 COLOURS = {  # Okabe-Ito
     "jaxmech": "#0072b2",
     "hooks": "#d55e00",
+    "reachable": "#f0e442",
     "lean": "#e69f00",
     "transformer_lens": "#cc79a7",
     "nnsight": "#56b4e9",

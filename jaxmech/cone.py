@@ -11,13 +11,15 @@ p, p+1, ..., last, in which queries attend to the clean keys and values of the p
 
 Suffixes differ in length, so they are *packed*: the suffix tokens of all examples stand one after another on one axis,
 and everything that acts on single tokens (norms, projections, MLPs: nearly all the work) runs on that axis without
-padding. Attention alone unpacks them.
+padding. Attention alone unpacks them, in *buckets* of examples with suffixes of similar length, whose padding is small.
 
-Axes as in `jaxmech.model`; C counts the packed suffix tokens of all examples, W the tokens of the longest suffix. Layer
-bounds are traced, so that one compilation serves every sender layer and every set of receivers.
+Axes as in `jaxmech.model`; C counts the packed suffix tokens of all examples; in a bucket, b counts its examples, W the
+tokens of its longest suffix and P those of its longest prefix. Layer bounds are traced, so that one compilation serves
+every sender layer and every set of receivers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -41,6 +43,26 @@ from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 Layer = jax.Array | int  # index of a layer, traced or not
 
 
+class Span(NamedTuple):
+    """The extent of a bucket of neighbouring examples."""
+
+    start: int  # its first example
+    stop: int  # behind its last one
+    width: int  # W, at least its longest suffix
+    prefix: int  # P, at least its longest prefix, and not 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring examples that attend together."""
+
+    packed: jax.Array  # [b, W] packed index of each suffix's tokens; behind the last one, that of the last one
+    position: jax.Array  # [b] p of each
+    length: jax.Array  # [b] tokens of each suffix
+    span: Span = field(metadata={"static": True})
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Suffixes:
@@ -48,26 +70,36 @@ class Suffixes:
 
     example: jax.Array  # [C] example that a packed token belongs to
     position: jax.Array  # [C] its position in the prompt
-    offset: jax.Array  # [C] its index within its suffix
-    packed: jax.Array  # [B, W] packed index of each suffix's tokens; behind the last one, that of the last one
-    length: jax.Array  # [B] tokens of each suffix
+    unpacked: jax.Array  # [C] its index among the unpacked tokens of all buckets, [b, W] of each one behind another
+    first: jax.Array  # [B] packed index of each example's p
+    last: jax.Array  # [B] and of its last token
+    buckets: tuple[Bucket, ...]
 
     @classmethod
-    def pack(cls, p: np.ndarray, last: np.ndarray, *, capacity: int, width: int) -> "Suffixes":
+    def pack(cls, p: np.ndarray, last: np.ndarray, *, capacity: int, spans: Sequence[Span]) -> "Suffixes":
         """The suffixes from p [B] to last [B], packed and filled up to C = capacity with copies of the first token.
 
         Args:
           capacity: C, at least the sum of the lengths.
-          width: W, at least the largest length.
+          spans: the buckets; together all examples, in order.
         """
         length = last - p + 1
         example = np.repeat(np.arange(len(p)), length)
-        start = np.cumsum(length) - length
-        offset = np.arange(len(example)) - start[example]
+        first = np.cumsum(length) - length
+        offset = np.arange(len(example)) - first[example]
+        sizes = [(span.stop - span.start) * span.width for span in spans]
+        row = np.concatenate(
+            [sum(sizes[:i]) + np.arange(s.stop - s.start) * s.width for i, s in enumerate(spans)]
+        )  # [B] index of each example's first unpacked token
         fill = (0, capacity - len(example))
         example, offset = np.pad(example, fill), np.pad(offset, fill)
-        packed = start[:, None] + np.minimum(np.arange(width), length[:, None] - 1)
-        return cls(*map(jnp.asarray, (example, p[example] + offset, offset, packed, length)))
+        buckets = []
+        for span in spans:
+            of = slice(span.start, span.stop)
+            packed = first[of, None] + np.minimum(np.arange(span.width), length[of, None] - 1)
+            buckets.append(Bucket(*map(jnp.asarray, (packed, p[of], length[of])), span))
+        tokens = (example, p[example] + offset, row[example] + offset, first, first + length - 1)
+        return cls(*map(jnp.asarray, tokens), tuple(buckets))
 
 
 @jax.tree_util.register_dataclass
@@ -129,7 +161,7 @@ def frozen_stream(
     def advance(i, x):
         return _frozen_layer(config, weights, clean, change, i, x)
 
-    x = clean.resid_pre[start, suffixes.packed[:, 0]]
+    x = clean.resid_pre[start, suffixes.first]
     return jax.lax.fori_loop(start, config.num_layers, advance, x)
 
 
@@ -163,7 +195,7 @@ def receiver_inputs(
         x, inputs = carry
         return _frozen_layer(config, weights, clean, change, i, x), read_if_received(i, x, inputs)
 
-    x = clean.resid_pre[start, suffixes.packed[:, 0]]
+    x = clean.resid_pre[start, suffixes.first]
     inputs = jnp.zeros((config.num_layers, len(x), config.num_heads, config.head_dim), x.dtype)
     x, inputs = jax.lax.fori_loop(start, stop, advance, (x, inputs))
     return read_if_received(stop, x, inputs)
@@ -225,13 +257,15 @@ def _live_layer(
     rotation = rope.angles(config, suffixes.position)
     qkv = {site: project(config, layer, site, normed) for site in ("q", "k", "v")}
     if receivers is not None:
-        qkv[via] = _patched(config, qkv[via], suffixes.packed[:, 0], receivers, i)
-    q, k = (rope.rotate(qkv[site], *rotation)[suffixes.packed] for site in ("q", "k"))  # [B, W, N or K, H]
-    token = jnp.arange(q.shape[1])
-    causal = token[:, None, None] >= token  # [W, 1, W]
-    z = _attend(config, clean, suffixes, i, q, k, qkv["v"][suffixes.packed], causal)
-    packed_z = z[suffixes.example, suffixes.offset]  # [C, N, H]
-    return mlp_half(config, layer, x + attention_output(config, layer, packed_z))
+        qkv[via] = _patched(config, qkv[via], suffixes.first, receivers, i)
+    q, k = (rope.rotate(qkv[site], *rotation) for site in ("q", "k"))
+    z = []
+    for bucket in suffixes.buckets:
+        token = jnp.arange(bucket.span.width)
+        causal = token[:, None] >= token  # [W, W]
+        z.append(_attend(config, clean, bucket, i, q[bucket.packed], k, qkv["v"], causal))
+    unpacked = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in z])
+    return mlp_half(config, layer, x + attention_output(config, layer, unpacked[suffixes.unpacked]))
 
 
 def _last_layer(
@@ -246,22 +280,23 @@ def _last_layer(
     """The last layer of the live stream x [C, D] at `last` only, [B, D]; other tokens give their keys and values."""
     i = config.num_layers - 1
     layer = _layer(weights, i)
-    last = jnp.take_along_axis(suffixes.packed, suffixes.length[:, None] - 1, axis=1)[:, 0]
     normed = norm(config, layer["attn_norm"], x)
     qkv = {site: project(config, layer, site, normed) for site in ("k", "v")}
-    qkv["q"] = project(config, layer, "q", normed[last])  # [B, N, H]
-    at_p = suffixes.packed[:, 0]
+    qkv["q"] = project(config, layer, "q", normed[suffixes.last])  # [B, N, H]
     if via == "q":
-        patched = _patched(config, qkv["q"], jnp.arange(len(last)), receivers, i)
-        qkv["q"] = jnp.where((at_p == last)[:, None, None], patched, qkv["q"])
+        patched = _patched(config, qkv["q"], jnp.arange(len(suffixes.last)), receivers, i)
+        qkv["q"] = jnp.where((suffixes.first == suffixes.last)[:, None, None], patched, qkv["q"])
     else:
-        qkv[via] = _patched(config, qkv[via], at_p, receivers, i)
-    q = rope.rotate(qkv["q"], *rope.angles(config, suffixes.position[last]))[:, None]  # [B, 1, N, H]
-    k = rope.rotate(qkv["k"], *rope.angles(config, suffixes.position))[suffixes.packed]
-    width = suffixes.packed.shape[1]
-    within = jnp.arange(width) < suffixes.length[:, None, None, None]  # [B, 1, 1, W]
-    z = _attend(config, clean, suffixes, i, q, k, qkv["v"][suffixes.packed], within)
-    return mlp_half(config, layer, x[last] + attention_output(config, layer, z)[:, 0])
+        qkv[via] = _patched(config, qkv[via], suffixes.first, receivers, i)
+    q = rope.rotate(qkv["q"], *rope.angles(config, suffixes.position[suffixes.last]))[:, None]  # [B, 1, N, H]
+    k = rope.rotate(qkv["k"], *rope.angles(config, suffixes.position))
+    z = []
+    for bucket in suffixes.buckets:
+        within = jnp.arange(bucket.span.width) < bucket.length[:, None, None, None]  # [b, 1, 1, W]
+        queries = q[bucket.span.start : bucket.span.stop]
+        z.append(_attend(config, clean, bucket, i, queries, k, qkv["v"], within))
+    attn_out = attention_output(config, layer, jnp.concatenate(z))[:, 0]
+    return mlp_half(config, layer, x[suffixes.last] + attn_out)
 
 
 def _patched(config: Config, x: jax.Array, at_p: jax.Array, receivers: Receivers, i: Layer) -> jax.Array:
@@ -273,19 +308,25 @@ def _patched(config: Config, x: jax.Array, at_p: jax.Array, receivers: Receivers
 def _attend(
     config: Config,
     clean: CleanCache,
-    suffixes: Suffixes,
+    bucket: Bucket,
     i: Layer,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     allowed: jax.Array,
 ) -> jax.Array:
-    """z [B, T, N, H] of rotated queries q over the clean prefix and the suffix: two blocks of keys, one softmax."""
+    """z [b, T, N, H] of one bucket's rotated queries q over its clean prefixes and its suffixes, under one softmax.
+
+    Args:
+      k, v: of all packed suffix tokens, [C, K or N, H].
+      allowed: suffix tokens that each query may attend to, broadcastable to [b, N, T, W].
+    """
     assert clean.k is not None and clean.v is not None
-    p = suffixes.position[suffixes.packed[:, 0]]
-    prefix = jnp.arange(clean.k.shape[2]) < p[:, None, None, None]  # [B, 1, 1, T]
-    patterns = attention_pattern(config, q, [(clean.k[i], prefix), (k, allowed)])
-    return mix_values(config, list(zip(patterns, (clean.v[i], v), strict=True)))
+    span = bucket.span
+    prefix_k, prefix_v = (x[i, span.start : span.stop, : span.prefix] for x in (clean.k, clean.v))
+    prefix = jnp.arange(span.prefix) < bucket.position[:, None, None, None]  # [b, 1, 1, P]
+    patterns = attention_pattern(config, q, [(prefix_k, prefix), (k[bucket.packed], allowed)])
+    return mix_values(config, list(zip(patterns, (prefix_v, v[bucket.packed]), strict=True)))
 
 
 def _layer(weights: Params, i: Layer) -> Params:

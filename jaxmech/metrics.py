@@ -33,12 +33,12 @@ def outcome(config: Config, weights: Params, x: jax.Array, labels: jax.Array, wr
     return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), correct - wrong)
 
 
-def effect(metric: str, patched: Outcome, clean: Outcome) -> jax.Array:
-    """The score of a patch by `metric`, one of METRICS."""
+def effect(metric: str, patched: Outcome, clean: Outcome) -> np.ndarray:
+    """The score of a patch by `metric`, one of METRICS; fields of the outcomes are NumPy arrays."""
     if metric == "logit_difference":
         return patched.logit_difference - clean.logit_difference
     change = patched.log_probability - clean.log_probability
-    return jnp.expm1(change) if metric == "probability" else change
+    return np.expm1(change) if metric == "probability" else change
 
 
 def check_metric(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int) -> np.ndarray:

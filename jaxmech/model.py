@@ -192,10 +192,12 @@ def block(
     q, k, v = (site(name, project(config, weights, name, normed)) for name in ("q", "k", "v"))
     forbidden = knocked_out(interventions, index)
     allowed = causal if forbidden is None else causal & ~forbidden
+    allowed = jnp.swapaxes(allowed, -3, -2)
     (pattern,) = attention_pattern(config, rope.rotate(q, *rotation), [(rope.rotate(k, *rotation), allowed)])
     if forbidden is not None:
         pattern = jnp.where(allowed, pattern, 0)  # a query with no key left attends to nothing, not to all alike
-    z = site("z", mix_values(config, [(site("pattern", pattern), v)]))
+    pattern = jnp.swapaxes(site("pattern", jnp.swapaxes(pattern, -3, -2)), -3, -2)
+    z = site("z", mix_values(config, [(pattern, v)]))
     x = site("resid_mid", x + site("attn_out", attention_output(config, weights, z)))
     x = site("resid_post", x + site("mlp_out", mlp(config, weights, norm(config, weights["mlp_norm"], x))))
     return x, sites
@@ -235,38 +237,41 @@ def per_query_head(config: Config, x: jax.Array) -> jax.Array:
 def attention_pattern(config: Config, q: jax.Array, keys: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
     """Attention probabilities of q [..., T, N, H] over one or more blocks of keys, under one softmax.
 
-    Several blocks let a suffix attend to a shared prefix without copying it: prefix and suffix are two blocks.
+    Several blocks let a suffix attend to a shared prefix without copying it: prefix and suffix are two blocks. Heads
+    stand before queries here, the order in which products over heads come and go, so that nothing is transposed.
 
     Args:
       q: rotated queries.
       keys: (k, allowed) of each block: rotated keys [..., S, K, H], where K may differ between blocks and divides N;
-        and a mask that broadcasts to [..., T, N, S], True where attention is allowed.
+        and a mask that broadcasts to [..., N, T, S], True where attention is allowed.
 
     Returns:
-      A pattern [..., T, N, S] for each block, in the compute dtype; together they sum to 1 over S.
+      A pattern [..., N, T, S] for each block, in the compute dtype; together they sum to 1 over S.
     """
     scores = [jnp.where(allowed, _scores(config, q, k), FORBIDDEN) for k, allowed in keys]
-    pattern = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(config.compute_dtype)
-    ends = [sum(s.shape[-1] for s in scores[: i + 1]) for i in range(len(scores) - 1)]
-    return jnp.split(pattern, ends, axis=-1)
+    largest = reduce(jnp.maximum, (s.max(axis=-1, keepdims=True, initial=FORBIDDEN) for s in scores))
+    weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s in scores]
+    total = reduce(jnp.add, (w.sum(axis=-1, keepdims=True) for w in weights))
+    return [(w / total).astype(config.compute_dtype) for w in weights]
 
 
 def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled dot products [..., T, N, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
+    """Scaled dot products [..., N, T, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
     grouped = q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], config.head_dim)
-    scores = einsum(config, "...tkgh,...skh->...tkgs", grouped, k, out=jnp.float32)
-    return scores.reshape(*q.shape[:-1], k.shape[-3]) * config.head_dim**-0.5
+    scores = einsum(config, "...tkgh,...skh->...kgts", grouped, k, out=jnp.float32)
+    return scores.reshape(*q.shape[:-3], q.shape[-2], *scores.shape[-2:]) * config.head_dim**-0.5
 
 
 def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """z [..., T, N, H]: the values v [..., S, K, H] of each block weighted by its pattern [..., T, N, S]."""
+    """z [..., T, N, H]: the values v [..., S, K, H] of each block weighted by its pattern [..., N, T, S]."""
     return reduce(jnp.add, (_mix(config, pattern, v) for pattern, v in blocks))
 
 
 def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
-    grouped = pattern.reshape(*pattern.shape[:-2], v.shape[-2], pattern.shape[-2] // v.shape[-2], pattern.shape[-1])
-    z = einsum(config, "...tkgs,...skh->...tkgh", grouped, v)
-    return z.reshape(*pattern.shape[:-1], config.head_dim)
+    groups = v.shape[-2], pattern.shape[-3] // v.shape[-2]
+    grouped = pattern.reshape(*pattern.shape[:-3], *groups, *pattern.shape[-2:])
+    z = einsum(config, "...kgts,...skh->...tkgh", grouped, v)
+    return z.reshape(*z.shape[:-3], pattern.shape[-3], config.head_dim)
 
 
 def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:

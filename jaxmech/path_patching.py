@@ -7,6 +7,7 @@ that run. With receivers, their q, k or v (before RoPE) at p is recorded there a
 run, and the effect is read from the logits of that one.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +26,11 @@ from jaxmech.pairs import Pairs
 from jaxmech.scores import PathScores
 from jaxmech.shared_prefix import SharedPrompts, shared_length
 
-ROWS_PER_CALL = 256  # senders x examples; with fewer, several sender layers share a call, and so the loaded weights
+# A call runs the senders of at least one layer. While that is less work than this, it runs those of more layers, which
+# then share the loaded weights; but all of them go through the layers from the lowest one on.
+TOKENS_PER_CALL = {"frozen": 512, "live": 4096}
+BUCKETS = 4  # parts of a batch that attend together, padded to the longest suffix and prefix in it
+CLEAN = -1  # stands for a sender whose change is zero: the clean outcome by the same arithmetic as all others
 Progress = Callable[[int, int], None]
 Array = Any  # NumPy on the host, jax.Array inside jit
 
@@ -54,7 +59,7 @@ def path_patch(
         "logit_difference".
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
       batch_size: examples in one call; None picks as many as fit a memory budget.
-      progress: called with (sender layers done, sender layers in all).
+      progress: called with (calls done, calls in all); a call runs the senders of one or more layers.
 
     Returns:
       Scores of all L x N heads. Heads at or above the last receiver layer have no path and score exactly 0.
@@ -80,22 +85,22 @@ def path_patch(
             f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers."
         )
     plan = _plan(config, examples, mask, batch_size)
-    scores = np.zeros((config.num_layers, config.num_heads, len(pairs)), np.float32)
+    scores = np.zeros((config.num_layers * config.num_heads, len(pairs)), np.float32)
     probability = np.zeros(len(pairs), np.float32)
     for batch, rows in enumerate(plan.batches):
         inputs = _prepare(config, model.weights, _batch(examples, rows, plan), live=mask is not None)
-        for step, span in enumerate(plan.spans):
-            found, p_clean = _sender_layers(
-                config, model.weights, inputs, span, mask, via=via, metric=metric, count=plan.layers_per_call
-            )
-            kept = slice(span.first, min(span.first + plan.layers_per_call, plan.sender_layers))
-            # Rows that fill up the last batch are examples of the same batch, so that they are written twice alike.
-            scores[kept, :, rows] = np.asarray(found)[: kept.stop - kept.start]
-            probability[rows] = np.asarray(p_clean)
+        outcomes = []
+        for call in plan.calls:
+            outcomes.append(_senders(config, model.weights, inputs, call, mask, via=via))
+            jax.block_until_ready(outcomes[-1])
             if progress:
-                done = batch * len(plan.spans) + step + 1
-                progress(done, len(plan.batches) * len(plan.spans))
-    return PathScores(scores, probability, metric)
+                progress(batch * len(plan.calls) + len(outcomes), len(plan.batches) * len(plan.calls))
+        found = jax.tree.map(lambda *parts: np.concatenate(parts), *outcomes)
+        clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, plan.rows)))
+        # Rows that fill up the last batch are examples of the same batch, so that they are written twice alike.
+        scores[: plan.rows - 1, rows] = effect(metric, patched, clean)
+        probability[rows] = np.exp(clean.log_probability)
+    return PathScores(scores.reshape(config.num_layers, config.num_heads, -1), probability, metric)
 
 
 class _Examples(NamedTuple):
@@ -110,10 +115,11 @@ class _Examples(NamedTuple):
     wrong_labels: np.ndarray  # [B]
 
 
-class _Span(NamedTuple):
-    """Layers that one call runs through; traced, so that all calls of a sweep share one compilation."""
+class _Call(NamedTuple):
+    """The senders of one call and the layers it runs through; traced, so that a sweep's calls share one compilation."""
 
-    first: int  # first sender layer
+    senders: Array  # [R] layer * N + head; CLEAN is the row whose change is zero
+    first: int  # the lowest sender layer
     live: int  # where the live stream starts: at the first receiver above, and below the last layer
     stop: int  # the last receiver layer
 
@@ -123,12 +129,11 @@ class _Plan(NamedTuple):
 
     batches: list[np.ndarray]  # rows of each batch, all equally many
     capacity: int  # packed suffix tokens of a batch
-    width: int  # tokens of the longest suffix
+    buckets: list[cone.Span]  # of the examples of a batch
     shared_tokens: int  # tokens at the start of every prompt that are computed once for those that share them
     shared_prefixes: int  # distinct ones in a batch, at most
-    spans: list[_Span]
-    sender_layers: int  # layers below the last receiver
-    layers_per_call: int
+    calls: list[_Call]  # for each batch; together the clean row and then all senders, layer by layer
+    rows: int  # the clean row and all senders; the last call repeats some of its own
 
 
 class _Batch(NamedTuple):
@@ -157,37 +162,29 @@ def _prepare(config: Config, weights: Params, batch: "_Batch", *, live: bool) ->
     return _Inputs(clean, batch.suffixes, delta_z, batch.labels, batch.wrong_labels)
 
 
-@partial(jax.jit, static_argnames=("config", "via", "metric", "count"))
-def _sender_layers(
+@partial(jax.jit, static_argnames=("config", "via"))
+def _senders(
     config: Config,
     weights: Params,
     inputs: _Inputs,
-    span: _Span,
+    call: _Call,
     receivers: jax.Array | None,
     *,
     via: str | None,
-    metric: str,
-    count: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Scores [count, N, B] of all heads of the layers from `span.first` on, and the clean probability [B]."""
-    layers = span.first + jnp.arange(count)
-    o = weights["blocks"]["o"][layers]
-    delta = einsum(config, "sbnh,snhd->snbd", inputs.delta_z[layers], o)
-    # A row whose delta is zero: the clean outcome by the same arithmetic, so that rounding does not pass for an effect.
-    delta = jnp.pad(delta.reshape(-1, *delta.shape[2:]), ((1, 0), (0, 0), (0, 0)))  # [1 + count * N, B, D]
-    change = cone.Change(jnp.pad(jnp.repeat(layers, config.num_heads), (1, 0)), delta)
-    kernel = partial(_outcome, config, weights, inputs, span, receivers, via)
-    outcomes = jax.vmap(kernel)(change)
-    clean, patched = (jax.tree.map(lambda x, rows=rows: x[rows], outcomes) for rows in (slice(1), slice(1, None)))
-    scores = effect(metric, patched, clean).reshape(count, config.num_heads, -1)
-    return scores, jnp.exp(clean.log_probability[0])
+) -> Outcome:
+    """The outcomes, fields [R, B], of the senders of one call."""
+    layer, head = jnp.divmod(call.senders, config.num_heads)
+    delta = einsum(config, "rbh,rhd->rbd", inputs.delta_z[layer, :, head], weights["blocks"]["o"][layer, head])
+    delta = jnp.where((call.senders == CLEAN)[:, None, None], 0, delta)
+    kernel = partial(_outcome, config, weights, inputs, call, receivers, via)
+    return jax.vmap(kernel)(cone.Change(layer, delta))
 
 
 def _outcome(
     config: Config,
     weights: Params,
     inputs: _Inputs,
-    span: _Span,
+    call: _Call,
     receivers: jax.Array | None,
     via: str | None,
     change: cone.Change,
@@ -195,11 +192,11 @@ def _outcome(
     """The outcome, fields [B], of one sender's `change`."""
     clean, suffixes = inputs.clean, inputs.suffixes
     if receivers is None or via is None:
-        x = cone.frozen_stream(config, weights, clean, suffixes, change, span.first)
+        x = cone.frozen_stream(config, weights, clean, suffixes, change, call.first)
     else:
-        read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, span.first, span.stop)
+        read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, call.first, call.stop)
         patch = cone.Receivers(receivers, read)
-        x = cone.live_stream(config, weights, clean, suffixes, patch, via, span.live, span.stop)
+        x = cone.live_stream(config, weights, clean, suffixes, patch, via, call.live, call.stop)
     return outcome(config, weights, x, inputs.labels, inputs.wrong_labels)
 
 
@@ -208,7 +205,7 @@ def _batch(examples: _Examples, rows: np.ndarray, plan: _Plan) -> _Batch:
     return _Batch(
         prompts=SharedPrompts.split(_prompts(examples, rows), plan.shared_tokens, plan.shared_prefixes),
         p=np.concatenate([p, examples.corrupt_p[rows]]),
-        suffixes=cone.Suffixes.pack(p, last, capacity=plan.capacity, width=plan.width),
+        suffixes=cone.Suffixes.pack(p, last, capacity=plan.capacity, spans=plan.buckets),
         labels=examples.labels[rows],
         wrong_labels=examples.wrong_labels[rows],
     )
@@ -226,39 +223,64 @@ def _plan(config: Config, examples: _Examples, mask: np.ndarray | None, batch_si
     if batch_size is None:
         batch_size = _examples_per_call(config, examples, live=mask is not None)
     batches = _batches(length, batch_size)
-    layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
-    rows = len(batches[0]) * config.num_heads
     shared_tokens, shared_prefixes = shared_length([_prompts(examples, rows) for rows in batches])
-    per_call = max(1, min(-(-ROWS_PER_CALL // rows), layers // 4))
+    capacity = max(int(length[rows].sum()) for rows in batches)
+    sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
+    senders = np.append(CLEAN, np.arange(sender_layers * config.num_heads))
     return _Plan(
         batches=batches,
-        capacity=max(int(length[rows].sum()) for rows in batches),
-        width=int(length.max()),
+        capacity=capacity,
+        buckets=_buckets(batches, examples.p, length),
         shared_tokens=shared_tokens,
         shared_prefixes=shared_prefixes,
-        spans=[_span(config, mask, first) for first in range(0, max(layers, 1), per_call)],
-        sender_layers=layers,
-        layers_per_call=per_call,
+        calls=_calls(config, mask, senders, len(batches[0]), capacity),
+        rows=len(senders),
     )
 
 
+def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, examples: int, capacity: int) -> list[_Call]:
+    """The `senders`, in equal parts, for batches of so many examples and packed suffix tokens."""
+    work = max(examples / TOKENS_PER_CALL["frozen"], 0 if mask is None else capacity / TOKENS_PER_CALL["live"])
+    layers = len(senders) // config.num_heads
+    count = max(1, min(layers, math.ceil(len(senders) * work)))
+    size = math.ceil(len(senders) / count)
+    parts = [np.resize(senders[first : first + size], size) for first in range(0, len(senders), size)]
+    return [_Call(part, *_span(config, mask, max(0, int(part[0])) // config.num_heads)) for part in parts]
+
+
 def _batches(length: np.ndarray, size: int) -> list[np.ndarray]:
-    """Rows of batches of at most `size` examples, equally many in each and with similar sums of lengths."""
+    """Rows of batches of at most `size` examples, longest suffixes first, with similar sums of lengths.
+
+    All have equally many rows; a shorter batch repeats its last one.
+    """
     if size < 1:
         raise ValueError(f"batch_size={size}; expected at least 1.")
     count = -(-len(length) // size)
     order = np.argsort(-length, kind="stable")
     batches = [order[first::count] for first in range(count)]
-    return [np.resize(rows, len(batches[0])) for rows in batches]  # a shorter batch repeats some of its rows
+    return [np.pad(rows, (0, len(batches[0]) - len(rows)), "edge") for rows in batches]
 
 
-def _span(config: Config, mask: np.ndarray | None, first: int) -> _Span:
+def _buckets(batches: list[np.ndarray], p: np.ndarray, length: np.ndarray) -> list[cone.Span]:
+    """The examples of a batch in buckets of similar lengths, the same for all batches: equal parts of the order."""
+    count = min(BUCKETS, len(np.unique(length)))
+    bounds = [len(batches[0]) * i // count for i in range(count + 1)]
+    spans = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if start < stop:
+            rows = np.concatenate([batch[start:stop] for batch in batches])
+            spans.append(cone.Span(start, stop, int(length[rows].max()), max(1, int(p[rows].max()))))
+    return spans
+
+
+def _span(config: Config, mask: np.ndarray | None, first: int) -> tuple[int, int, int]:
+    """`first`, `live` and `stop` of a call whose lowest sender layer is `first`."""
     if mask is None:
-        return _Span(first, 0, 0)
+        return first, 0, 0
     layers = np.flatnonzero(mask.any(axis=1))
     above = layers[layers > first]
     receiver = int(above[0]) if len(above) else int(layers[-1])
-    return _Span(first, max(0, min(receiver, config.num_layers - 2)), int(layers[-1]))
+    return first, max(0, min(receiver, config.num_layers - 2)), int(layers[-1])
 
 
 def _receiver_mask(config: Config, receivers: Iterable[Sequence[int]] | None, via: str | None) -> np.ndarray | None:

@@ -55,13 +55,22 @@ def shared_length(batches: Sequence[np.ndarray]) -> tuple[int, int]:
     """
 
     def tokens_computed(length: int) -> tuple[int, int]:
-        count = max(len(np.unique(tokens[:, :length], axis=0)) for tokens in batches) if length else 1
+        count = max(int(distinct[length]) for distinct in distinct_prefixes) if length else 1
         rows, total = batches[0].shape
         return count * length + rows * (total - length), count
 
+    distinct_prefixes = [_distinct_prefixes(tokens) for tokens in batches]
     costs = [tokens_computed(length) for length in range(batches[0].shape[1])]
     best = min(range(len(costs)), key=lambda length: costs[length][0])
     return (best, costs[best][1]) if costs[best][0] < 0.9 * costs[0][0] else (0, 1)
+
+
+def _distinct_prefixes(tokens: np.ndarray) -> np.ndarray:
+    """How many distinct prefixes of 0, 1, .., T - 1 tokens the prompts [R, T] have: [T]."""
+    ordered = tokens[np.lexsort(tokens.T[::-1])]
+    differs = ordered[1:] != ordered[:-1]
+    first = np.where(differs.any(axis=1), differs.argmax(axis=1), tokens.shape[1])  # where neighbours part
+    return 1 + (first[:, None] < np.arange(tokens.shape[1])).sum(axis=0)
 
 
 def observe_prompts(
@@ -76,8 +85,8 @@ def observe_prompts(
     length, total = prompts.prefixes.shape[1], prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
     cos, sin = rope.angles(config, jnp.arange(total))
     token = jnp.arange(total)
-    causal = token[:, None, None] >= token  # [T, 1, S]
-    own_prefix, own_suffix = causal[:length, :, :length], causal[length:, :, length:]
+    causal = token[:, None] >= token  # [T, S]
+    own_prefix, own_suffix = causal[:length, :length], causal[length:, length:]
 
     def layer(streams, weights):
         prefix, suffix = streams

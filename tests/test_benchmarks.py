@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmech as jm
-from jaxmech.path_patching import _batch, _Examples, _plan, _prepare, _receiver_mask, _sender_layers
+from jaxmech.path_patching import _batch, _Examples, _plan, _prepare, _receiver_mask, _senders
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -88,11 +88,10 @@ def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, re
         with jax.ensure_compile_time_eval():
             return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
-    def step(span):
-        options = {"via": via, "metric": "probability", "count": plan.layers_per_call}
-        call = _sender_layers.__wrapped__
-        return lambda weights, inputs: call(model.config, weights, inputs, span, mask, **options)
+    def step(call):
+        run = _senders.__wrapped__
+        return lambda weights, inputs: run(model.config, weights, inputs, call, mask, via=via)
 
     total = counted(lambda w, b: _prepare.__wrapped__(model.config, w, b, live=live), model.weights, batch)
-    total += sum(counted(step(span), model.weights, inputs) for span in plan.spans)
+    total += sum(counted(step(call), model.weights, inputs) for call in plan.calls)
     assert abs(total / flops.cone(model.config, work) - 1) < 0.1

@@ -114,8 +114,8 @@ def test_scores_and_softmax_of_a_bfloat16_model_are_float32(random_model):
     config = random_model().config.replace(dtype="bfloat16")
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(64, config.num_heads, config.head_dim)) * 2, jnp.bfloat16) for _ in range(2))
-    (found,) = attention_pattern(config, q, [(k, jnp.ones((64, 1, 64), bool))])
-    scores = np.einsum("tnh,snh->tns", *(np.asarray(x, np.float64) for x in (q, k))) * config.head_dim**-0.5
+    (found,) = attention_pattern(config, q, [(k, jnp.ones((64, 64), bool))])
+    scores = np.einsum("tnh,snh->nts", *(np.asarray(x, np.float64) for x in (q, k))) * config.head_dim**-0.5
     expected = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     assert (np.asarray(found) == expected.astype(found.dtype)).mean() > 0.99  # one rounding, at the end
 

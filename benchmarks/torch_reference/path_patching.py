@@ -9,8 +9,8 @@ forward pass of the clean prompt, is run with these values in place.
 There are two frozen passes. "hooks" is the whole model with hooks that replace the output of every self_attn, as hook
 libraries do it; the attention is computed and thrown away. "lean" runs Hugging Face's own norms and MLPs, computes no
 attention and stops at the last receiver. With either, logits are computed at the last token alone, and senders without
-a path to a receiver are skipped. Both passes run the whole prompt from the first layer; to start later and run fewer
-tokens is the algorithm of `incremental`.
+a path to a receiver are skipped unless `every_head` asks for them, as the published code sweeps them. Both passes run
+the whole prompt from the first layer; to start later and run fewer tokens is the algorithm of `incremental`.
 """
 
 from collections.abc import Callable, Iterable
@@ -52,6 +52,7 @@ def path_patch(
     senders: Iterable[Head] | None = None,
     chunk: int | None = None,
     frozen: str = "lean",
+    every_head: bool = False,
 ) -> Tensor:
     """Scores heads as senders: (p_patched - p_clean) / p_clean, p the softmax probability of the label at `last`.
 
@@ -70,6 +71,7 @@ def path_patch(
       senders: the heads to score, for timing a sample of a large model; all by default.
       chunk: examples in one forward pass; all at once by default.
       frozen: how the frozen pass is run, "hooks" or "lean".
+      every_head: also run the passes of heads at or above the last receiver layer, whose score is 0.
 
     Returns:
       float32 [L, N, B] on the model's device. Heads at or above the last receiver layer score exactly 0; heads not in
@@ -85,7 +87,8 @@ def path_patch(
     size = chunk or len(prompts.clean)
     parts = zip(*(x.split(size) for x in prompts), strict=True)
     passes = {"hooks": _hooked_frozen_pass, "lean": _frozen_pass}[frozen]
-    return torch.cat([_scores(model, Prompts(*part), reads, via, sends, passes) for part in parts], dim=-1)
+    layers = model.config.num_hidden_layers if every_head or not reads else max(reads)
+    return torch.cat([_scores(model, Prompts(*part), reads, via, sends, passes, layers) for part in parts], dim=-1)
 
 
 def check_receivers(
@@ -118,14 +121,15 @@ def _scores(
     via: str | None,
     sends: set[Head] | None,
     frozen_pass: Callable,
+    layers: int,
 ) -> Tensor:
-    """Scores [L, N, B] of one chunk of examples."""
+    """Scores [L, N, B] of one chunk of examples; senders in `layers` layers are run."""
     config = model.config
     cache = capture(model, prompts.clean, {"attn_out": None, "z": prompts.position})
     delta_z = capture(model, prompts.corrupt, {"z": prompts.corrupt_position})["z"] - cache["z"]  # [L, B, N, H]
     scores = delta_z.new_zeros(config.num_hidden_layers, config.num_attention_heads, len(prompts.clean)).float()
     p_clean = _probability(model, prompts, cache["attn_out"], None, reads, via, frozen_pass)
-    for layer in range(max(reads, default=config.num_hidden_layers)):
+    for layer in range(layers):
         weight = model.model.layers[layer].self_attn.o_proj.weight.unflatten(1, (config.num_attention_heads, -1))
         for head in range(config.num_attention_heads):
             if sends is not None and (layer, head) not in sends:
