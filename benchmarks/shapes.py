@@ -93,7 +93,11 @@ def pairs(shape: Shape, *, boxes: bool = True, seed: int = 0) -> jm.Pairs:
 
 
 def random_model(config: jm.Config, seed: int = 0) -> jm.Model:
-    """A model with random weights, variance 1 / fan-in, made leaf by leaf in the parameters' dtype."""
+    """A model with random weights, made leaf by leaf in the parameters' dtype.
+
+    Variance 1 / fan-in, but for q and k (x 2) and o (x 4): heads attend to few tokens and matter, so that scores stand
+    well above the rounding of the log-probabilities that they are differences of.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -108,7 +112,8 @@ def random_model(config: jm.Config, seed: int = 0) -> jm.Model:
         else:
             fan_in = {"embed": x.shape[1], "unembed": x.shape[0]}.get(name, x.shape[1])
         key = jax.random.fold_in(jax.random.key(seed), hash_name(name))
-        return (jax.random.normal(key, x.shape, x.dtype) * fan_in**-0.5).astype(x.dtype)
+        scale = {"q": 2, "k": 2, "o": 4}.get(name, 1) * fan_in**-0.5
+        return (jax.random.normal(key, x.shape, x.dtype) * scale).astype(x.dtype)
 
     return jm.Model(config, jax.tree_util.tree_map_with_path(draw, abstract_params(config)))
 

@@ -170,7 +170,7 @@ def discover(
       batch_size: see `path_patch`.
       done: {group: scores} of sweeps finished by an earlier call with the same arguments; they are not run again.
       on_stage: called with (stage, scores) after each sweep that was run, to save it.
-      progress: called with (stage, sender layers done, sender layers in all).
+      progress: called with (stage, calls done, calls in all; see `path_patch`).
 
     Raises:
       ValueError: the chain does not fit together, k names an unknown group or exceeds the number of heads, or the pairs

@@ -92,8 +92,8 @@ def path_patch(
         outcomes = []
         for call in plan.calls:
             outcomes.append(_senders(config, model.weights, inputs, call, mask, via=via))
-            jax.block_until_ready(outcomes[-1])
             if progress:
+                jax.block_until_ready(outcomes[-1])
                 progress(batch * len(plan.calls) + len(outcomes), len(plan.batches) * len(plan.calls))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *outcomes)
         clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, plan.rows)))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmech as jm
+from jaxmech import path_patching
 from jaxmech.path_patching import _batch, _Examples, _plan, _prepare, _receiver_mask, _senders
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -77,6 +78,7 @@ def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, re
     position, corrupt_position = pairs.position(sender), pairs.corrupt_position(sender)
     prompts = (pairs.clean, pairs.corrupt, position, corrupt_position, pairs.position("last"))
     examples = _Examples(*prompts, pairs.labels, pairs.labels)
+    monkeypatch.setattr(path_patching, "TOKENS_PER_CALL", {"frozen": 1, "live": 1})  # one layer's senders a call
     plan = _plan(model.config, examples, mask, None)
     batch = _batch(examples, plan.batches[0], plan)
     live = mask is not None

@@ -180,6 +180,15 @@ def test_the_frozen_pass_by_hooks_gives_the_scores_of_the_lean_one(twins, pairs,
     assert_close(hooks, lean, TOLERANCES.cone)
 
 
+def test_heads_that_reach_no_receiver_score_zero_when_they_are_run(twins, pairs):
+    inputs, receivers = sweep_inputs(pairs, "query_box"), [(0, 0), (1, 1)]
+    skipped, run = (
+        path_patching.path_patch(twins.torch, *inputs, receivers, "v", every_head=every) for every in (False, True)
+    )
+    assert not run[1:].any(), "what stands at or above the last receiver has no path"
+    assert_close(run, skipped, TOLERANCES.cone)
+
+
 def test_frozen_pass_without_a_sender_is_the_clean_pass(twins, pairs):
     prompts = path_patching.Prompts(*(hooks.indices(twins.torch, x) for x in sweep_inputs(pairs, "last")))
     attn_out = hooks.capture(twins.torch, prompts.clean, {"attn_out": None})["attn_out"]
