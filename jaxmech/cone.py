@@ -97,9 +97,15 @@ class Suffixes:
         for span in spans:
             of = slice(span.start, span.stop)
             packed = first[of, None] + np.minimum(np.arange(span.width), length[of, None] - 1)
-            buckets.append(Bucket(*map(jnp.asarray, (packed, p[of], length[of])), span))
-        tokens = (example, p[example] + offset, row[example] + offset, first, first + length - 1)
-        return cls(*map(jnp.asarray, tokens), tuple(buckets))
+            buckets.append(Bucket(jnp.asarray(packed), jnp.asarray(p[of]), jnp.asarray(length[of]), span))
+        return cls(
+            example=jnp.asarray(example),
+            position=jnp.asarray(p[example] + offset),
+            unpacked=jnp.asarray(row[example] + offset),
+            first=jnp.asarray(first),
+            last=jnp.asarray(first + length - 1),
+            buckets=tuple(buckets),
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -34,10 +34,10 @@ def outcome(config: Config, weights: Params, x: jax.Array, labels: jax.Array, wr
 
 
 def effect(metric: str, patched: Outcome, clean: Outcome) -> np.ndarray:
-    """The score of a patch by `metric`, one of METRICS; fields of the outcomes are NumPy arrays."""
+    """The score of a patch by `metric`, one of METRICS."""
     if metric == "logit_difference":
-        return patched.logit_difference - clean.logit_difference
-    change = patched.log_probability - clean.log_probability
+        return np.asarray(patched.logit_difference) - np.asarray(clean.logit_difference)
+    change = np.asarray(patched.log_probability) - np.asarray(clean.log_probability)
     return np.expm1(change) if metric == "probability" else change
 
 
