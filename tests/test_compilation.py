@@ -24,7 +24,8 @@ def compilations(sweep) -> int:
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=str)
 @pytest.mark.parametrize("layers", [4, 7])
-def test_a_sweep_compiles_once_whatever_the_number_of_layers(random_model, random_pairs, sweep, layers):
+def test_a_sweep_compiles_once_whatever_the_number_of_layers(random_model, random_pairs, monkeypatch, sweep, layers):
+    monkeypatch.setattr(path_patching, "TOKENS_PER_CALL", {"frozen": 1, "live": 1})  # a call for each sender layer
     model = random_model(num_layers=layers, vocab_size=50 + layers)  # a shape of its own, compiled by no other test
     pairs = random_pairs(model, count=6)
     assert compilations(lambda: jm.path_patch(model, pairs, *sweep, batch_size=4)) == 1

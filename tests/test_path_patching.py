@@ -8,6 +8,7 @@ from conftest import TOLERANCES, assert_close
 from full_forward import path_patch as full_path_patch
 
 import jaxmech as jm
+from jaxmech import path_patching
 
 MHA = {"num_kv_heads": 4}
 GQA = {"num_kv_heads": 2}
@@ -39,6 +40,20 @@ def test_causal_cone_equals_full_forwards(random_model, random_pairs, shape, sen
     found = jm.path_patch(model, pairs, sender, receivers, via)
     assert np.abs(expected).max() > 0.1, "scores too small to compare"
     assert_close(found.per_example, expected, TOLERANCES.cone)
+
+
+@pytest.mark.parametrize("tokens", [1, 60], ids=["a layer a call", "calls across layers"])
+@pytest.mark.parametrize(("sender", "receivers", "via"), [("last", None, None), ("early", RECEIVERS, "v")])
+def test_a_sweep_of_several_calls_equals_full_forwards(
+    random_model, random_pairs, monkeypatch, sender, receivers, via, tokens
+):
+    monkeypatch.setattr(path_patching, "TOKENS_PER_CALL", {"frozen": tokens, "live": 100 * tokens})
+    model = random_model(num_layers=5, **GQA)
+    pairs = random_pairs(model)
+    calls = []
+    found = jm.path_patch(model, pairs, sender, receivers, via, progress=lambda done, total: calls.append(total))
+    assert 1 < len(calls) == calls[-1]
+    assert_close(found.per_example, full_path_patch(model, pairs, sender, receivers, via), TOLERANCES.cone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
