@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
-    parser.add_argument("--comparisons", default="hooks,reachable,incremental", help="comma-separated; empty for none")
+    parser.add_argument("--comparisons", default="hooks,incremental", help="comma-separated; empty for none")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--reference-runs", type=int, default=5, help="timed runs of each comparison, after a warm-up")
     parser.add_argument("--stages", default="1234", help="digits of the stages to run")
