@@ -37,8 +37,7 @@ import shapes  # noqa: E402
 
 import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
-from jaxmech.path_patching import _prompts, _senders  # noqa: E402
-from jaxmech.shared_prefix import shared_length  # noqa: E402
+from jaxmech import path_patching as patching  # noqa: E402
 
 
 def main() -> None:
@@ -86,20 +85,20 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
     def ours() -> np.ndarray:
         return jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
 
-    before = _senders._cache_size()
+    before = patching.senders._cache_size()
     started = time.perf_counter()
     scores = ours()
     first = time.perf_counter() - started
     times = timed(ours, runs)
     memory = peak_memory(ours)
-    work = sweep_sizes(model.config, pairs, stage)
+    work = sweep_sizes(model, pairs, stage)
     row = {
         **asdict(stage),
         "seconds": statistics.median(times),
         "all_seconds": times,
         "compile_seconds": max(0.0, first - statistics.median(times)),
         "peak_bytes": memory,
-        "compilations": _senders._cache_size() - before,
+        "compilations": patching.senders._cache_size() - before,
         "cone_flops": flops.cone(model.config, work),
         "naive_flops": flops.naive(model.config, work),
         "comparisons": {},
@@ -136,25 +135,16 @@ def peak_memory(run: Callable[[], np.ndarray]) -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def sweep_sizes(config: jm.Config, pairs: jm.Pairs, stage: shapes.Stage) -> flops.Sweep:
+def sweep_sizes(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage) -> flops.Sweep:
     """What `flops` needs to know of the work."""
-    assert pairs.corrupt is not None
-    prompts = _prompts(_Tokens(pairs.clean, pairs.corrupt), np.arange(len(pairs)))
-    length, count = shared_length([prompts])
+    batches = patching.plan(model, pairs, stage.sender, stage.receivers, stage.via, batch_size=len(pairs)).batches
     return flops.Sweep(
         receiver_layers=tuple(sorted({layer for layer, _ in stage.receivers or ()})),
         via=stage.via,
-        lengths=pairs.position("last") - pairs.position(stage.sender) + 1,
+        lengths=batches.last - batches.p + 1,
         tokens=pairs.clean.shape[1],
-        computed_tokens=count * length + len(prompts) * (prompts.shape[1] - length),
+        computed_tokens=batches.computed_tokens,
     )
-
-
-class _Tokens:
-    """Clean and corrupt prompts alone."""
-
-    def __init__(self, clean: np.ndarray, corrupt: np.ndarray):
-        self.clean, self.corrupt = clean, corrupt
 
 
 def comparisons(model: jm.Model, pairs: jm.Pairs, names: list[str]) -> dict[str, Callable]:

@@ -1,30 +1,25 @@
 """The causal cone: computing only what an intervention can reach.
 
 A decoder is causal. A change at layer l and position p reaches nothing below l and nothing left of p; what lies outside
-is read from one clean run. This file owns that clean run's cache and the two streams that path patching sends through
-the cone. Everything here is exact, and the mathematics of a layer is that of `jaxmech.model`. Functions are written for
-one sender and a batch of examples, and vmapped over senders where they are used.
+is read from one clean run. This file owns that clean run's cache and the two streams that run through the cone.
+Everything here is exact, and the mathematics of a layer is that of `jaxmech.model`. Functions are written for one
+sender (or mask, or start layer) and a batch of examples, and vmapped where they are used.
 
 The *frozen* stream is the residual stream at p when every attention output is held at its clean value and only the
 MLPs are recomputed: one token per example, no attention. The *live* stream is an ordinary forward pass of the suffix
-p, p+1, ..., last, in which queries attend to the clean keys and values of the prefix and to their own.
+p, p+1, ..., last, in which queries attend to the clean keys and values of the prefix and to their own. Path patching
+sends both through the cone; DCM, sweeps of cross-model patching and of knockouts the live one alone.
 
-Suffixes differ in length, so they are *packed*: the suffix tokens of all examples stand one after another on one axis,
-and everything that acts on single tokens (norms, projections, MLPs: nearly all the work) runs on that axis without
-padding. Attention alone unpacks them, in *buckets* of examples with suffixes of similar length, whose padding is small.
-
-Axes as in `jaxmech.model`; C counts the packed suffix tokens of all examples; in a bucket, b counts its examples, W the
-tokens of its longest suffix and P those of its longest prefix. Layer bounds are traced, so that one compilation serves
-every sender layer and every set of receivers.
+Suffixes are packed, see `jaxmech.suffixes`, whose axes this file shares. Layer bounds may be traced, so that one
+compilation serves every sender layer and every set of receivers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmech import rope
 from jaxmech.config import Config
@@ -39,84 +34,21 @@ from jaxmech.model import (
     project,
 )
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
+from jaxmech.suffixes import Bucket, Suffixes
 
 Layer = jax.Array | int  # index of a layer, traced or not
-
-
-class Span(NamedTuple):
-    """The extent of a bucket of neighbouring examples."""
-
-    start: int  # its first example
-    stop: int  # behind its last one
-    width: int  # W, at least its longest suffix
-    prefix: int  # P, at least its longest prefix, and not 0
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Bucket:
-    """Neighbouring examples that attend together."""
-
-    packed: jax.Array  # [b, W] packed index of each suffix's tokens; behind the last one, that of the last one
-    position: jax.Array  # [b] p of each
-    length: jax.Array  # [b] tokens of each suffix
-    span: Span = field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Suffixes:
-    """Where the packed suffix tokens p..last of each example lie."""
-
-    example: jax.Array  # [C] example that a packed token belongs to
-    position: jax.Array  # [C] its position in the prompt
-    unpacked: jax.Array  # [C] its index among the unpacked tokens of all buckets, [b, W] of each one behind another
-    first: jax.Array  # [B] packed index of each example's p
-    last: jax.Array  # [B] and of its last token
-    buckets: tuple[Bucket, ...]
-
-    @classmethod
-    def pack(cls, p: np.ndarray, last: np.ndarray, *, capacity: int, spans: Sequence[Span]) -> "Suffixes":
-        """The suffixes from p [B] to last [B], packed and filled up to C = capacity with copies of the first token.
-
-        Args:
-          capacity: C, at least the sum of the lengths.
-          spans: the buckets; together all examples, in order.
-        """
-        length = last - p + 1
-        example = np.repeat(np.arange(len(p)), length)
-        first = np.cumsum(length) - length
-        offset = np.arange(len(example)) - first[example]
-        sizes = [(span.stop - span.start) * span.width for span in spans]
-        row = np.concatenate(
-            [sum(sizes[:i]) + np.arange(s.stop - s.start) * s.width for i, s in enumerate(spans)]
-        )  # [B] index of each example's first unpacked token
-        fill = (0, capacity - len(example))
-        example, offset = np.pad(example, fill), np.pad(offset, fill)
-        buckets = []
-        for span in spans:
-            of = slice(span.start, span.stop)
-            packed = first[of, None] + np.minimum(np.arange(span.width), length[of, None] - 1)
-            buckets.append(Bucket(jnp.asarray(packed), jnp.asarray(p[of]), jnp.asarray(length[of]), span))
-        return cls(
-            example=jnp.asarray(example),
-            position=jnp.asarray(p[example] + offset),
-            unpacked=jnp.asarray(row[example] + offset),
-            first=jnp.asarray(first),
-            last=jnp.asarray(first + length - 1),
-            buckets=tuple(buckets),
-        )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CleanCache:
-    """What the cone reads from the clean run. The last two are None where no live stream runs."""
+    """What the cone reads from the clean run, for layers from `first` on. A stream leaves out what it does not read."""
 
     resid_pre: jax.Array  # [L, C, D], at the suffix tokens
-    attn_out: jax.Array  # [L, B, D], at p
-    k: jax.Array | None = None  # [L, B, T, K, H], rotated
+    attn_out: jax.Array | None = None  # [L, B, D], at p, for a frozen stream
+    k: jax.Array | None = None  # [L, B, T, K, H], rotated, for a live stream
     v: jax.Array | None = None  # [L, B, T, K, H]
+    first: int = field(default=0, metadata={"static": True})  # layer of the first entries, here and in a `HeadPatch`
 
 
 class Change(NamedTuple):
@@ -126,11 +58,25 @@ class Change(NamedTuple):
     delta: jax.Array  # [B, D]
 
 
-class Receivers(NamedTuple):
-    """Receiver heads, and what they read from the frozen stream at p: q, k or v before RoPE, named by `via`."""
+class HeadPatch(NamedTuple):
+    """Other values for heads' q, k, v (before RoPE, per query head) or z at one token of each example.
 
-    heads: jax.Array  # [L, N] bool
-    inputs: jax.Array  # [L, B, N, H]; layers without receivers hold zeros
+    x <- (1 - weight) * x + weight * value; a weight of True replaces x.
+    """
+
+    at: jax.Array  # [B] packed index of the token
+    weight: jax.Array  # [L, N], bool or float
+    value: jax.Array  # [L, B, N, H]
+
+
+Patches = Mapping[str, Sequence[HeadPatch]]  # by site: q, k, v or z
+
+
+class Knockout(NamedTuple):
+    """Forbids the queries at p to attend to one token of the prefix, from a layer upwards."""
+
+    target: jax.Array  # [B] position of the key
+    start: jax.Array  # [] layer
 
 
 def clean_cache(
@@ -212,37 +158,46 @@ def live_stream(
     weights: Params,
     clean: CleanCache,
     suffixes: Suffixes,
-    receivers: Receivers,
-    via: str,
+    patches: Patches,
     start: Layer,
-    stop: Layer,
+    stop: Layer | None = None,
+    knockout: Knockout | None = None,
 ) -> jax.Array:
-    """resid_post of the last layer at `last`, [B, D], when the receivers' inputs replace the clean ones at p.
+    """resid_post of the last layer at `last`, [B, D], of a clean run that is patched in its suffixes.
 
     Args:
-      start: layer from which the stream is advanced: at most the first receiver's, and below the last layer.
-      stop: the last receiver layer.
+      start: layer from which the stream is advanced: at most the first that is patched, and below the last layer if
+        there is more than one.
+      stop: the last patched layer; None: the model's, and then, if `start` is static, the stream can be differentiated.
+      knockout: attention to forbid.
     """
 
+    # Only a layer's input is kept for the backward pass. What else it would keep are slices of the weights, which
+    # together are a copy of the model.
+    @jax.checkpoint
     def patched(i, x):
-        return _live_layer(config, weights, clean, suffixes, i, x, receivers, via)
+        return _live_layer(config, weights, clean, suffixes, i, x, patches, knockout)
 
     def plain(i, x):
-        return _live_layer(config, weights, clean, suffixes, i, x)
+        return _live_layer(config, weights, clean, suffixes, i, x, {}, knockout)
 
     top = config.num_layers - 1
-    # The first layer stands outside the loop: its input is the clean stream for every sender, so that under vmap its
-    # norms and projections are computed once for all of them.
-    x = patched(start, clean.resid_pre[start])
-    x = jax.lax.fori_loop(start + 1, jnp.minimum(stop + 1, top), patched, x)
-    x = jax.lax.fori_loop(jnp.maximum(start, stop) + 1, top, plain, x)
-    return _last_layer(config, weights, clean, suffixes, x, receivers, via)
+    x = clean.resid_pre[start - clean.first]
+    if top > 0:
+        # The first layer stands outside the loop: its input is the clean stream for every sender, so that under vmap
+        # its norms and projections are computed once for all of them.
+        x = patched(start, x)
+        x = jax.lax.fori_loop(start + 1, top if stop is None else jnp.minimum(stop + 1, top), patched, x)
+        if stop is not None:
+            x = jax.lax.fori_loop(jnp.maximum(start, stop) + 1, top, plain, x)
+    return _last_layer(config, weights, clean, suffixes, x, patches, knockout)
 
 
 def _frozen_layer(
     config: Config, weights: Params, clean: CleanCache, change: Change, i: Layer, x: jax.Array
 ) -> jax.Array:
     """Layer i of the frozen stream x [B, D]: the clean attention output, the change if it is here, and the MLP."""
+    assert clean.attn_out is not None
     attn_out = clean.attn_out[i] + jnp.where(i == change.layer, change.delta, 0)
     return mlp_half(config, _layer(weights, i), x + attn_out)
 
@@ -254,24 +209,32 @@ def _live_layer(
     suffixes: Suffixes,
     i: Layer,
     x: jax.Array,
-    receivers: Receivers | None = None,
-    via: str = "",
+    patches: Patches,
+    knockout: Knockout | None,
 ) -> jax.Array:
     """Layer i of the live stream x [C, D]."""
     layer = _layer(weights, i)
     normed = norm(config, layer["attn_norm"], x)
     rotation = rope.angles(config, suffixes.position)
-    qkv = {site: project(config, layer, site, normed) for site in ("q", "k", "v")}
-    if receivers is not None:
-        qkv[via] = _patched(config, qkv[via], suffixes.first, receivers, i)
-    q, k = (rope.rotate(qkv[site], *rotation) for site in ("q", "k"))
+
+    def site(name: str, activation: jax.Array) -> jax.Array:
+        for patch in patches.get(name, ()):
+            activation = per_query_head(config, activation)
+            old = activation[patch.at]
+            activation = activation.at[patch.at].set(_mixed(patch, i - clean.first, old))
+        return activation
+
+    q, k, v = (site(name, project(config, layer, name, normed)) for name in ("q", "k", "v"))
+    q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
     z = []
     for bucket in suffixes.buckets:
         token = jnp.arange(bucket.span.width)
         causal = token[:, None] >= token  # [W, W]
-        z.append(_attend(config, clean, bucket, i, q[bucket.packed], k, qkv["v"], causal))
+        at_p = token[:, None] == 0  # [W, 1]
+        z.append(_attend(config, clean, bucket, i, q[bucket.packed], k, v, causal, knockout, at_p))
     unpacked = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in z])
-    return mlp_half(config, layer, x + attention_output(config, layer, unpacked[suffixes.unpacked]))
+    z = site("z", unpacked[suffixes.unpacked])
+    return mlp_half(config, layer, x + attention_output(config, layer, z))
 
 
 def _last_layer(
@@ -280,35 +243,47 @@ def _last_layer(
     clean: CleanCache,
     suffixes: Suffixes,
     x: jax.Array,
-    receivers: Receivers,
-    via: str,
+    patches: Patches,
+    knockout: Knockout | None,
 ) -> jax.Array:
     """The last layer of the live stream x [C, D] at `last` only, [B, D]; other tokens give their keys and values."""
     i = config.num_layers - 1
     layer = _layer(weights, i)
     normed = norm(config, layer["attn_norm"], x)
-    qkv = {site: project(config, layer, site, normed) for site in ("k", "v")}
-    qkv["q"] = project(config, layer, "q", normed[suffixes.last])  # [B, N, H]
-    if via == "q":
-        patched = _patched(config, qkv["q"], jnp.arange(len(suffixes.last)), receivers, i)
-        qkv["q"] = jnp.where((suffixes.first == suffixes.last)[:, None, None], patched, qkv["q"])
-    else:
-        qkv[via] = _patched(config, qkv[via], suffixes.first, receivers, i)
-    q = rope.rotate(qkv["q"], *rope.angles(config, suffixes.position[suffixes.last]))[:, None]  # [B, 1, N, H]
-    k = rope.rotate(qkv["k"], *rope.angles(config, suffixes.position))
+
+    def site(name: str, activation: jax.Array) -> jax.Array:
+        """Patches k or v at every suffix token, q or z [B, N, H] at `last` alone."""
+        for patch in patches.get(name, ()):
+            activation = per_query_head(config, activation)
+            if name in ("k", "v"):
+                new = _mixed(patch, i - clean.first, activation[patch.at])
+                activation = activation.at[patch.at].set(new)
+            else:
+                new = _mixed(patch, i - clean.first, activation)
+                activation = jnp.where((patch.at == suffixes.last)[:, None, None], new, activation)
+        return activation
+
+    k, v = (site(name, project(config, layer, name, normed)) for name in ("k", "v"))
+    q = site("q", project(config, layer, "q", normed[suffixes.last]))  # [B, N, H]
+    q = rope.rotate(q, *rope.angles(config, suffixes.position[suffixes.last]))[:, None]  # [B, 1, N, H]
+    k = rope.rotate(k, *rope.angles(config, suffixes.position))
     z = []
     for bucket in suffixes.buckets:
         within = jnp.arange(bucket.span.width) < bucket.length[:, None, None, None]  # [b, 1, 1, W]
         queries = q[bucket.span.start : bucket.span.stop]
-        z.append(_attend(config, clean, bucket, i, queries, k, qkv["v"], within))
-    attn_out = attention_output(config, layer, jnp.concatenate(z))[:, 0]
+        at_p = (bucket.length == 1)[:, None, None, None]  # whether `last` is p
+        z.append(_attend(config, clean, bucket, i, queries, k, v, within, knockout, at_p))
+    attn_out = attention_output(config, layer, site("z", jnp.concatenate(z)[:, 0]))
     return mlp_half(config, layer, x[suffixes.last] + attn_out)
 
 
-def _patched(config: Config, x: jax.Array, at_p: jax.Array, receivers: Receivers, i: Layer) -> jax.Array:
-    """q, k or v [C, N or K, H] of layer i with the receivers' inputs at the tokens `at_p` [B]; per query head."""
-    x = per_query_head(config, x)
-    return x.at[at_p].set(jnp.where(receivers.heads[i][:, None], receivers.inputs[i], x[at_p]))
+def _mixed(patch: HeadPatch, entry: Layer, old: jax.Array) -> jax.Array:
+    """The activations `old` [B, N, H] of one layer, the entry of that number in the patch, with the patch's values."""
+    weight, value = jnp.asarray(patch.weight)[entry][:, None], patch.value[entry].astype(old.dtype)
+    if weight.dtype == jnp.bool_:
+        return jnp.where(weight, value, old)
+    weight = weight.astype(old.dtype)
+    return (1 - weight) * old + weight * value
 
 
 def _attend(
@@ -320,17 +295,23 @@ def _attend(
     k: jax.Array,
     v: jax.Array,
     allowed: jax.Array,
+    knockout: Knockout | None,
+    at_p: jax.Array,
 ) -> jax.Array:
     """z [b, T, N, H] of one bucket's rotated queries q over its clean prefixes and its suffixes, under one softmax.
 
     Args:
       k, v: of all packed suffix tokens, [C, K or N, H].
       allowed: suffix tokens that each query may attend to, broadcastable to [b, N, T, W].
+      at_p: which queries are at p, where a knockout acts; broadcastable to [b, N, T, P].
     """
     assert clean.k is not None and clean.v is not None
-    span = bucket.span
-    prefix_k, prefix_v = (x[i, span.start : span.stop, : span.prefix] for x in (clean.k, clean.v))
+    span, entry = bucket.span, i - clean.first
+    prefix_k, prefix_v = (x[entry, span.start : span.stop, : span.prefix] for x in (clean.k, clean.v))
     prefix = jnp.arange(span.prefix) < bucket.position[:, None, None, None]  # [b, 1, 1, P]
+    if knockout is not None:
+        target = knockout.target[span.start : span.stop, None, None, None]
+        prefix &= ~((jnp.arange(span.prefix) == target) & at_p & (i >= knockout.start))
     patterns = attention_pattern(config, q, [(prefix_k, prefix), (k[bucket.packed], allowed)])
     return mix_values(config, list(zip(patterns, (prefix_v, v[bucket.packed]), strict=True)))
 

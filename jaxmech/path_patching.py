@@ -9,6 +9,7 @@ run, and the effect is read from the logits of that one.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import cone, memory
+from jaxmech.batches import Batches
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_tokens
@@ -24,12 +26,12 @@ from jaxmech.metrics import Outcome, check_metric, effect, outcome
 from jaxmech.model import Params, einsum
 from jaxmech.pairs import Pairs
 from jaxmech.scores import PathScores
-from jaxmech.shared_prefix import SharedPrompts, shared_length
+from jaxmech.shared_prefix import SharedPrompts
+from jaxmech.suffixes import Suffixes
 
 # A call runs the senders of at least one layer. While that is less work than this, it runs those of more layers, which
 # then share the loaded weights; but all of them go through the layers from the lowest one on.
 TOKENS_PER_CALL = {"frozen": 512, "live": 4096}
-BUCKETS = 4  # parts of a batch that attend together, padded to the longest suffix and prefix in it
 CLEAN = -1  # stands for a sender whose change is zero: the clean outcome by the same arithmetic as all others
 Progress = Callable[[int, int], None]
 Array = Any  # NumPy on the host, jax.Array inside jit
@@ -68,54 +70,27 @@ def path_patch(
       ValueError: an unknown role, head or metric, no corrupt prompts, `via` without receivers or the reverse, or no
         receivers with a sender that is not at the last token, whose direct effect on the logits is zero.
     """
-    config = model.config
-    mask = _receiver_mask(config, receivers, via)
-    wrong_labels = check_metric(metric, wrong_labels, pairs.labels, config.vocab_size)
-    examples = _Examples(
-        clean=check_tokens(config, pairs.clean),
-        corrupt_p=pairs.corrupt_position(sender),
-        corrupt=check_tokens(config, np.asarray(pairs.corrupt)),
-        p=pairs.position(sender),
-        last=pairs.position("last"),
-        labels=pairs.labels,
-        wrong_labels=wrong_labels,
-    )
-    if mask is None and (examples.p != examples.last).any():
-        raise ValueError(
-            f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers."
-        )
-    plan = _plan(config, examples, mask, batch_size)
+    sweep = plan(model, pairs, sender, receivers, via, metric=metric, wrong_labels=wrong_labels, batch_size=batch_size)
+    config, mask = model.config, sweep.receivers
     scores = np.zeros((config.num_layers * config.num_heads, len(pairs)), np.float32)
     probability = np.zeros(len(pairs), np.float32)
-    for batch, rows in enumerate(plan.batches):
-        inputs = _prepare(config, model.weights, _batch(examples, rows, plan), live=mask is not None)
+    for batch, rows in enumerate(sweep.batches.rows):
+        inputs = prepare(config, model.weights, sweep.batch(rows), live=mask is not None)
         outcomes = []
-        for call in plan.calls:
-            outcomes.append(_senders(config, model.weights, inputs, call, mask, via=via))
+        for call in sweep.calls:
+            outcomes.append(senders(config, model.weights, inputs, call, mask, via=via))
             if progress:
                 jax.block_until_ready(outcomes[-1])
-                progress(batch * len(plan.calls) + len(outcomes), len(plan.batches) * len(plan.calls))
+                progress(batch * len(sweep.calls) + len(outcomes), len(sweep.batches.rows) * len(sweep.calls))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *outcomes)
-        clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, plan.rows)))
+        clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, sweep.rows)))
         # Rows that fill up the last batch are examples of the same batch, so that they are written twice alike.
-        scores[: plan.rows - 1, rows] = effect(metric, patched, clean)
+        scores[: sweep.rows - 1, rows] = effect(metric, patched, clean)
         probability[rows] = np.exp(clean.log_probability)
     return PathScores(scores.reshape(config.num_layers, config.num_heads, -1), probability, metric)
 
 
-class _Examples(NamedTuple):
-    """The prompts of a sweep; rows are examples."""
-
-    clean: np.ndarray  # [B, T]
-    corrupt: np.ndarray  # [B, T']
-    p: np.ndarray  # [B]
-    corrupt_p: np.ndarray  # [B]
-    last: np.ndarray  # [B]
-    labels: np.ndarray  # [B]
-    wrong_labels: np.ndarray  # [B]
-
-
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The senders of one call and the layers it runs through; traced, so that a sweep's calls share one compilation."""
 
     senders: Array  # [R] layer * N + head; CLEAN is the row whose change is zero
@@ -124,50 +99,101 @@ class _Call(NamedTuple):
     stop: int  # the last receiver layer
 
 
-class _Plan(NamedTuple):
-    """How a sweep is split into calls of equal shape."""
-
-    batches: list[np.ndarray]  # rows of each batch, all equally many
-    capacity: int  # packed suffix tokens of a batch
-    buckets: list[cone.Span]  # of the examples of a batch
-    shared_tokens: int  # tokens at the start of every prompt that are computed once for those that share them
-    shared_prefixes: int  # distinct ones in a batch, at most
-    calls: list[_Call]  # for each batch; together the clean row and then all senders, layer by layer
-    rows: int  # the clean row and all senders; the last call repeats some of its own
-
-
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """The examples of one batch, as they go to the device."""
 
     prompts: SharedPrompts  # B clean and B corrupt prompts
     p: Array  # [2B]
-    suffixes: cone.Suffixes
+    suffixes: Suffixes
     labels: Array  # [B]
     wrong_labels: Array  # [B]
 
 
-class _Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, split into batches of examples and, for each, calls that share one compilation.
+
+    Attributes:
+      batches: the clean and corrupt prompts.
+      corrupt_p: int [B], the sender's position in the corrupt prompts.
+      labels, wrong_labels: int [B].
+      receivers: bool [L, N], or None for the logits.
+      calls: together the clean row and then all senders, layer by layer.
+      rows: the clean row and all senders; the last call repeats some of its own.
+    """
+
+    batches: Batches
+    corrupt_p: np.ndarray  # [B]
+    labels: np.ndarray  # [B]
+    wrong_labels: np.ndarray  # [B]
+    receivers: np.ndarray | None  # [L, N]
+    calls: list[Call]
+    rows: int
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The examples `rows`, one of `batches.rows`."""
+        return Batch(
+            prompts=self.batches.prompts(rows),
+            p=np.concatenate([self.batches.p[rows], self.corrupt_p[rows]]),
+            suffixes=self.batches.suffixes(rows),
+            labels=self.labels[rows],
+            wrong_labels=self.wrong_labels[rows],
+        )
+
+
+def plan(
+    model: Model,
+    pairs: Pairs,
+    sender: str = "last",
+    receivers: Iterable[Sequence[int]] | None = None,
+    via: str | None = None,
+    *,
+    metric: str = "probability",
+    wrong_labels: np.ndarray | None = None,
+    batch_size: int | None = None,
+) -> Plan:
+    """Checks a sweep and splits it; arguments and errors as for `path_patch`."""
+    config = model.config
+    mask = _receiver_mask(config, receivers, via)
+    wrong_labels = check_metric(metric, wrong_labels, pairs.labels, config.vocab_size)
+    corrupt_p, p, last = pairs.corrupt_position(sender), pairs.position(sender), pairs.position("last")
+    prompts = check_tokens(config, pairs.clean), check_tokens(config, np.asarray(pairs.corrupt))
+    if mask is None and (p != last).any():
+        raise ValueError(
+            f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers."
+        )
+    if batch_size is None:
+        batch_size = _examples_per_call(config, last - p + 1, prompts[0].shape[1], live=mask is not None)
+    batches = Batches.plan(prompts, p, last, batch_size)
+    sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
+    rows = np.append(CLEAN, np.arange(sender_layers * config.num_heads))
+    calls = _calls(config, mask, rows, len(batches.rows[0]), batches.capacity)
+    return Plan(batches, corrupt_p, pairs.labels, wrong_labels, mask, calls, len(rows))
+
+
+class Inputs(NamedTuple):
     """What a batch of examples brings to every call."""
 
     clean: cone.CleanCache
-    suffixes: cone.Suffixes
+    suffixes: Suffixes
     delta_z: jax.Array  # [L, B, N, H], corrupt - clean at p
     labels: jax.Array  # [B]
     wrong_labels: jax.Array  # [B]
 
 
 @partial(jax.jit, static_argnames=("config", "live"))
-def _prepare(config: Config, weights: Params, batch: "_Batch", *, live: bool) -> _Inputs:
+def prepare(config: Config, weights: Params, batch: Batch, *, live: bool) -> Inputs:
+    """Runs the prompts of a batch once; `live` keeps what a live stream needs."""
     clean, delta_z = cone.clean_cache(config, weights, batch.prompts, batch.p, batch.suffixes, live=live)
-    return _Inputs(clean, batch.suffixes, delta_z, batch.labels, batch.wrong_labels)
+    return Inputs(clean, batch.suffixes, delta_z, batch.labels, batch.wrong_labels)
 
 
 @partial(jax.jit, static_argnames=("config", "via"))
-def _senders(
+def senders(
     config: Config,
     weights: Params,
-    inputs: _Inputs,
-    call: _Call,
+    inputs: Inputs,
+    call: Call,
     receivers: jax.Array | None,
     *,
     via: str | None,
@@ -183,8 +209,8 @@ def _senders(
 def _outcome(
     config: Config,
     weights: Params,
-    inputs: _Inputs,
-    call: _Call,
+    inputs: Inputs,
+    call: Call,
     receivers: jax.Array | None,
     via: str | None,
     change: cone.Change,
@@ -195,82 +221,19 @@ def _outcome(
         x = cone.frozen_stream(config, weights, clean, suffixes, change, call.first)
     else:
         read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, call.first, call.stop)
-        patch = cone.Receivers(receivers, read)
-        x = cone.live_stream(config, weights, clean, suffixes, patch, via, call.live, call.stop)
+        patches = {via: (cone.HeadPatch(suffixes.first, receivers, read),)}
+        x = cone.live_stream(config, weights, clean, suffixes, patches, call.live, call.stop)
     return outcome(config, weights, x, inputs.labels, inputs.wrong_labels)
 
 
-def _batch(examples: _Examples, rows: np.ndarray, plan: _Plan) -> _Batch:
-    p, last = examples.p[rows], examples.last[rows]
-    return _Batch(
-        prompts=SharedPrompts.split(_prompts(examples, rows), plan.shared_tokens, plan.shared_prefixes),
-        p=np.concatenate([p, examples.corrupt_p[rows]]),
-        suffixes=cone.Suffixes.pack(p, last, capacity=plan.capacity, spans=plan.buckets),
-        labels=examples.labels[rows],
-        wrong_labels=examples.wrong_labels[rows],
-    )
-
-
-def _prompts(examples: _Examples, rows: np.ndarray) -> np.ndarray:
-    """Clean prompts and, behind them, corrupt ones, padded to one length: [2B, T]."""
-    both = examples.clean[rows], examples.corrupt[rows]
-    length = max(tokens.shape[1] for tokens in both)
-    return np.concatenate([np.pad(tokens, ((0, 0), (0, length - tokens.shape[1]))) for tokens in both])
-
-
-def _plan(config: Config, examples: _Examples, mask: np.ndarray | None, batch_size: int | None) -> _Plan:
-    length = examples.last - examples.p + 1
-    if batch_size is None:
-        batch_size = _examples_per_call(config, examples, live=mask is not None)
-    batches = _batches(length, batch_size)
-    shared_tokens, shared_prefixes = shared_length([_prompts(examples, rows) for rows in batches])
-    capacity = max(int(length[rows].sum()) for rows in batches)
-    sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
-    senders = np.append(CLEAN, np.arange(sender_layers * config.num_heads))
-    return _Plan(
-        batches=batches,
-        capacity=capacity,
-        buckets=_buckets(batches, examples.p, length),
-        shared_tokens=shared_tokens,
-        shared_prefixes=shared_prefixes,
-        calls=_calls(config, mask, senders, len(batches[0]), capacity),
-        rows=len(senders),
-    )
-
-
-def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, examples: int, capacity: int) -> list[_Call]:
+def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, examples: int, capacity: int) -> list[Call]:
     """The `senders`, in equal parts, for batches of so many examples and packed suffix tokens."""
     work = max(examples / TOKENS_PER_CALL["frozen"], 0 if mask is None else capacity / TOKENS_PER_CALL["live"])
     layers = len(senders) // config.num_heads
     count = max(1, min(layers, math.ceil(len(senders) * work)))
     size = math.ceil(len(senders) / count)
     parts = [np.resize(senders[first : first + size], size) for first in range(0, len(senders), size)]
-    return [_Call(part, *_span(config, mask, max(0, int(part[0])) // config.num_heads)) for part in parts]
-
-
-def _batches(length: np.ndarray, size: int) -> list[np.ndarray]:
-    """Rows of batches of at most `size` examples, longest suffixes first, with similar sums of lengths.
-
-    All have equally many rows; a shorter batch repeats its last one.
-    """
-    if size < 1:
-        raise ValueError(f"batch_size={size}; expected at least 1.")
-    count = -(-len(length) // size)
-    order = np.argsort(-length, kind="stable")
-    batches = [order[first::count] for first in range(count)]
-    return [np.pad(rows, (0, len(batches[0]) - len(rows)), "edge") for rows in batches]
-
-
-def _buckets(batches: list[np.ndarray], p: np.ndarray, length: np.ndarray) -> list[cone.Span]:
-    """The examples of a batch in buckets of similar lengths, the same for all batches: equal parts of the order."""
-    count = min(BUCKETS, len(np.unique(length)))
-    bounds = [len(batches[0]) * i // count for i in range(count + 1)]
-    spans = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        if start < stop:
-            rows = np.concatenate([batch[start:stop] for batch in batches])
-            spans.append(cone.Span(start, stop, int(length[rows].max()), max(1, int(p[rows].max()))))
-    return spans
+    return [Call(part, *_span(config, mask, max(0, int(part[0])) // config.num_heads)) for part in parts]
 
 
 def _span(config: Config, mask: np.ndarray | None, first: int) -> tuple[int, int, int]:
@@ -295,11 +258,10 @@ def _receiver_mask(config: Config, receivers: Iterable[Sequence[int]] | None, vi
     return head_mask(config, receivers)
 
 
-def _examples_per_call(config: Config, examples: _Examples, *, live: bool) -> int:
+def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int, *, live: bool) -> int:
     """Examples that fit the memory budget: their clean cache, and the widest activations of all senders of a layer."""
     N, H, D, F = config.num_heads, config.head_dim, config.width, config.mlp_width
-    length, width = float((examples.last - examples.p + 1).mean()), int((examples.last - examples.p).max()) + 1
-    T = examples.clean.shape[1]
+    length, width, T = float(lengths.mean()), int(lengths.max()), tokens
     per_token = 4 * D + 3 * F + 4 * N * H
     cache = config.num_layers * ((length + 1) * D + N * H)
     sender = per_token

@@ -10,7 +10,6 @@ import pytest
 
 import jaxmech as jm
 from jaxmech import path_patching
-from jaxmech.path_patching import _batch, _Examples, _plan, _prepare, _receiver_mask, _senders
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -73,16 +72,12 @@ def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, re
     sizes = {"vocab_size": 512, "width": 128, "num_layers": 4, "num_heads": 32, "num_kv_heads": 32, "head_dim": 4}
     shape = shapes.Shape(jm.Config(**sizes, mlp_width=512), prompts=7, tokens=57)
     model, pairs = shapes.random_model(shape.config), shapes.pairs(shape)
-    work = bench_path_patching.sweep_sizes(model.config, pairs, shapes.Stage("", sender, receivers, via))
-    mask = _receiver_mask(model.config, receivers, via)
-    position, corrupt_position = pairs.position(sender), pairs.corrupt_position(sender)
-    prompts = (pairs.clean, pairs.corrupt, position, corrupt_position, pairs.position("last"))
-    examples = _Examples(*prompts, pairs.labels, pairs.labels)
+    work = bench_path_patching.sweep_sizes(model, pairs, shapes.Stage("", sender, receivers, via))
     monkeypatch.setattr(path_patching, "TOKENS_PER_CALL", {"frozen": 1, "live": 1})  # one layer's senders a call
-    plan = _plan(model.config, examples, mask, None)
-    batch = _batch(examples, plan.batches[0], plan)
+    plan = path_patching.plan(model, pairs, sender, receivers, via)
+    batch, mask = plan.batch(plan.batches.rows[0]), plan.receivers
     live = mask is not None
-    inputs = _prepare(model.config, model.weights, batch, live=live)
+    inputs = path_patching.prepare(model.config, model.weights, batch, live=live)
     monkeypatch.setattr(jax.lax, "fori_loop", unrolled)
     monkeypatch.setattr(jax.lax, "scan", unrolled_scan)
 
@@ -91,9 +86,9 @@ def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, re
             return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
     def step(call):
-        run = _senders.__wrapped__
+        run = path_patching.senders.__wrapped__
         return lambda weights, inputs: run(model.config, weights, inputs, call, mask, via=via)
 
-    total = counted(lambda w, b: _prepare.__wrapped__(model.config, w, b, live=live), model.weights, batch)
+    total = counted(lambda w, b: path_patching.prepare.__wrapped__(model.config, w, b, live=live), model.weights, batch)
     total += sum(counted(step(call), model.weights, inputs) for call in plan.calls)
     assert abs(total / flops.cone(model.config, work) - 1) < 0.1

@@ -6,7 +6,7 @@ import pytest
 
 import jaxmech as jm
 from jaxmech import path_patching
-from jaxmech.path_patching import _batch, _Examples, _plan, _prepare, _receiver_mask, _senders
+from jaxmech.batches import Batches
 
 SWEEPS = (
     ("last", None, None),
@@ -17,9 +17,9 @@ SWEEPS = (
 
 
 def compilations(sweep) -> int:
-    before = _senders._cache_size()
+    before = path_patching.senders._cache_size()
     sweep()
-    return _senders._cache_size() - before
+    return path_patching.senders._cache_size() - before
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=str)
@@ -43,29 +43,14 @@ def test_sweeps_lower_for_every_platform(random_model, random_pairs, sweep):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     sender, receivers, via = sweep
     pairs = random_pairs(model)
-    mask = _receiver_mask(model.config, receivers, via)
-    examples = _Examples(
-        pairs.clean,
-        pairs.corrupt,
-        pairs.position(sender),
-        pairs.corrupt_position(sender),
-        pairs.position("last"),
-        pairs.labels,
-        pairs.labels,
+    plan = path_patching.plan(model, pairs, sender, receivers, via)
+    batch, mask = plan.batch(plan.batches.rows[0]), plan.receivers
+    inputs = jax.eval_shape(
+        lambda w, b: path_patching.prepare(model.config, w, b, live=mask is not None), model.weights, batch
     )
-    plan = _plan(model.config, examples, mask, None)
-    batch = _batch(examples, plan.batches[0], plan)
-    inputs = jax.eval_shape(lambda w, b: _prepare(model.config, w, b, live=mask is not None), model.weights, batch)
     platforms = ("cpu", "cuda", "tpu")
-    prepare = _prepare.trace(model.config, model.weights, batch, live=mask is not None)
-    step = _senders.trace(
-        model.config,
-        model.weights,
-        inputs,
-        plan.calls[0],
-        mask,
-        via=via,
-    )
+    prepare = path_patching.prepare.trace(model.config, model.weights, batch, live=mask is not None)
+    step = path_patching.senders.trace(model.config, model.weights, inputs, plan.calls[0], mask, via=via)
     for traced in (prepare, step):
         text = traced.lower(lowering_platforms=platforms).as_text()
         assert "stablehlo.dot_general" in text and "bf16" in text
@@ -76,9 +61,9 @@ def test_sweeps_split_themselves_to_fit_the_memory_budget(random_model, random_p
     pairs = random_pairs(model, count=12)
     whole = jm.path_patch(model, pairs, "early", [(2, 0)], "v").per_example
     sizes = []
-    split = path_patching._batches
+    split = Batches.plan
     monkeypatch.setattr(path_patching.memory, "budget", lambda: 2**20)
-    monkeypatch.setattr(path_patching, "_batches", lambda length, size: sizes.append(size) or split(length, size))
+    monkeypatch.setattr(Batches, "plan", lambda *arguments: sizes.append(arguments[-1]) or split(*arguments))
     parts = jm.path_patch(model, pairs, "early", [(2, 0)], "v").per_example
     assert 1 <= sizes[0] < 12
     np.testing.assert_allclose(parts, whole, atol=1e-5)

@@ -1,0 +1,98 @@
+"""How the examples of a sweep are split: into batches of equal shape, whose suffixes are packed and attend in buckets.
+
+Owns which examples stand together and how much of their prompts is computed; what is computed is the methods' business.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxmech.shared_prefix import SharedPrompts, shared_length
+from jaxmech.suffixes import Span, Suffixes
+
+BUCKETS = 4  # parts of a batch that attend together, padded to the longest suffix and prefix in it
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The examples of a sweep in batches of equal shape.
+
+    Attributes:
+      tokens: int32 [S, B, T], the S prompts of each example (clean and corrupt, say), padded to one length.
+      p: int [B], where each example's suffix starts, in its first prompt.
+      last: int [B], where it ends.
+      rows: the examples of each batch; all batches have equally many.
+      capacity: packed suffix tokens of a batch.
+      spans: the buckets of a batch.
+      shared_tokens: tokens at the start of every prompt that are computed once for the prompts that share them.
+      shared_prefixes: distinct ones in a batch, at most.
+    """
+
+    tokens: np.ndarray  # [S, B, T]
+    p: np.ndarray  # [B]
+    last: np.ndarray  # [B]
+    rows: list[np.ndarray]
+    capacity: int
+    spans: list[Span]
+    shared_tokens: int
+    shared_prefixes: int
+
+    @classmethod
+    def plan(cls, prompts: Sequence[np.ndarray], p: np.ndarray, last: np.ndarray, size: int) -> "Batches":
+        """Splits the examples into batches of at most `size`, longest suffixes first, with similar sums of lengths.
+
+        Args:
+          prompts: token ids [B, T] of each of the S prompts; lengths may differ between them.
+
+        Raises:
+          ValueError: size < 1.
+        """
+        if size < 1:
+            raise ValueError(f"batch_size={size}; expected at least 1.")
+        width = max(tokens.shape[1] for tokens in prompts)
+        tokens = np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in prompts])
+        length = last - p + 1
+        count = -(-len(p) // size)
+        order = np.argsort(-length, kind="stable")
+        rows = [order[first::count] for first in range(count)]
+        rows = [np.pad(batch, (0, len(rows[0]) - len(batch)), "edge") for batch in rows]
+        shared_tokens, shared_prefixes = shared_length([tokens[:, batch].reshape(-1, width) for batch in rows])
+        return cls(
+            tokens=tokens,
+            p=p,
+            last=last,
+            rows=rows,
+            capacity=max(int(length[batch].sum()) for batch in rows),
+            spans=_spans(rows, p, length),
+            shared_tokens=shared_tokens,
+            shared_prefixes=shared_prefixes,
+        )
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of all prompts that are computed, shared prefixes once a batch."""
+        count, examples, width = self.tokens.shape
+        behind = count * examples * (width - self.shared_tokens)
+        return len(self.rows) * self.shared_prefixes * self.shared_tokens + behind
+
+    def prompts(self, rows: np.ndarray) -> SharedPrompts:
+        """The S * b prompts of a batch, the first of all examples, then the second, and so on."""
+        together = self.tokens[:, rows].reshape(-1, self.tokens.shape[-1])
+        return SharedPrompts.split(together, self.shared_tokens, self.shared_prefixes)
+
+    def suffixes(self, rows: np.ndarray) -> Suffixes:
+        """The suffixes of a batch."""
+        return Suffixes.pack(self.p[rows], self.last[rows], capacity=self.capacity, spans=self.spans)
+
+
+def _spans(batches: list[np.ndarray], p: np.ndarray, length: np.ndarray) -> list[Span]:
+    """Buckets of similar lengths, the same for all batches: equal parts of the order."""
+    count = min(BUCKETS, len(np.unique(length)))
+    bounds = [len(batches[0]) * i // count for i in range(count + 1)]
+    spans = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if start < stop:
+            rows = np.concatenate([batch[start:stop] for batch in batches])
+            spans.append(Span(start, stop, int(length[rows].max()), max(1, int(p[rows].max()))))
+    return spans

@@ -1,0 +1,107 @@
+"""Suffixes of prompts, packed: where the tokens from an intervention's position to the last one lie.
+
+Suffixes differ in length, so their tokens stand one after another on one axis, and everything that acts on single
+tokens (norms, projections, MLPs: nearly all the work) runs on that axis without padding. Attention alone unpacks them,
+in *buckets* of examples with suffixes of similar length, whose padding is small.
+
+Axes as in `jaxmech.model`; C counts the packed suffix tokens of all examples; in a bucket, b counts its examples, W the
+tokens of its longest suffix and P those of its longest prefix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Span(NamedTuple):
+    """The extent of a bucket of neighbouring examples."""
+
+    start: int  # its first example
+    stop: int  # behind its last one
+    width: int  # W, at least its longest suffix
+    prefix: int  # P, at least its longest prefix, and not 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring examples that attend together."""
+
+    packed: jax.Array  # [b, W] packed index of each suffix's tokens; behind the last one, that of the last one
+    position: jax.Array  # [b] p of each
+    length: jax.Array  # [b] tokens of each suffix
+    span: Span = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Suffixes:
+    """Where the packed suffix tokens p..last of each example lie."""
+
+    example: jax.Array  # [C] example that a packed token belongs to
+    position: jax.Array  # [C] its position in the prompt
+    unpacked: jax.Array  # [C] its index among the unpacked tokens of all buckets, [b, W] of each one behind another
+    first: jax.Array  # [B] packed index of each example's p
+    last: jax.Array  # [B] and of its last token
+    buckets: tuple[Bucket, ...]
+
+    @classmethod
+    def pack(cls, p: np.ndarray, last: np.ndarray, *, capacity: int, spans: Sequence[Span]) -> "Suffixes":
+        """The suffixes from p [B] to last [B], packed and filled up to C = capacity with copies of the first token.
+
+        Args:
+          capacity: C, at least the sum of the lengths.
+          spans: the buckets; together all examples, in order.
+        """
+        length = last - p + 1
+        example = np.repeat(np.arange(len(p)), length)
+        first = np.cumsum(length) - length
+        offset = np.arange(len(example)) - first[example]
+        sizes = [(span.stop - span.start) * span.width for span in spans]
+        row = np.concatenate(
+            [sum(sizes[:i]) + np.arange(s.stop - s.start) * s.width for i, s in enumerate(spans)]
+        )  # [B] index of each example's first unpacked token
+        fill = (0, capacity - len(example))
+        example, offset = np.pad(example, fill), np.pad(offset, fill)
+        buckets = []
+        for span in spans:
+            of = slice(span.start, span.stop)
+            packed = first[of, None] + np.minimum(np.arange(span.width), length[of, None] - 1)
+            buckets.append(Bucket(jnp.asarray(packed), jnp.asarray(p[of]), jnp.asarray(length[of]), span))
+        return cls(
+            example=jnp.asarray(example),
+            position=jnp.asarray(p[example] + offset),
+            unpacked=jnp.asarray(row[example] + offset),
+            first=jnp.asarray(first),
+            last=jnp.asarray(first + length - 1),
+            buckets=tuple(buckets),
+        )
+
+    @classmethod
+    def padded(cls, p: jax.Array, last: jax.Array, *, width: int, prefix: int) -> "Suffixes":
+        """The suffixes from p [B] to last [B], all padded to `width` tokens with copies of their last one; for jit.
+
+        Args:
+          width: W, at least the longest suffix.
+          prefix: P, at least the longest prefix, and not 0.
+        """
+        count, length = len(p), last - p + 1
+        offset = jnp.minimum(jnp.arange(width), length[:, None] - 1)  # [B, W]
+        first = width * jnp.arange(count)
+        bucket = Bucket(first[:, None] + jnp.arange(width), p, length, Span(0, count, width, prefix))
+        return cls(
+            example=jnp.repeat(jnp.arange(count), width),
+            position=(p[:, None] + offset).reshape(-1),
+            unpacked=jnp.arange(count * width),
+            first=first,
+            last=first + length - 1,
+            buckets=(bucket,),
+        )
+
+    def at(self, p: jax.Array, position: jax.Array) -> jax.Array:
+        """Packed index of each example's token at `position` [B] in its suffix, which starts at p [B]."""
+        return self.first + position - p
