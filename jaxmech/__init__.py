@@ -1,34 +1,70 @@
 """jaxmech: circuit discovery and activation patching for Llama-family models as jit-compiled JAX functions."""
 
-from jaxmech import boxes, demo
+from jaxmech import boxes, dcm, demo
 from jaxmech.accuracy import accuracy
+from jaxmech.circuits import evaluate, mean_activations, resampled_activations
+from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
 from jaxmech.config import Config, Rope
+from jaxmech.criteria import (
+    Completeness,
+    Faithfulness,
+    Minimality,
+    completeness,
+    faithfulness,
+    minimality,
+    overlap,
+    random_circuit,
+)
 from jaxmech.discovery import PAPER_CHAIN, Circuit, Stage, discover, read_chain
 from jaxmech.interventions import Interventions, Patch, head_weights
+from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model, load
 from jaxmech.model import Llama
 from jaxmech.pairs import Pairs
+from jaxmech.patching import patch_activations
 from jaxmech.path_patching import path_patch
+from jaxmech.predictions import Predictions
 from jaxmech.scores import PathScores
 
 __all__ = [
     "PAPER_CHAIN",
     "Circuit",
+    "Completeness",
     "Config",
+    "Faithfulness",
+    "HeadSweep",
+    "HeadValues",
     "Interventions",
     "Llama",
+    "Minimality",
     "Model",
     "Pairs",
     "Patch",
     "PathScores",
+    "Predictions",
     "Rope",
     "Stage",
     "accuracy",
     "boxes",
+    "cmap",
+    "cmap_heads",
+    "collect",
+    "completeness",
+    "dcm",
     "demo",
     "discover",
+    "evaluate",
+    "faithfulness",
     "head_weights",
+    "knockout",
     "load",
+    "mean_activations",
+    "minimality",
+    "overlap",
+    "patch_activations",
     "path_patch",
+    "random_circuit",
+    "random_target",
     "read_chain",
+    "resampled_activations",
 ]

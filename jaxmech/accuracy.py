@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params, forward
@@ -19,12 +20,9 @@ def accuracy(model: Model, pairs: Pairs, *, batch_size: int = 64) -> float:
 def clean_logits(model: Model, pairs: Pairs, *, batch_size: int = 64) -> np.ndarray:
     """Logits at `last` of every clean prompt, float32 [B, V], computed `batch_size` prompts at a time."""
     tokens, last = check_tokens(model.config, pairs.clean), pairs.position("last")
-    size = min(batch_size, len(pairs))
     logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
-    for start in range(0, len(pairs), size):
-        rows = np.arange(start, start + size) % len(pairs)  # the last batch wraps around: one shape, one compilation
-        batch = np.asarray(_logits_at(model.config, model.weights, tokens[rows], last[rows]))
-        logits[start : start + size] = batch[: len(pairs) - start]
+    for rows, _ in equal_parts(len(pairs), batch_size):
+        logits[rows] = np.asarray(_logits_at(model.config, model.weights, tokens[rows], last[rows]))
     return logits
 
 

@@ -3,7 +3,8 @@
 Owns which examples stand together and how much of their prompts is computed; what is computed is the methods' business.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,37 @@ class Batches:
     def suffixes(self, rows: np.ndarray) -> Suffixes:
         """The suffixes of a batch."""
         return Suffixes.pack(self.p[rows], self.last[rows], capacity=self.capacity, spans=self.spans)
+
+
+def equal_parts(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices 0 .. count - 1 in parts of min(size, count); the last part wraps around, so that all are of one shape.
+
+    Yields:
+      The indices of a part, and which of them are new there, bool.
+
+    Raises:
+      ValueError: size < 1.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size={size}; expected at least 1.")
+    size = min(size, count)
+    for start in range(0, count, size):
+        indices = np.arange(start, start + size)
+        yield indices % count, indices < count
+
+
+def calls_of_equal_size(rows: np.ndarray, work: float, most: int) -> list[np.ndarray]:
+    """Rows of a sweep (senders, heads, first layers) in consecutive calls of one shape.
+
+    The last call repeats some of its own rows to be as long as the others.
+
+    Args:
+      work: what one row is of the work that a call should do at least.
+      most: calls, however much work there is.
+    """
+    count = max(1, min(most, math.ceil(len(rows) * work)))
+    size = math.ceil(len(rows) / count)
+    return [np.resize(rows[first : first + size], size) for first in range(0, len(rows), size)]
 
 
 def _spans(batches: list[np.ndarray], p: np.ndarray, length: np.ndarray) -> list[Span]:

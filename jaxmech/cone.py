@@ -105,6 +105,19 @@ def clean_cache(
     return CleanCache(**kept), delta_z
 
 
+def live_cache(
+    config: Config, weights: Params, prompts: SharedPrompts, suffixes: Suffixes, first: int = 0
+) -> CleanCache:
+    """Runs the B clean prompts once and keeps what a live stream needs from layer `first` on."""
+
+    def observe(sites):
+        kept = {site: sites[site] for site in ("k", "v")}
+        return kept | {"resid_pre": sites["resid_pre"][suffixes.example, suffixes.position]}
+
+    kept = observe_prompts(config, weights, prompts, observe)
+    return CleanCache(**{site: x[first:] for site, x in kept.items()}, first=first)
+
+
 def frozen_stream(
     config: Config, weights: Params, clean: CleanCache, suffixes: Suffixes, change: Change, start: Layer
 ) -> jax.Array:

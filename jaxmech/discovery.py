@@ -71,6 +71,15 @@ class Circuit:
             by_role[self.roles[group]] += [head for head in heads if head not in by_role[self.roles[group]]]
         return by_role
 
+    def without(self, subset: Mapping[str, Sequence[Head]]) -> "Circuit":
+        """The circuit without the heads of `subset`, {group: heads}; its groups and roles stay, empty or not."""
+        gone = {group: {tuple(head) for head in heads} for group, heads in subset.items()}
+        left = {
+            group: [head for head in heads if tuple(head) not in gone.get(group, ())]
+            for group, heads in self.groups.items()
+        }
+        return Circuit(left, self.roles)
+
     def save(self, path: str | Path) -> None:
         """Writes the paper's JSON, {group: [[layer, head], ...]}; the file is replaced only when it is whole."""
         groups = {group: [list(head) for head in heads] for group, heads in self.groups.items()}

@@ -13,9 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech.config import Config
-from jaxmech.model import Params, unembed
-
 METRICS = ("probability", "log_probability", "logit_difference")
 
 
@@ -26,9 +23,8 @@ class Outcome(NamedTuple):
     logit_difference: jax.Array  # correct minus wrong
 
 
-def outcome(config: Config, weights: Params, x: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> Outcome:
-    """The outcome, fields [B], from the residual stream after the last layer x [B, D] and labels [B]."""
-    logits = unembed(config, weights, x)
+def outcome(logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> Outcome:
+    """The outcome, fields [B], of float32 logits [B, V] and labels [B]."""
     correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
     return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), correct - wrong)
 

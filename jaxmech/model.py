@@ -135,6 +135,7 @@ def forward(
     interventions: Interventions | None = None,
     *,
     capture: Sequence[str] = (),
+    capture_at: jax.Array | None = None,
     logits_at: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The plain forward pass, layers scanned over their stacked parameters.
@@ -142,6 +143,7 @@ def forward(
     Args:
       tokens: int [B, T].
       capture: sites to return, stacked over layers.
+      capture_at: int [B, P]; activations are returned at these positions of each prompt only, [L, B, P, ...].
       logits_at: int [B]; logits are computed at this position of each prompt only.
 
     Returns:
@@ -149,7 +151,7 @@ def forward(
     """
     interventions = interventions or Interventions()
     interventions.check(config, tokens.shape)
-    keep = _captor(config, check_capture(capture))
+    keep = _captor(config, check_capture(capture), capture_at)
     positions = jnp.arange(tokens.shape[1])
     rotation = rope.angles(config, positions)
     causal = positions[:, None, None] >= positions[None, None, :]  # [T, 1, S]
@@ -312,8 +314,13 @@ def check_capture(capture: Sequence[str]) -> tuple[str, ...]:
     return tuple(capture)
 
 
-def _captor(config: Config, capture: tuple[str, ...]) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+def _captor(
+    config: Config, capture: tuple[str, ...], positions: jax.Array | None
+) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
     def keep(sites: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {s: per_query_head(config, sites[s]) if s in ("k", "v") else sites[s] for s in capture}
+        kept = {s: per_query_head(config, sites[s]) if s in ("k", "v") else sites[s] for s in capture}
+        if positions is None:
+            return kept
+        return {s: x[jnp.arange(len(positions))[:, None], positions] for s, x in kept.items()}
 
     return keep

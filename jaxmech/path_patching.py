@@ -7,7 +7,6 @@ that run. With receivers, their q, k or v (before RoPE) at p is recorded there a
 run, and the effect is read from the logits of that one.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import cone, memory
-from jaxmech.batches import Batches
+from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_tokens
 from jaxmech.metrics import Outcome, check_metric, effect, outcome
-from jaxmech.model import Params, einsum
+from jaxmech.model import Params, einsum, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.scores import PathScores
 from jaxmech.shared_prefix import SharedPrompts
@@ -223,16 +222,13 @@ def _outcome(
         read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, call.first, call.stop)
         patches = {via: (cone.HeadPatch(suffixes.first, receivers, read),)}
         x = cone.live_stream(config, weights, clean, suffixes, patches, call.live, call.stop)
-    return outcome(config, weights, x, inputs.labels, inputs.wrong_labels)
+    return outcome(unembed(config, weights, x), inputs.labels, inputs.wrong_labels)
 
 
 def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, examples: int, capacity: int) -> list[Call]:
     """The `senders`, in equal parts, for batches of so many examples and packed suffix tokens."""
     work = max(examples / TOKENS_PER_CALL["frozen"], 0 if mask is None else capacity / TOKENS_PER_CALL["live"])
-    layers = len(senders) // config.num_heads
-    count = max(1, min(layers, math.ceil(len(senders) * work)))
-    size = math.ceil(len(senders) / count)
-    parts = [np.resize(senders[first : first + size], size) for first in range(0, len(senders), size)]
+    parts = calls_of_equal_size(senders, work, most=len(senders) // config.num_heads)  # at least a layer's in a call
     return [Call(part, *_span(config, mask, max(0, int(part[0])) // config.num_heads)) for part in parts]
 
 

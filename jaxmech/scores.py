@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxmech.bootstrap import interval
+
 
 @dataclass(frozen=True)
 class PathScores:
@@ -51,10 +53,4 @@ class PathScores:
         Raises:
           ValueError: level outside (0, 1) or resamples < 1.
         """
-        if not 0 < level < 1 or resamples < 1:
-            raise ValueError(f"level={level}, resamples={resamples}; expected 0 < level < 1 and resamples >= 1.")
-        count = self.per_example.shape[-1]
-        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-        means = self.per_example @ (drawn.T / count)  # [L, N, resamples]
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
-        return low, high
+        return interval(self.per_example, level, resamples=resamples, seed=seed)

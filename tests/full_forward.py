@@ -1,6 +1,6 @@
-"""Path patching by plain full forward passes with `Interventions`, one head at a time: the oracle of the fast path."""
+"""Methods by plain full forward passes with `Interventions`, one head or circuit at a time: the fast paths' oracles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +41,55 @@ def path_patch(
         else:
             scores[layer, head] = probability(patched) / probability(logits) - 1
     return scores
+
+
+Heads = Mapping[str, Sequence[tuple[int, int]]]  # by role
+
+
+def last_logits(model: jm.Model, pairs: jm.Pairs, interventions: jm.Interventions | None = None) -> np.ndarray:
+    """Logits [B, V] of the clean prompts at `last`."""
+    logits, _ = model(pairs.clean, interventions)
+    return np.asarray(logits)[np.arange(len(pairs)), pairs.position("last")]
+
+
+def weights(model: jm.Model, pairs: jm.Pairs, heads: Heads) -> np.ndarray:
+    """1 at the heads of each role, at its token: [L, B, T, N]."""
+    found = np.zeros((model.config.num_layers, *pairs.clean.shape, model.config.num_heads), np.float32)
+    for role, chosen in heads.items():
+        for layer, head in chosen:
+            found[layer, np.arange(len(pairs)), pairs.position(role), head] = 1
+    return found
+
+
+def evaluate(model: jm.Model, pairs: jm.Pairs, heads: Heads, means: np.ndarray, ablate_elsewhere: bool) -> np.ndarray:
+    """Logits [B, V] with all heads ablated but those of the circuit; means [T, L, N, H] or [B, T, L, N, H]."""
+    ablated = np.full((model.config.num_layers, *pairs.clean.shape, model.config.num_heads), float(ablate_elsewhere))
+    for role in heads:
+        ablated[:, np.arange(len(pairs)), pairs.position(role)] = 1
+    ablated = ablated * (1 - weights(model, pairs, heads))
+    values = np.moveaxis(means if means.ndim == 5 else means[None], 2, 0)[:, :, : pairs.clean.shape[1]]
+    return last_logits(model, pairs, jm.Interventions(z=jm.Patch(ablated, values)))
+
+
+def from_corrupt(model: jm.Model, pairs: jm.Pairs, heads: Heads) -> np.ndarray:
+    """Logits [B, V] with the z that heads have at their roles in the corrupt prompts."""
+    z = np.asarray(model(pairs.corrupt, capture=("z",))[1]["z"])
+    rows, value = np.arange(len(pairs)), np.zeros((*z.shape[:2], pairs.clean.shape[1], *z.shape[3:]), np.float32)
+    for role in heads:
+        value[:, rows, pairs.position(role)] = z[:, rows, pairs.corrupt_position(role)]
+    return last_logits(model, pairs, jm.Interventions(z=jm.Patch(weights(model, pairs, heads), value)))
+
+
+def from_model(base: jm.Model, tuned: jm.Model, pairs: jm.Pairs, heads: Heads, components: Sequence[str]) -> np.ndarray:
+    """Logits [B, V] of `base` with the activations that `tuned` has at the heads' roles."""
+    _, theirs = tuned(pairs.clean, capture=components)
+    weight = weights(base, pairs, heads)
+    return last_logits(base, pairs, jm.Interventions(**{site: jm.Patch(weight, theirs[site]) for site in components}))
+
+
+def knocked_out(model: jm.Model, pairs: jm.Pairs, source: np.ndarray, target: np.ndarray, start: int) -> np.ndarray:
+    """Logits [B, V] when `source` [B] may not attend to `target` [B] in layers >= start."""
+    length = pairs.clean.shape[1]
+    mask = np.zeros((model.config.num_layers, len(pairs), length, 1, length), bool)
+    mask[start:, np.arange(len(pairs)), source, 0, target] = True
+    return last_logits(model, pairs, jm.Interventions(knockout=mask))

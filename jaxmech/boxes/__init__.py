@@ -1,11 +1,25 @@
 """The entity-tracking task of the paper: objects in labelled boxes, and a question about one box.
 
-`make`, `read` and `write` handle examples as text; `pairs` turns them into tokens with a tokenizer. No method of
-jaxmech knows about boxes; this package is one way to make `jaxmech.Pairs`.
+`make`, `read` and `write` handle examples as text; `pairs` and `desideratum` turn them into tokens with a tokenizer. No
+method of jaxmech knows about boxes; this package is one way to make `jaxmech.Pairs`.
 """
 
+from jaxmech.boxes.desiderata import DESIDERATA, POSITION_VARIANTS, Desideratum, desideratum
 from jaxmech.boxes.objects import OBJECTS
 from jaxmech.boxes.prompts import ROLES, pairs
 from jaxmech.boxes.scenes import Example, Scene, make, read, write
 
-__all__ = ["OBJECTS", "ROLES", "Example", "Scene", "make", "pairs", "read", "write"]
+__all__ = [
+    "DESIDERATA",
+    "OBJECTS",
+    "POSITION_VARIANTS",
+    "ROLES",
+    "Desideratum",
+    "Example",
+    "Scene",
+    "desideratum",
+    "make",
+    "pairs",
+    "read",
+    "write",
+]

@@ -7,18 +7,19 @@ Positions come from the tokenizer's own character offsets, so that they hold for
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxmech.boxes.scenes import LABELS, Example, Scene
+from jaxmech.compat import check_compat
 from jaxmech.pairs import Pairs
 
-ROLES = ("last", "query_box", "prev_query_box")
+ROLES = ("last", "query_box", "prev_query_box", "object")
 _LABEL = re.compile(r"(?<=\bBox )[A-Z]\b")
-_OBJECT = re.compile(r"(?<=[Tt]he )[^\s,.]+(?= is in Box)")
+_OBJECT = re.compile(r"(?<=[Tt]he )[^\s,.]+(?=,? is\b)|(?<=contains the )[^\s,.]+")
 
 
 def pairs(
@@ -28,8 +29,11 @@ def pairs(
     *,
     split_objects: Literal["refuse", "drop"] = "refuse",
     add_bos: bool | None = None,
+    compat: Literal["paper"] | None = None,
 ) -> Pairs:
-    """Clean and corrupt prompts of `examples`, with the roles `last`, `query_box` and `prev_query_box`.
+    """Clean and corrupt prompts of `examples`, with the roles `last`, `query_box`, `prev_query_box` and `object`.
+
+    `object` is the answer where the scene names it; corrupt prompts, whose question has no answer, have no such role.
 
     The corrupt prompt is that of another scene of `examples`, its query label replaced by a letter that is in neither
     prompt; it names the query label once only, so the counterpart of `prev_query_box` is one of its scene's labels
@@ -42,41 +46,51 @@ def pairs(
       split_objects: what to do with a scene in which the tokenizer splits or does not know an object: "refuse", or
         "drop" the scene's examples with a warning.
       add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
+      compat: "paper" draws the corrupt query letter from all 26, as the published code does
+        (`load_pp_data`): with 7 boxes it occurs in 7/26 of the corrupt scenes, and in 7/26 of the clean ones.
 
     Raises:
-      ValueError: an object or a label that is not one token, fewer than two scenes, or a tokenizer without offsets.
+      ValueError: an object or a label that is not one token, fewer than two scenes, a tokenizer without offsets, or an
+        unknown `compat`.
     """
-    read = _reader(tokenizer, add_bos)
+    check_compat(compat)
+    read = reader(tokenizer, add_bos)
     examples = _whole_objects(examples, read, split_objects)
     scenes = sorted({example.scene for example in examples}, key=lambda scene: scene.text)
     if len(scenes) < 2:
         raise ValueError(f"{len(scenes)} scenes; at least 2 are needed, since corrupt prompts come from another scene.")
-    corruptions = [_corrupt(example, scenes, seed) for example in examples]
+    corruptions = [_corrupt(example, scenes, seed, any_letter=compat == "paper") for example in examples]
     clean = [read(example.prompt) for example in examples]
     corrupt = [read(scene.prompt(label)) for scene, label, _ in corruptions]
-    queries = [
-        (tokens.label_positions[-1], tokens.label_positions[e.query]) for tokens, e in zip(clean, examples, strict=True)
-    ]
     sources = [(t.label_positions[-1], t.label_positions[i]) for t, (_, _, i) in zip(corrupt, corruptions, strict=True)]
     return Pairs(
-        clean=_right_padded(clean),
-        corrupt=_right_padded(corrupt),
-        labels=np.array([_answer(read, e, tokens) for e, tokens in zip(examples, clean, strict=True)]),
-        positions=_roles(clean, queries),
-        corrupt_positions=_roles(corrupt, sources),
+        clean=right_padded(clean),
+        corrupt=right_padded(corrupt),
+        labels=np.array([continuation(read, tokens, e.answer) for e, tokens in zip(examples, clean, strict=True)]),
+        positions=roles(clean, [tokens.query_boxes for tokens in clean])
+        | {"object": np.array([tokens.object_positions[e.query] for tokens, e in zip(clean, examples, strict=True)])},
+        corrupt_positions=roles(corrupt, sources),
     )
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class Tokens:
     """A prompt's token ids and the positions of its labels, the query's last."""
 
+    text: str
     ids: list[int]
+    labels: list[str]
     label_positions: list[int]
-    split_objects: list[str]  # objects that are not one known token
+    object_positions: list[int]  # of those that are one known token
+    split_objects: list[str]  # objects that are not
+
+    @property
+    def query_boxes(self) -> tuple[int, int]:
+        """Position of the query label and of its first occurrence."""
+        return self.label_positions[-1], self.label_positions[self.labels.index(self.labels[-1])]
 
 
-def _reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], _Tokens]:
+def reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], Tokens]:
     """A function from a prompt to its tokens, with the tokenizer's settings checked once."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -89,7 +103,7 @@ def _reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], _Tokens]:
         raise ValueError("add_bos=True, but the tokenizer has no BOS token.")
     bos = [tokenizer.bos_token_id] if add_bos else []
 
-    def read(text: str) -> _Tokens:
+    def read(text: str) -> Tokens:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
         spans = [_without_space(text, start, end) for start, end in encoding.offset_mapping]
         known = [i != tokenizer.unk_token_id for i in encoding.input_ids]
@@ -97,9 +111,12 @@ def _reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], _Tokens]:
         labels = [match.span() for match in _LABEL.finditer(text)]
         if split := [text[slice(*span)] for span in labels if span not in whole]:
             raise ValueError(f"The tokenizer gives the box label {split[0]!r} no token of its own in {text!r}.")
-        return _Tokens(
+        return Tokens(
+            text=text,
             ids=bos + encoding.input_ids,
+            labels=[text[slice(*span)] for span in labels],
             label_positions=[len(bos) + whole[span] for span in labels],
+            object_positions=[len(bos) + whole[m.span()] for m in _OBJECT.finditer(text) if m.span() in whole],
             split_objects=[m.group() for m in _OBJECT.finditer(text) if m.span() not in whole],
         )
 
@@ -113,7 +130,7 @@ def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def _whole_objects(examples: Sequence[Example], read: Callable[[str], _Tokens], split_objects: str) -> list[Example]:
+def _whole_objects(examples: Sequence[Example], read: Callable[[str], Tokens], split_objects: str) -> list[Example]:
     """The examples whose scene has no object that the tokenizer splits."""
     if split_objects not in ("refuse", "drop"):
         raise ValueError(f"split_objects={split_objects!r}; expected 'refuse' or 'drop'.")
@@ -121,9 +138,7 @@ def _whole_objects(examples: Sequence[Example], read: Callable[[str], _Tokens], 
     kept = [example for example in examples if not split[example.scene]]
     if len(kept) == len(examples):
         return kept
-    words = sorted({word for objects in split.values() for word in objects})
-    more = ", ..." * (len(words) > 8)
-    found = f"The tokenizer splits or does not know {len(words)} objects: {', '.join(words[:8])}{more}"
+    found = splits({word for objects in split.values() for word in objects})
     if split_objects == "refuse":
         raise ValueError(f"{found}. Use other objects, or split_objects='drop' to leave their scenes out.")
     if not kept:
@@ -132,31 +147,45 @@ def _whole_objects(examples: Sequence[Example], read: Callable[[str], _Tokens], 
     return kept
 
 
-def _corrupt(example: Example, scenes: Sequence[Scene], seed: int) -> tuple[Scene, str, int]:
+def splits(objects: Iterable[str]) -> str:
+    """The start of an error message: which objects are not one known token."""
+    words = sorted(objects)
+    more = ", ..." * (len(words) > 8)
+    return f"The tokenizer splits or does not know {len(words)} objects: {', '.join(words[:8])}{more}"
+
+
+def generator(seed: int, text: str) -> np.random.Generator:
+    """Random numbers that depend on `seed` and `text` alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest, "little")])
+
+
+def _corrupt(example: Example, scenes: Sequence[Scene], seed: int, any_letter: bool) -> tuple[Scene, str, int]:
     """Another scene, a query label that is in neither, and the segment whose label stands for `prev_query_box`."""
-    digest = hashlib.blake2b(example.sentence.encode(), digest_size=8).digest()
-    rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
+    rng = generator(seed, example.sentence)
     others = [scene for scene in scenes if scene != example.scene]
     scene = others[rng.integers(len(others))]
-    unused = [label for label in LABELS if label not in example.scene.labels + scene.labels]
-    return scene, unused[rng.integers(len(unused))], int(rng.integers(len(scene.labels)))
+    used = () if any_letter else example.scene.labels + scene.labels
+    letters = [label for label in LABELS if label not in used]
+    return scene, letters[rng.integers(len(letters))], int(rng.integers(len(scene.labels)))
 
 
-def _answer(read: Callable[[str], _Tokens], example: Example, prompt: _Tokens) -> int:
-    """Token id of the answer where it stands, after the prompt."""
-    ids = read(f"{example.prompt} {example.answer}").ids
+def continuation(read: Callable[[str], Tokens], prompt: Tokens, word: str) -> int:
+    """Token id of `word` where it stands, after the prompt."""
+    ids = read(f"{prompt.text} {word}").ids
     if ids[:-1] != prompt.ids:
-        raise ValueError(f"The tokenizer does not continue {example.prompt!r} by one token for {example.answer!r}.")
+        raise ValueError(f"The tokenizer does not continue {prompt.text!r} by one token for {word!r}.")
     return ids[-1]
 
 
-def _roles(prompts: Sequence[_Tokens], positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+def roles(prompts: Sequence[Tokens], positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Positions of the roles, [B] each: true last tokens, and (query label, earlier label) as given."""
     query_box, prev_query_box = np.array(positions).T
     last = np.array([len(prompt.ids) - 1 for prompt in prompts])
     return {"last": last, "query_box": query_box, "prev_query_box": prev_query_box}
 
 
-def _right_padded(prompts: Sequence[_Tokens]) -> np.ndarray:
+def right_padded(prompts: Sequence[Tokens]) -> np.ndarray:
     """Token ids [B, T]; the padding repeats each prompt's first token, which no other token attends to there."""
     length = max(len(prompt.ids) for prompt in prompts)
     return np.array([prompt.ids + [prompt.ids[0]] * (length - len(prompt.ids)) for prompt in prompts])

@@ -6,7 +6,7 @@ contains the fig."
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +34,18 @@ class Scene:
     labels: tuple[str, ...]  # distinct capital letters, one per object
 
     @property
+    def segments(self) -> list[str]:
+        """["the fig is in Box X", "the engine is in Box T"]"""
+        return [f"the {o} is in Box {label}" for o, label in zip(self.objects, self.labels, strict=True)]
+
+    @property
     def text(self) -> str:
         """ "The fig is in Box X, the engine is in Box T." """
-        segments = [f"the {o} is in Box {label}" for o, label in zip(self.objects, self.labels, strict=True)]
-        return "T" + ", ".join(segments)[1:] + "."
+        return tell(self.segments)
 
     def prompt(self, label: str) -> str:
         """The scene and the start of a sentence about the box `label`, which need not be in the scene."""
-        return f"{self.text} Box {label} contains the"
+        return ask(self.text, label)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,17 @@ class Example:
     def sentence(self) -> str:
         """Prompt and answer, as in the paper's files."""
         return f"{self.prompt} {self.answer}."
+
+
+def tell(segments: Sequence[str], separator: str = ", ") -> str:
+    """The segments as one sentence, with a capital and a full stop."""
+    text = separator.join(segments)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def ask(scene: str, label: str) -> str:
+    """The text of a scene and the start of a sentence about the box `label`."""
+    return f"{scene} Box {label} contains the"
 
 
 def make(n_scenes: int = 50, n_boxes: int = 7, seed: int = 0) -> list[Example]:

@@ -1,0 +1,315 @@
+"""Cross-model activation patching (CMAP): heads of a fine-tuned model at work in its base.
+
+The method of Prakash et al. 2024, section 5. `cmap` patches a set of heads, a group or a whole circuit; `cmap_heads`
+patches every single head in turn, on the causal cone of its role.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmech import cone, memory
+from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
+from jaxmech.compat import check_compat, last_column
+from jaxmech.config import Config
+from jaxmech.interventions import Interventions, Patch
+from jaxmech.loading import Model, check_tokens
+from jaxmech.metrics import METRICS, Outcome, effect, outcome
+from jaxmech.model import Params, forward, unembed
+from jaxmech.pairs import Pairs
+from jaxmech.patching import (
+    HeadsByRole,
+    at_tokens,
+    examples_per_call,
+    head_values,
+    patched_predictions,
+    positions_of,
+    role_masks,
+)
+from jaxmech.predictions import Predictions
+from jaxmech.scores import PathScores
+from jaxmech.suffixes import Suffixes
+
+COMPONENTS = ("z", "q", "k", "v")
+TOKENS_PER_CALL = 4096  # suffix tokens of all heads that run together
+NO_HEAD = -1  # a row of every call: the clean outcome by the same arithmetic as the others; heads are layer * N + head
+Array = Any  # NumPy on the host, jax.Array inside jit
+
+
+@dataclass(frozen=True)
+class HeadValues:
+    """What a model's heads compute on the prompts of some pairs: what CMAP needs of the tuned model.
+
+    Attributes:
+      values: {component: [L, B, R, N, H]}; q and k before RoPE, k and v per query head.
+      roles: the R roles.
+    """
+
+    values: Mapping[str, np.ndarray]
+    roles: tuple[str, ...]
+
+
+def collect(
+    model: Model,
+    pairs: Pairs,
+    roles: Iterable[str],
+    components: Sequence[str] = ("z",),
+    *,
+    batch_size: int | None = None,
+) -> HeadValues:
+    """Runs the clean prompts through `model` and keeps its heads' activations at `roles`, on the host.
+
+    With these, `cmap` needs the tuned model no longer: load it, collect, drop it, load the base. For two models that do
+    not fit into memory together.
+    """
+    components, roles = _check_components(components), tuple(roles)
+    source = check_tokens(model.config, pairs.clean), positions_of(pairs.position, roles)
+    size = examples_per_call(model.config, pairs) if batch_size is None else batch_size
+    parts = list(equal_parts(len(pairs), size))
+    found = [jax.device_get(head_values(model, source, rows, sites=components)) for rows, _ in parts]
+    kept = {
+        site: np.concatenate([x[site][:, new] for x, (_, new) in zip(found, parts, strict=True)], axis=1)
+        for site in components
+    }
+    return HeadValues(kept, roles)
+
+
+def cmap(
+    base: Model,
+    tuned: Model | HeadValues,
+    pairs: Pairs,
+    heads_by_role: HeadsByRole,
+    components: Sequence[str] = ("z",),
+    *,
+    batch_size: int | None = None,
+    compat: str | None = None,
+) -> Predictions:
+    """Answers of `base` to the clean prompts when its heads' activations are those that `tuned` has there.
+
+    Args:
+      tuned: a model of the same shape (a fine-tune, also one that a LoRA adapter was merged into), or what `collect`
+        kept of it.
+      heads_by_role: the heads patched at each role, {role: [(layer, head)]}: a group, or a circuit's `heads_by_role`.
+      components: "z", or any of "q", "k" and "v" (before RoPE, for the named query heads alone). Each is patched at the
+        roles; what a head of a later layer computes from it is free to change.
+      batch_size: examples in one call; None picks as many as fit the memory budget.
+      compat: "paper" does for q, k and v as the published code does: k and v are patched at all tokens before the role
+        and not at the role itself, and every head's z is held at its value in the base model at all tokens but the last
+        column (docs/paper_compat.md, m). For z, heads of roles other than `prev_query_box` are patched at the last
+        column (f).
+
+    Returns:
+      Predictions with `accuracy` [], `correct` [B] and `logits` [B, V].
+
+    Raises:
+      ValueError: models of different shapes, unknown roles, heads or components, or no heads at all.
+    """
+    components = _check_components(components)
+    roles, mask = role_masks(base.config, heads_by_role)
+    if check_compat(compat):
+        if isinstance(tuned, HeadValues):
+            raise ValueError('compat="paper" patches tokens that `collect` does not keep; give the tuned model itself.')
+        _check_same_shape(base, tuned)
+        return _paper_cmap(base, tuned, pairs, roles, mask, components, batch_size)
+    if isinstance(tuned, HeadValues):
+        values = partial(_chosen_values, tuned, [_index(tuned, role) for role in roles], components)
+    else:
+        _check_same_shape(base, tuned)
+        source = check_tokens(tuned.config, pairs.clean), positions_of(pairs.position, roles)
+        values = partial(head_values, tuned, source, sites=components)
+    return patched_predictions(base, pairs, roles, mask, values, batch_size)
+
+
+@dataclass(frozen=True)
+class HeadSweep:
+    """What every single head of the tuned model does in the base model.
+
+    Attributes:
+      accuracy: float [L, N], of the base model with that head patched.
+      scores: effect on each prompt, [L, N, B]; positive where the tuned model's head helps.
+      clean_accuracy: of the base model without a patch, computed in the same way.
+    """
+
+    accuracy: np.ndarray  # [L, N]
+    scores: PathScores
+    clean_accuracy: float
+
+
+def cmap_heads(
+    base: Model,
+    tuned: Model,
+    pairs: Pairs,
+    role: str = "last",
+    components: Sequence[str] = ("z",),
+    *,
+    metric: str = "probability",
+    batch_size: int | None = None,
+) -> HeadSweep:
+    """Patches each head of `tuned` alone into `base`, at one role: a sweep over all L x N heads.
+
+    The base model is run once; each head then costs a forward pass of the tokens from its role and the layers from its
+    own on (`jaxmech.cone`).
+
+    Args:
+      metric: "probability" or "log_probability", see `jaxmech.metrics`.
+
+    Raises:
+      ValueError: as `cmap`, or another metric.
+    """
+    components, config = _check_components(components), base.config
+    if metric not in METRICS[:2]:
+        raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS[:2])}.")
+    _check_same_shape(base, tuned)
+    tokens, p, last = check_tokens(config, pairs.clean), pairs.position(role), pairs.position("last")
+    if batch_size is None:
+        batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
+    batches = Batches.plan([tokens], p, last, batch_size)
+    heads = np.arange(config.num_layers * config.num_heads)
+    calls = calls_of_equal_size(heads, batches.capacity / TOKENS_PER_CALL, most=config.num_layers)
+    scores = np.zeros((len(heads), len(pairs)), np.float32)
+    correct = np.zeros((len(heads), len(pairs)), bool)
+    clean_correct, probability = np.zeros(len(pairs), bool), np.zeros(len(pairs), np.float32)
+    for rows in batches.rows:
+        values = head_values(tuned, (tokens, p[:, None]), rows, sites=components)
+        prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
+        inputs = _prepare(config, base.weights, prompts, suffixes, values, pairs.labels[rows])
+        for call in calls:
+            found, right = jax.device_get(_run_heads(config, base.weights, inputs, np.append(NO_HEAD, call)))
+            clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, None)))
+            here = np.ix_(call, rows)
+            scores[here], correct[here] = effect(metric, patched, clean), right[1:]
+            clean_correct[rows], probability[rows] = right[0], np.exp(clean.log_probability)
+    shape = config.num_layers, config.num_heads
+    accuracy, scores = correct.mean(-1).reshape(shape), scores.reshape(*shape, -1)
+    return HeadSweep(accuracy, PathScores(scores, probability, metric), float(clean_correct.mean()))
+
+
+class _Inputs(NamedTuple):
+    """What a batch of examples brings to every call."""
+
+    clean: cone.CleanCache
+    suffixes: Suffixes
+    values: dict[str, Array]  # component -> [L, B, N, H]
+    labels: Array  # [B]
+
+
+@partial(jax.jit, static_argnames="config")
+def _prepare(config: Config, weights: Params, prompts, suffixes: Suffixes, values: dict[str, Array], labels) -> _Inputs:
+    at_role = {site: x[:, :, 0] for site, x in values.items()}
+    return _Inputs(cone.live_cache(config, weights, prompts, suffixes), suffixes, at_role, labels)
+
+
+@partial(jax.jit, static_argnames="config")
+def _run_heads(config: Config, weights: Params, inputs: _Inputs, heads: Array) -> tuple[Outcome, jax.Array]:
+    """Outcomes and whether the answer is right, [R, B], of the heads [R]: NO_HEAD, and others in increasing order."""
+    start = jnp.minimum(heads[1] // config.num_heads, max(0, config.num_layers - 2))
+
+    def one(head):
+        weight = (jnp.arange(config.num_layers * config.num_heads) == head).reshape(config.num_layers, -1)
+        patches = {s: (cone.HeadPatch(inputs.suffixes.first, weight, x),) for s, x in inputs.values.items()}
+        x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, patches, start)
+        logits = unembed(config, weights, x)
+        return outcome(logits, inputs.labels, inputs.labels), logits.argmax(-1) == inputs.labels
+
+    return jax.vmap(one)(heads)
+
+
+def _paper_cmap(
+    base: Model,
+    tuned: Model,
+    pairs: Pairs,
+    roles: Sequence[str],
+    mask: np.ndarray,
+    components: Sequence[str],
+    batch_size: int | None,
+) -> Predictions:
+    """As the published code does it, by full forward passes with patches at every token."""
+    pairs = last_column(pairs)
+    tokens, last = check_tokens(base.config, pairs.clean), pairs.position("last")
+    logits = np.empty((len(pairs), base.config.vocab_size), np.float32)
+    size = max(1, examples_per_call(base.config, pairs) // base.config.num_layers) if batch_size is None else batch_size
+    for start in range(0, len(pairs), size):
+        rows = slice(start, start + size)
+        positions = positions_of(pairs.position, roles)[rows]
+        if components == ("z",):  # every role but prev_query_box is taken to be the last column
+            positions = np.stack(
+                [x if role == "prev_query_box" else last[rows] for role, x in zip(roles, positions.T, strict=True)], 1
+            )
+        arguments = base.config, base.weights, tuned.weights, tokens[rows], positions, last[rows], mask
+        logits[rows] = np.asarray(_paper_logits(*arguments, components=components))
+    return Predictions(logits.argmax(-1) == pairs.labels, logits)
+
+
+@partial(jax.jit, static_argnames=("config", "components"))
+def _paper_logits(
+    config: Config,
+    base: Params,
+    tuned: Params,
+    tokens: Array,
+    positions: Array,
+    last: Array,
+    mask: Array,
+    *,
+    components,
+) -> jax.Array:
+    """Logits [B, V] of the base model, patched as the published code does; mask [L, R, N], positions [B, R]."""
+    (batch, length), dtype = tokens.shape, config.compute_dtype
+    _, theirs = forward(config, tuned, tokens, capture=components, logits_at=last)
+    at_role = at_tokens(positions, mask).astype(dtype)  # [L, B, R, N]
+    token = jnp.arange(length)
+    here = (token == positions[..., None]).astype(dtype)  # [B, R, T]
+    before = (token < positions[..., None]).astype(dtype)
+    patches: dict[str, Any] = {}
+    for site in components:
+        where = before if site in ("k", "v") else here
+        weight = jnp.minimum(jnp.einsum("lbrn,brt->lbtn", at_role, where), 1)
+        patches[site] = Patch(weight, theirs[site])
+    if "z" not in components:
+        _, own = forward(config, base, tokens, capture=("z",), logits_at=last)
+        frozen = (token < length - 1).astype(dtype)[:, None]  # [T, 1]
+        patches["z"] = Patch(jnp.broadcast_to(frozen, (batch, length, 1)), own["z"])
+    return forward(config, base, tokens, Interventions(**patches), logits_at=last)[0]
+
+
+def _check_components(components: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(components, str) or not components or set(components) - set(COMPONENTS):
+        raise ValueError(f"components={components!r}; expected a tuple of {', '.join(map(repr, COMPONENTS))}.")
+    return tuple(components)
+
+
+def _check_same_shape(base: Model, tuned: Model) -> None:
+    def shape(model):
+        config = model.config
+        return config.num_layers, config.num_heads, config.head_dim, config.vocab_size
+
+    if shape(base) != shape(tuned):
+        raise ValueError(
+            f"base has (layers, heads, head_dim, vocabulary) = {shape(base)}, tuned {shape(tuned)}; patching across "
+            "models needs a fine-tune of the same shape."
+        )
+
+
+def _index(values: HeadValues, role: str) -> int:
+    if role not in values.roles:
+        raise ValueError(f"Role {role!r} was not collected; these values have {', '.join(values.roles)}.")
+    return values.roles.index(role)
+
+
+def _chosen_values(values: HeadValues, roles: list[int], components: Sequence[str], rows: np.ndarray):
+    if missing := [site for site in components if site not in values.values]:
+        raise ValueError(f"Components {missing} were not collected; these values have {', '.join(values.values)}.")
+    return {site: values.values[site][:, rows][:, :, roles] for site in components}
+
+
+def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int) -> int:
+    """Examples whose clean cache and whose streams for all heads of a layer fit the memory budget."""
+    N, H, D, F, L = config.num_heads, config.head_dim, config.width, config.mlp_width, config.num_layers
+    item, length = config.compute_dtype.itemsize, float(lengths.mean())
+    cache = L * (2 * tokens * config.num_kv_heads * H + length * D + N * H)
+    stream = length * (4 * D + 3 * F + 4 * N * H + 3 * N * tokens)
+    return max(1, int(memory.budget() / (item * (cache + (N + 1) * stream) + 8 * (N + 1) * config.vocab_size)))

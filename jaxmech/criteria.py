@@ -1,0 +1,313 @@
+"""What makes a circuit a good one: faithfulness, completeness and minimality, and how two circuits compare.
+
+The criteria are those of Wang et al. 2022 (arXiv:2211.00593) in the form of Prakash et al. 2024, section 3.3 and
+appendix. Every number is a fraction of prompts or a ratio of such, and nothing is rounded. Results keep which prompts
+were answered right, so that intervals are bootstrapped over prompts, the same ones for both sides of a ratio.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxmech.accuracy import clean_logits
+from jaxmech.bootstrap import bounds, resampled_means
+from jaxmech.circuits import evaluate
+from jaxmech.compat import check_compat
+from jaxmech.config import Config
+from jaxmech.discovery import Circuit, Head
+from jaxmech.loading import Model
+from jaxmech.pairs import Pairs
+from jaxmech.predictions import Predictions
+
+Subset = Mapping[str, Sequence[Head]]  # group -> some of its heads
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """How much of a model's accuracy its circuit alone has.
+
+    Attributes:
+      model: the model's own answers, `correct` [B].
+      circuit: the circuit's.
+      random: those of random circuits of the same size, `correct` [R, B].
+      random_circuits: what these are.
+      rounded: ratios are taken of accuracies rounded to 0.01, as the published code does (compat="paper").
+    """
+
+    model: Predictions
+    circuit: Predictions
+    random: Predictions
+    random_circuits: list[Circuit]
+    rounded: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """The circuit's accuracy / the model's; nan if the model is always wrong."""
+        return float(_ratio(self.circuit.accuracy, self.model.accuracy, self.rounded))
+
+    @property
+    def random_ratios(self) -> np.ndarray:
+        """The same of every random circuit, float [R]."""
+        return _ratio(self.random.accuracy, self.model.accuracy, self.rounded)
+
+    def confidence_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """Lower and upper bound of `ratio`, bootstrapped over prompts."""
+        part, whole = (resampled_means(x.correct, resamples=resamples, seed=seed) for x in (self.circuit, self.model))
+        low, high = bounds(_ratio(part, whole), level)
+        return float(low), float(high)
+
+
+def faithfulness(
+    model: Model,
+    pairs: Pairs,
+    circuit: Circuit,
+    means: np.ndarray,
+    *,
+    random: int = 10,
+    seed: int = 0,
+    batch_size: int | None = None,
+    compat: str | None = None,
+) -> Faithfulness:
+    """Runs the circuit alone, the model, and `random` circuits with groups of the same sizes.
+
+    Args:
+      means: what ablated heads put out; see `evaluate`.
+      random: random circuits, drawn from `seed`.
+      compat: "paper" draws random circuits with replacement and splits a head's number by the wrong count (j), and
+        rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.
+
+    Raises:
+      ValueError: see `evaluate`; random < 1.
+    """
+    if random < 1:
+        raise ValueError(f"random={random}; expected at least 1 random circuit.")
+    rng, paper = np.random.default_rng(seed), check_compat(compat)
+    others = [random_circuit(model.config, circuit, rng, compat=compat) for _ in range(random)]
+    options = {"batch_size": batch_size, "keep_logits": False}
+    found = evaluate(model, pairs, [circuit, *others], means, **options)
+    return Faithfulness(
+        model=_own_answers(model, pairs, batch_size),
+        circuit=Predictions(found.correct[0]),
+        random=Predictions(found.correct[1:]),
+        random_circuits=others,
+        rounded=paper,
+    )
+
+
+def random_circuit(config: Config, circuit: Circuit, rng: np.random.Generator, *, compat: str | None = None) -> Circuit:
+    """A circuit with groups of the same sizes at the same roles.
+
+    The heads of one role are drawn without replacement from all heads of the model, so that its groups are disjoint, as
+    those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number divided by the
+    number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
+    """
+    layers, heads = config.num_layers, config.num_heads
+    drawn: dict[str, list[Head]] = {}
+    for role in dict.fromkeys(circuit.roles.values()):
+        sizes = {group: len(circuit.groups[group]) for group, r in circuit.roles.items() if r == role}
+        if check_compat(compat):
+            numbers = rng.integers(layers * heads, size=sum(sizes.values()))
+            chosen = [(int(n) // layers, int(n) % heads) for n in numbers]
+        else:
+            numbers = rng.permutation(layers * heads)[: sum(sizes.values())]
+            chosen = [(int(n) // heads, int(n) % heads) for n in numbers]
+        for group, size in sizes.items():
+            drawn[group], chosen = [head for head in chosen[:size] if head[0] < layers], chosen[size:]
+    return Circuit({group: drawn[group] for group in circuit.groups}, circuit.roles)
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """Whether circuit and model lose the same by the same knockouts.
+
+    Attributes:
+      names: of the S subsets K: "nothing", each group, and "random 1", "random 2", ...
+      subsets: the K, group -> heads.
+      circuit: answers of the circuit without K, `correct` [S, B].
+      model: answers of the model without K, `correct` [S, B].
+    """
+
+    names: list[str]
+    subsets: list[dict[str, list[Head]]]
+    circuit: Predictions
+    model: Predictions
+
+    @property
+    def gap(self) -> np.ndarray:
+        """|accuracy of circuit without K - accuracy of model without K|, float [S]; small for a complete circuit."""
+        return np.abs(self.circuit.accuracy - self.model.accuracy)
+
+
+def completeness(
+    model: Model,
+    pairs: Pairs,
+    circuit: Circuit,
+    means: np.ndarray,
+    *,
+    random: int = 20,
+    seed: int = 0,
+    batch_size: int | None = None,
+    compat: str | None = None,
+) -> Completeness:
+    """Takes the same sets K of the circuit's heads from the circuit and from the model.
+
+    K is empty, each whole group, and `random` sets in which every head of the circuit is with probability 1/2. "The
+    model" has all heads at the circuit's roles. On both sides all heads are ablated at all other tokens, so that they
+    differ in nothing but the heads at the roles.
+
+    Args:
+      compat: "paper" leaves the other tokens of the model alone, while the circuit's are ablated (l);
+        docs/paper_compat.md.
+
+    Raises:
+      ValueError: see `evaluate`.
+    """
+    rng, paper = np.random.default_rng(seed), check_compat(compat)
+    named: dict[str, dict[str, list[Head]]] = {"nothing": {}}
+    named |= {group: {group: list(heads)} for group, heads in circuit.groups.items() if heads}
+    for i in range(random):
+        named[f"random {i + 1}"] = {g: [h for h in heads if rng.random() < 0.5] for g, heads in circuit.groups.items()}
+    every = [(layer, head) for layer in range(model.config.num_layers) for head in range(model.config.num_heads)]
+    without = [circuit.without(subset).heads_by_role for subset in named.values()]
+    model_without = [_remove({role: every for role in circuit.heads_by_role}, circuit, k) for k in named.values()]
+    options = {"batch_size": batch_size, "keep_logits": False}
+    return Completeness(
+        list(named),
+        list(named.values()),
+        evaluate(model, pairs, without, means, **options),
+        evaluate(model, pairs, model_without, means, ablate_elsewhere=not paper, **options),
+    )
+
+
+@dataclass(frozen=True)
+class Minimality:
+    """What every head of a circuit is good for.
+
+    Attributes:
+      pairs: group -> accuracy of the circuit without heads i and j, float [n, n]; on the diagonal, without i alone.
+      partners: group -> for each head, the other heads that were taken away with it.
+      before: group -> for each head, the accuracy without its partners, float [n].
+      after: group -> without its partners and itself, float [n].
+      threshold: the least score of a head that stays.
+      circuit: the circuit of the heads that stay.
+    """
+
+    pairs: dict[str, np.ndarray]
+    partners: dict[str, list[list[Head]]]
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
+    threshold: float
+    circuit: Circuit
+
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """before / after - 1 of every head, by group, float [n]; inf where nothing is right without it."""
+        return {group: _significance(self.before[group], self.after[group]) for group in self.before}
+
+
+def minimality(
+    model: Model,
+    pairs: Pairs,
+    circuit: Circuit,
+    means: np.ndarray,
+    *,
+    threshold: float = 0.01,
+    fraction: float = 0.3,
+    batch_size: int | None = None,
+    compat: str | None = None,
+) -> Minimality:
+    """Scores every head when the heads that could stand in for it are gone.
+
+    Within each group, the circuit is run without every pair of heads. A head's partners are the heads of its group
+    without which it matters most: the up to ceil(fraction n) others j with the largest F(C - j) - F(C - i - j), if that
+    is positive. Its score is F(C - partners) / F(C - partners - i) - 1; heads that score less than `threshold` leave.
+
+    Args:
+      threshold: a fraction, the paper's 1 %.
+      fraction: how many of a group's heads can be a head's partners, the paper's top 30 %.
+      compat: "paper" does not remove two heads of the same number in different layers together (d), and rounds
+        accuracies to 0.01 (k); docs/paper_compat.md.
+
+    Raises:
+      ValueError: see `evaluate`; threshold < 0 or fraction outside [0, 1].
+    """
+    if threshold < 0 or not 0 <= fraction <= 1:
+        raise ValueError(f"threshold={threshold}, fraction={fraction}; expected threshold >= 0 and fraction in [0, 1].")
+    paper = check_compat(compat)
+    groups = {group: list(heads) for group, heads in circuit.groups.items() if heads}
+
+    def accuracies(subsets: Sequence[Subset]) -> np.ndarray:
+        circuits = [circuit.without(subset).heads_by_role for subset in subsets]
+        found = evaluate(model, pairs, circuits, means, batch_size=batch_size, keep_logits=False).accuracy
+        return np.round(found, 2) if paper else found
+
+    together = {group: [(i, j) for i in range(len(h)) for j in range(i, len(h))] for group, h in groups.items()}
+    subsets = [{g: _pair(groups[g][i], groups[g][j], paper)} for g, both in together.items() for i, j in both]
+    found = iter(accuracies(subsets))
+    without = {group: _symmetric(len(groups[group]), both, found) for group, both in together.items()}
+    partners = {g: [_partners(groups[g], i, without[g], fraction) for i in range(len(groups[g]))] for g in groups}
+    steps = [({g: partners[g][i]}, {g: [*partners[g][i], h]}) for g, hs in groups.items() for i, h in enumerate(hs)]
+    found = iter(accuracies([subset for step in steps for subset in step]).reshape(-1, 2))
+    both = {group: np.array([next(found) for _ in heads]) for group, heads in groups.items()}
+    before, after = ({group: x[:, i] for group, x in both.items()} for i in (0, 1))
+    scores = {group: _significance(before[group], after[group]) for group in groups}
+    drop = {g: [h for h, score in zip(groups[g], scores[g], strict=True) if score < threshold] for g in groups}
+    return Minimality(without, partners, before, after, threshold, circuit.without(drop))
+
+
+def overlap(circuit: Circuit, reference: Circuit) -> dict[str, tuple[float, float]]:
+    """Precision and recall of `circuit` against `reference`, group by group of both: {group: (precision, recall)}.
+
+    Precision is the share of the circuit's heads that the reference has in the same group, recall the share of the
+    reference's that the circuit has; nan where a group is empty.
+    """
+    found = {}
+    for group in [group for group in circuit.groups if group in reference.groups]:
+        ours, theirs = set(map(tuple, circuit.groups[group])), set(map(tuple, reference.groups[group]))
+        common = len(ours & theirs)
+        found[group] = tuple(common / len(x) if x else math.nan for x in (ours, theirs))
+    return found
+
+
+def _own_answers(model: Model, pairs: Pairs, batch_size: int | None) -> Predictions:
+    """What the model answers by itself."""
+    logits = clean_logits(model, pairs, batch_size=64 if batch_size is None else batch_size)
+    return Predictions(logits.argmax(-1) == pairs.labels)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray, rounded: bool = False) -> np.ndarray:
+    if rounded:
+        part, whole = np.round(part, 2), np.round(whole, 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(whole > 0, part / whole, np.nan)
+
+
+def _significance(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(after > 0, before / after - 1, np.where(before > 0, np.inf, 0.0))
+
+
+def _pair(one: Head, other: Head, paper: bool) -> list[Head]:
+    """Heads to remove together; the published code removes one alone if both have the same number (d)."""
+    return [one] if one == other or (paper and one[1] == other[1]) else [one, other]
+
+
+def _symmetric(size: int, entries: Sequence[tuple[int, int]], values) -> np.ndarray:
+    matrix = np.zeros((size, size))
+    for i, j in entries:
+        matrix[i, j] = matrix[j, i] = next(values)
+    return matrix
+
+
+def _partners(heads: Sequence[Head], i: int, without: np.ndarray, fraction: float) -> list[Head]:
+    """The heads without which head i matters most; `without` [n, n] as `Minimality.pairs`."""
+    drop = np.diag(without) - without[i]
+    order = [int(j) for j in np.argsort(-drop, kind="stable") if j != i]
+    return [heads[j] for j in order[: math.ceil(fraction * len(heads))] if drop[j] > 0]
+
+
+def _remove(heads_by_role: Mapping[str, Sequence[Head]], circuit: Circuit, subset: Subset) -> dict[str, list[Head]]:
+    gone = {(circuit.roles[group], head) for group, heads in subset.items() for head in heads}
+    return {role: [head for head in heads if (role, head) not in gone] for role, heads in heads_by_role.items()}

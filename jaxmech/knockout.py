@@ -1,0 +1,141 @@
+"""Attention knockout (Geva et al. 2023, arXiv:2304.14767): one role may not attend to another, from a layer upwards.
+
+What the source may not read changes nothing before the source, nor below the first layer that is blocked: every first
+layer costs a forward pass of the tokens from the source on alone (`jaxmech.cone`).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmech import cone, memory
+from jaxmech.batches import Batches, calls_of_equal_size
+from jaxmech.config import Config
+from jaxmech.loading import Model, check_tokens
+from jaxmech.model import Params, unembed
+from jaxmech.pairs import Pairs
+from jaxmech.predictions import Predictions
+from jaxmech.suffixes import Suffixes
+
+TOKENS_PER_CALL = 4096  # suffix tokens of all first layers that run together; see `Call`
+Array = Any  # NumPy on the host, jax.Array inside jit
+
+
+def knockout(
+    model: Model,
+    pairs: Pairs,
+    source: str = "last",
+    target: str | np.ndarray = "query_box",
+    *,
+    batch_size: int | None = None,
+    keep_logits: bool = True,
+) -> Predictions:
+    """Forbids the attention from `source` to `target` in layers >= l, for every l.
+
+    Args:
+      source: role of the query.
+      target: role of the key, or its position in each clean prompt, int [B], see `random_target`; before the source.
+      batch_size: examples in one call; None picks as many as fit the memory budget.
+      keep_logits: return the logits, float32 [L, B, V].
+
+    Returns:
+      Predictions with `accuracy` [L], `correct` [L, B] and `logits` [L, B, V]; entry l blocks layers >= l.
+
+    Raises:
+      ValueError: an unknown role, or a target that is not before the source in every prompt.
+    """
+    config = model.config
+    p, key, last = pairs.position(source), _target(pairs, target), pairs.position("last")
+    if (key >= p).any() or (key < 0).any():
+        row = int(((key >= p) | (key < 0)).argmax())
+        raise ValueError(
+            f"target={target if isinstance(target, str) else 'positions'!r} is at {key[row]} in example {row}, source="
+            f"{source!r} at {p[row]}; a token attends to earlier ones, so the target must be before the source."
+        )
+    tokens = check_tokens(config, pairs.clean)
+    if batch_size is None:
+        batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
+    batches = Batches.plan([tokens], p, last, batch_size)
+    calls = calls_of_equal_size(
+        np.arange(config.num_layers), batches.capacity / TOKENS_PER_CALL, most=config.num_layers
+    )
+    correct = np.zeros((config.num_layers, len(pairs)), bool)
+    logits = np.zeros((*correct.shape, config.vocab_size), np.float32) if keep_logits else None
+    for rows in batches.rows:
+        suffixes = batches.suffixes(rows)
+        clean = _clean_cache(config, model.weights, batches.prompts(rows), suffixes)
+        for starts in calls:
+            found = np.asarray(_logits(config, model.weights, _Inputs(clean, suffixes, key[rows]), starts))
+            correct[np.ix_(starts, rows)] = found.argmax(-1) == pairs.labels[rows]
+            if logits is not None:
+                logits[np.ix_(starts, rows)] = found
+    return Predictions(correct, logits)
+
+
+def random_target(pairs: Pairs, source: str = "last", seed: int = 0) -> np.ndarray:
+    """A token before `source` in each clean prompt, int [B], for a control: not the first one, and none with a role.
+
+    The first token is left out because many heads attend to it when they have nothing to do. Where no other token is
+    left, it may be any before the source.
+
+    Raises:
+      ValueError: the source is the first token of a prompt, so that nothing is before it.
+    """
+    rng = np.random.default_rng(seed)
+    named = np.stack(list(pairs.positions.values()), axis=1)
+    chosen = []
+    for p, roles in zip(pairs.position(source), named, strict=True):
+        if p < 1:
+            raise ValueError(f"source={source!r} is the first token of a prompt; there is nothing before it.")
+        free = np.setdiff1d(np.arange(1, p), roles)
+        chosen.append(rng.choice(free if len(free) else np.arange(p)))
+    return np.array(chosen)
+
+
+class _Inputs(NamedTuple):
+    """What a batch of examples brings to every call."""
+
+    clean: cone.CleanCache
+    suffixes: Suffixes
+    target: Array  # [B]
+
+
+@partial(jax.jit, static_argnames="config")
+def _clean_cache(config: Config, weights: Params, prompts, suffixes: Suffixes) -> cone.CleanCache:
+    return cone.live_cache(config, weights, prompts, suffixes)
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(config: Config, weights: Params, inputs: _Inputs, starts: Array) -> jax.Array:
+    """Logits [R, B, V] for the first blocked layers starts [R], in increasing order."""
+    first = jnp.minimum(starts[0], max(0, config.num_layers - 2))
+
+    def one(start):
+        blocked = cone.Knockout(inputs.target, start)
+        x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, {}, first, knockout=blocked)
+        return unembed(config, weights, x)
+
+    return jax.vmap(one)(starts)
+
+
+def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
+    if isinstance(target, str):
+        return pairs.position(target)
+    target = np.asarray(target)
+    if target.shape != (len(pairs),) or not np.issubdtype(target.dtype, np.integer):
+        raise ValueError(
+            f"target has shape {target.shape} and dtype {target.dtype}; expected a role or positions [{len(pairs)}]."
+        )
+    return target
+
+
+def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int) -> int:
+    """Examples whose clean cache and whose suffixes, for one first layer, fit the memory budget."""
+    N, H, D, F, L = config.num_heads, config.head_dim, config.width, config.mlp_width, config.num_layers
+    item, length = config.compute_dtype.itemsize, float(lengths.mean())
+    cache = L * (2 * tokens * config.num_kv_heads * H + length * D)
+    stream = length * (4 * D + 3 * F + 4 * N * H + 3 * N * tokens)
+    return max(1, int(memory.budget() / (item * (cache + stream) + 8 * config.vocab_size)))

@@ -1,0 +1,208 @@
+"""DCM: training equals Adam on the gradient of patched full forwards, many runs equal single ones, and selection."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TOLERANCES, assert_close
+
+import jaxmech as jm
+from jaxmech import dcm
+from jaxmech.model import forward
+
+HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
+
+
+@pytest.fixture(params=[4, 2], ids=["mha", "gqa"])
+def model(request, random_model) -> jm.Model:
+    return random_model(num_kv_heads=request.param)
+
+
+@pytest.fixture
+def pairs(model, random_pairs) -> jm.Pairs:
+    return random_pairs(model, count=10)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def full_forward(config, heads, weights, z, clean, position, last, mask) -> jax.Array:
+    """Logits [B, V] of a full forward pass with z at `position` mixed by the mask with the values z [L, B, N, H]."""
+    layers, numbers = np.array(heads).T
+    weight = jnp.zeros((config.num_layers, 1, 1, config.num_heads)).at[layers, 0, 0, numbers].set(1 - mask)
+    patch = jm.Patch(weight, z[:, :, None], position[:, None])
+    return forward(config, weights, clean, jm.Interventions(z=patch), logits_at=last)[0]
+
+
+def patched(model, pairs, heads, role):
+    """A function from a mask to the logits [B, V]."""
+    rows = np.arange(len(pairs))
+    z = model(pairs.corrupt, capture=("z",))[1]["z"][:, rows, pairs.corrupt_position(role)]
+    prompts = pairs.clean, pairs.position(role), pairs.position("last")
+    return partial(full_forward, model.config, tuple(heads), model.weights, z, *prompts)
+
+
+def answering(model, pairs, heads, role, mask) -> jm.Pairs:
+    """The pairs with the labels that the model says under the mask."""
+    labels = np.asarray(patched(model, pairs, heads, role)(np.asarray(mask, np.float32)).argmax(-1))
+    return jm.Pairs(pairs.clean, pairs.corrupt, labels, pairs.positions, pairs.corrupt_positions)
+
+
+def trained_by_full_forwards(model, pairs, heads, role, lam, orders) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [steps] and masks [steps, n] of Adam, one full forward and backward pass a step."""
+    adam, logits = optax.adam(0.1), patched(model, pairs, heads, role)
+    mask = jnp.ones(len(heads))
+    state, losses, masks = adam.init(mask), [], []
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(mask, share):  # of every example in the batch
+        return -logits(mask)[np.arange(len(pairs)), pairs.labels] @ share + lam * (1 - mask).sum()
+
+    for rows in orders:
+        value, gradient = loss(mask, np.isin(np.arange(len(pairs)), rows) / (rows >= 0).sum())
+        updates, state = adam.update(gradient, state)
+        mask = jnp.clip(optax.apply_updates(mask, updates), 0, 1)
+        losses.append(value)
+        masks.append(mask)
+    return np.array(losses), np.array(masks)
+
+
+@pytest.mark.parametrize("role", ["last", "query_box", "early"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_training_equals_adam_on_patched_full_forwards(model, pairs, role, shuffle):
+    pairs = answering(model, pairs, HEADS, role, [0, 0, 0, 1])
+    run = dcm.train(model, pairs, HEADS, role, lam=0.05, batch_size=4, epochs=2, shuffle=shuffle, seed=3)
+    assert run.history.rows.shape == (6, 4)  # 10 examples: two batches of 4 and one of 2
+    np.testing.assert_array_equal(np.sort(run.history.rows[:3].reshape(-1)), [-1, -1, *range(10)])
+    loss, mask = trained_by_full_forwards(model, pairs, HEADS, role, 0.05, run.history.rows)
+    assert (mask < 1).any()
+    assert_close(run.history.loss, loss, TOLERANCES.cone)
+    assert_close(run.history.mask, mask, TOLERANCES.cone)
+    np.testing.assert_array_equal(run.mask, run.history.mask[-1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_of_the_last_layer_and_tied_embeddings_train_too(random_model, random_pairs, tied):
+    model = random_model(tie_embeddings=tied)
+    pairs = random_pairs(model, count=4)
+    run = dcm.train(model, pairs, [(3, 0), (3, 2)], "last", batch_size=4)
+    loss, mask = trained_by_full_forwards(model, pairs, [(3, 0), (3, 2)], "last", 0.01, run.history.rows)
+    assert_close(run.history.loss, loss, TOLERANCES.cone)
+    assert_close(run.history.mask, mask, TOLERANCES.cone)
+
+
+def test_the_first_loss_is_that_of_the_unpatched_model(model, pairs):
+    run = dcm.train(model, pairs, HEADS, batch_size=10, epochs=1)
+    rows = np.arange(len(pairs))
+    logits = np.asarray(model(pairs.clean)[0])[rows, pairs.position("last"), pairs.labels]
+    assert_close(run.history.loss[0], -logits.mean(), TOLERANCES.cone)
+
+
+def test_many_runs_at_once_are_the_runs_one_by_one(model, random_pairs):
+    desiderata = {"one": random_pairs(model, 6, seed=1), "two": random_pairs(model, 6, length=14, seed=2)}
+    groups = {"a": HEADS, "b": [(3, 3), (0, 1), (1, 0), (2, 2)]}
+    options = {"batch_size": 4, "shuffle": True}
+    found = dcm.train_many(model, desiderata, groups, "query_box", lams=[0.01, 0.3], seeds=[0, 5], **options)
+    assert len(found) == 16
+    for (name, group, lam, seed), run in found.items():
+        if (name, group, lam, seed) in (("one", "b", 0.3, 5), ("two", "a", 0.01, 0)):
+            alone = dcm.train(model, desiderata[name], groups[group], "query_box", lam, seed=seed, **options)
+            assert run.heads == alone.heads
+            assert_close(run.history.loss, alone.history.loss, TOLERANCES.recompiled)
+            assert_close(run.history.mask, alone.history.mask, TOLERANCES.cone)
+    assert not np.array_equal(found["one", "a", 0.01, 0].history.rows, found["one", "a", 0.01, 5].history.rows)
+
+
+@pytest.mark.parametrize("role", ["last", "query_box", "early"])
+def test_accuracies_of_masks_are_those_of_patched_full_forwards(model, pairs, role):
+    masks = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0.3]], np.float32)
+    pairs = answering(model, pairs, HEADS, role, masks[2])
+    pairs.labels[::3] = answering(model, pairs, HEADS, role, masks[0]).labels[::3]
+    answers = [patched(model, pairs, HEADS, role)(mask).argmax(-1) for mask in masks]
+    found = dcm.accuracy(model, pairs, HEADS, masks, role)
+    np.testing.assert_allclose(found, [(answer == pairs.labels).mean() for answer in answers])
+
+
+def run_with(masks) -> dcm.Run:
+    masks = np.asarray(masks, np.float32)
+    rows = np.tile(np.arange(4), (len(masks), 1))
+    return dcm.Run(HEADS, masks[-1], dcm.History(np.zeros(len(masks)), masks, rows), len(masks))
+
+
+def test_ties_of_validation_go_to_fewer_heads_and_those_of_the_paper_to_more(model, pairs, monkeypatch):
+    monkeypatch.setattr(dcm, "accuracy", lambda model, pairs, heads, masks, role: np.array([0.5 for _ in masks]))
+    run = run_with([[1, 1, 1, 0.2], [1, 0.4, 0.3, 0.2], [1, 1, 0.1, 0.3], [0.9, 0.8, 0.7, 0.2]])
+    assert dcm.select(model, run, pairs, every=1).step == 1  # as many as step 4, and earlier
+    assert dcm.select(model, run, pairs, every=1, compat="paper").step == 2
+
+
+def test_the_most_accurate_mask_is_selected(model, pairs):
+    masks = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0.3]], np.float32)
+    pairs = answering(model, pairs, HEADS, "last", np.round(masks[2]))
+    run = dcm.select(model, run_with(masks[[0, 2, 1]]), pairs, every=1)
+    assert (run.step, run.validation_accuracy) == (2, 1.0)
+    assert run.selected == [(2, 1), (3, 1)]
+    np.testing.assert_array_equal(run.mask, masks[2])
+
+
+def test_paper_validation_takes_prev_query_box_from_the_training_batch(model, pairs, monkeypatch):
+    def renamed(pairs):
+        roles = [{**r, "prev_query_box": r["early"]} for r in (pairs.positions, pairs.corrupt_positions)]
+        return jm.Pairs(pairs.clean, pairs.corrupt, pairs.labels, *roles)
+
+    train_pairs, validation = renamed(pairs[:4]), renamed(pairs[4:])
+    seen = []
+    monkeypatch.setattr(dcm, "accuracy", lambda model, pairs, *rest: seen.append(pairs) or np.array([0.5]))
+    run = run_with([[1, 1, 1, 0.2], [1, 1, 1, 0.2]])
+    dcm.select(model, run, validation, "prev_query_box", every=1, compat="paper", train_pairs=train_pairs)
+    expected = np.resize(train_pairs.positions["prev_query_box"], len(validation))
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[0].positions["prev_query_box"], expected)
+    with pytest.raises(ValueError, match="give train_pairs"):
+        dcm.select(model, run, validation, "prev_query_box", compat="paper")
+
+
+def test_training_compiles_once_whatever_the_heads_of_a_layer_span(random_model, random_pairs):
+    model = random_model(vocab_size=59)
+    pairs = random_pairs(model, count=6)
+    before = dcm._train._cache_size()
+    for heads in ([(1, 0), (3, 1)], [(1, 2), (2, 0)]):
+        dcm.train(model, pairs, heads, "query_box", batch_size=3)
+    assert dcm._train._cache_size() == before + 1
+
+
+def test_training_lowers_for_every_platform(random_model, random_pairs):
+    model = random_model(num_kv_heads=2, dtype="bfloat16")
+    data = dcm._stacked([dcm._collect(model, random_pairs(model, count=4), "query_box", 1)])
+    arguments = dcm._Arguments(np.zeros(1, int), np.array([HEADS]), np.ones(1, np.float32), np.zeros(1, int))
+    orders = np.arange(4).reshape(1, 2, 2)
+    traced = dcm._train.trace(model.config, model.weights, data, arguments, orders, 0.1, first=1)
+    assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": [(0, 0), (0, 0)]}, r"Head \(0, 0\) is named twice"),
+        ({"heads": []}, "No heads given"),
+        ({"heads": [(4, 0)]}, r"Head \(4, 0\) does not exist"),
+        ({"role": "first"}, "Unknown role 'first'"),
+        ({"batch_size": 11}, "batch_size=11, but there are 10 pairs"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_arguments_are_named(random_model, random_pairs, change, message):
+    model = random_model()
+    with pytest.raises(ValueError, match=message):
+        dcm.train(model, random_pairs(model, count=10), **{"heads": HEADS, "batch_size": 5, **change})
+
+
+def test_groups_and_desiderata_of_unequal_size_are_refused(random_model, random_pairs):
+    model = random_model()
+    pairs = random_pairs(model)
+    with pytest.raises(ValueError, match="equally many"):
+        dcm.train_many(model, {"a": pairs}, {"x": HEADS, "y": HEADS[:2]})
+    with pytest.raises(ValueError, match="equally many"):
+        dcm.train_many(model, {"a": pairs, "b": pairs[:2]}, {"x": HEADS})

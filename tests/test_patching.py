@@ -1,0 +1,252 @@
+"""Patching across prompts and models, and knockouts: equal to full forward passes, with their identities."""
+
+from importlib import import_module
+
+import full_forward
+import numpy as np
+import pytest
+from conftest import TOLERANCES, assert_close
+
+import jaxmech as jm
+from jaxmech import compat
+
+# The functions jm.cmap and jm.knockout have the names of their modules.
+CMAP, KNOCKOUT = (import_module(f"jaxmech.{name}") for name in ("cmap", "knockout"))
+
+HEADS = {"last": [(0, 1), (2, 3), (2, 0)], "query_box": [(1, 2), (2, 3)], "early": [(0, 0), (1, 3)]}
+COMPONENTS = [("z",), ("q",), ("k",), ("k", "v"), ("q", "k", "v")]
+
+
+def every_head(model: jm.Model) -> list[tuple[int, int]]:
+    return list(np.ndindex(model.config.num_layers, model.config.num_heads))
+
+
+@pytest.fixture(params=[4, 2], ids=["mha", "gqa"])
+def models(request, random_model) -> tuple[jm.Model, jm.Model]:
+    return tuple(random_model(seed, num_kv_heads=request.param) for seed in (4, 5))
+
+
+@pytest.fixture
+def pairs(models, random_pairs) -> jm.Pairs:
+    return random_pairs(models[0])
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_activation_patching_equals_a_full_forward_with_corrupt_z(models, pairs, batch_size):
+    found = jm.patch_activations(models[0], pairs, HEADS, batch_size=batch_size)
+    expected = full_forward.from_corrupt(models[0], pairs, HEADS)
+    assert np.abs(expected - full_forward.last_logits(models[0], pairs)).max() > 0.1
+    assert_close(found.logits, expected, TOLERANCES.cone)
+    np.testing.assert_array_equal(found.correct, expected.argmax(-1) == pairs.labels)
+
+
+def test_patching_prompts_from_themselves_changes_nothing(models, pairs):
+    same = jm.Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.positions, pairs.positions)
+    found = jm.patch_activations(models[0], same, {role: every_head(models[0]) for role in HEADS}).logits
+    assert_close(found, full_forward.last_logits(models[0], pairs), TOLERANCES.recompiled)
+
+
+def test_roles_that_are_one_token_patch_the_heads_of_both(models, pairs):
+    model = models[0]
+    both = jm.Pairs(
+        pairs.clean,
+        pairs.corrupt,
+        pairs.labels,
+        {**pairs.positions, "end": pairs.positions["last"]},
+        {**pairs.corrupt_positions, "end": pairs.corrupt_positions["last"]},
+    )
+    found = jm.patch_activations(model, both, {"end": [(1, 1)], "last": [(3, 2)]}).logits
+    expected = full_forward.from_corrupt(model, pairs, {"last": [(1, 1), (3, 2)]})
+    assert_close(found, expected, TOLERANCES.recompiled)
+
+
+@pytest.mark.parametrize("components", COMPONENTS, ids="+".join)
+def test_cross_model_patching_equals_full_forwards_with_the_tuned_models_activations(models, pairs, components):
+    base, tuned = models
+    expected = full_forward.from_model(base, tuned, pairs, HEADS, components)
+    assert np.abs(expected - full_forward.last_logits(base, pairs)).max() > 0.01
+    assert_close(jm.cmap(base, tuned, pairs, HEADS, components).logits, expected, TOLERANCES.cone)
+    kept = jm.collect(tuned, pairs, reversed(HEADS), components, batch_size=2)
+    assert_close(jm.cmap(base, kept, pairs, HEADS, components, batch_size=2).logits, expected, TOLERANCES.cone)
+
+
+@pytest.mark.parametrize("components", COMPONENTS, ids="+".join)
+def test_cross_model_patching_from_a_model_to_itself_changes_nothing(models, pairs, components):
+    found = jm.cmap(models[0], models[0], pairs, HEADS, components).logits
+    assert_close(found, full_forward.last_logits(models[0], pairs), TOLERANCES.recompiled)
+
+
+def test_cross_model_patching_of_all_heads_everywhere_with_equal_other_weights_changes_nothing(models, pairs):
+    """Two models that differ in their queries, keys and values alone: with all z of one, the other is that one."""
+    base, tuned = models
+    blocks = {**base.weights["blocks"], **{site: tuned.weights["blocks"][site] for site in ("q", "k", "v")}}
+    other = jm.Model(base.config, {"params": {**base.weights, "blocks": blocks}})
+    everywhere = {str(i): np.full(len(pairs), i) for i in range(pairs.positions["last"].min())}
+    # Behind the last token nothing matters; padding after the shortest prompt is patched through `last` alone.
+    short = jm.Pairs(
+        pairs.clean[:, : len(everywhere) + 1],
+        None,
+        pairs.labels,
+        {**everywhere, "last": np.full(len(pairs), len(everywhere))},
+    )
+    found = jm.cmap(base, other, short, {role: every_head(base) for role in short.positions}).logits
+    expected = full_forward.last_logits(other, short)
+    assert np.abs(expected - full_forward.last_logits(base, short)).max() > 0.1
+    assert_close(found, expected, TOLERANCES.cone)
+
+
+@pytest.mark.parametrize(
+    ("role", "components"),
+    [("last", ("z",)), ("last", ("q",)), ("query_box", ("k", "v")), ("early", ("z",)), ("early", ("q", "k", "v"))],
+)
+def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, components, monkeypatch):
+    base, tuned = models
+    monkeypatch.setattr(CMAP, "TOKENS_PER_CALL", 40)  # several calls
+    found = jm.cmap_heads(base, tuned, pairs, role, components, batch_size=3)
+    rows = np.arange(len(pairs))
+
+    def probability(logits):
+        exponents = np.exp(logits - logits.max(-1, keepdims=True))
+        return (exponents / exponents.sum(-1, keepdims=True))[rows, pairs.labels]
+
+    clean = full_forward.last_logits(base, pairs)
+    assert found.clean_accuracy == pytest.approx((clean.argmax(-1) == pairs.labels).mean())
+    for head in [(0, 0), (0, 3), (1, 2), (2, 1), (3, 0), (3, 3)]:
+        logits = full_forward.from_model(base, tuned, pairs, {role: [head]}, components)
+        effect = probability(logits) / probability(clean) - 1
+        np.testing.assert_allclose(found.scores.per_example[head], effect, atol=1e-4 * max(1, np.abs(effect).max()))
+        assert found.accuracy[head] == pytest.approx((logits.argmax(-1) == pairs.labels).mean())
+
+
+def test_heads_whose_change_cannot_reach_the_last_token_have_no_effect(models, pairs):
+    found = jm.cmap_heads(*models, pairs, "early").scores.per_example
+    np.testing.assert_allclose(found[-1], 0, atol=1e-6)
+    assert np.abs(found[0]).min() > 1e-5
+
+
+@pytest.mark.parametrize("target", ["early", "random"])
+@pytest.mark.parametrize("source", ["last", "query_box"])
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_knockouts_equal_full_forwards_with_a_mask(models, pairs, source, target, batch_size, monkeypatch):
+    monkeypatch.setattr(KNOCKOUT, "TOKENS_PER_CALL", 10)  # several calls
+    target = jm.random_target(pairs, source) if target == "random" else target
+    found = jm.knockout(models[0], pairs, source, target, batch_size=batch_size)
+    at = pairs.position(target) if isinstance(target, str) else target
+    for start in range(models[0].config.num_layers):
+        expected = full_forward.knocked_out(models[0], pairs, pairs.position(source), at, start)
+        assert_close(found.logits[start], expected, TOLERANCES.cone)
+        assert found.accuracy[start] == pytest.approx((expected.argmax(-1) == pairs.labels).mean())
+    clean = full_forward.last_logits(models[0], pairs)
+    assert np.abs(found.logits[0] - clean).max() > 0.01
+    reaches = source == "last"  # in the last layer, what another token reads is lost
+    assert (np.abs(found.logits[-1] - clean).max() > 1e-3) == reaches
+
+
+def test_random_targets_come_before_the_source_and_have_no_role(models, random_pairs):
+    pairs = random_pairs(models[0], count=200)
+    target = jm.random_target(pairs, "query_box", seed=1)
+    assert (target < pairs.position("query_box")).all() and (target > 0).all()
+    assert not any((target == position).any() for position in pairs.positions.values())
+    assert len(set(target)) > 5
+    np.testing.assert_array_equal(target, jm.random_target(pairs, "query_box", seed=1))
+
+
+def test_models_of_one_layer_have_a_cone_too(random_model, random_pairs):
+    base, tuned = (random_model(seed, num_layers=1) for seed in (4, 5))
+    pairs = random_pairs(base)
+    found = jm.knockout(base, pairs, "last", "query_box").logits
+    expected = full_forward.knocked_out(base, pairs, pairs.position("last"), pairs.position("query_box"), 0)
+    assert_close(found[0], expected, TOLERANCES.cone)
+    swept = jm.cmap_heads(base, tuned, pairs, "last").accuracy
+    logits = full_forward.from_model(base, tuned, pairs, {"last": [(0, 1)]}, ("z",))
+    assert swept[0, 1] == pytest.approx((logits.argmax(-1) == pairs.labels).mean())
+
+
+# The published code's defects.
+
+
+def test_paper_patching_reads_the_clean_prompts_position_and_the_last_column(models, pairs):
+    model = models[0]
+    roles = {**pairs.positions, "prev_query_box": pairs.positions["early"]}
+    corrupt_roles = {**pairs.corrupt_positions, "prev_query_box": pairs.corrupt_positions["early"]}
+    pairs = jm.Pairs(pairs.clean, pairs.corrupt, pairs.labels, roles, corrupt_roles)
+    heads = {"prev_query_box": [(0, 0), (1, 3)], "last": [(2, 3)], "query_box": [(1, 1)]}
+    found = jm.patch_activations(model, pairs, heads, compat="paper")
+    end, corrupt_end = pairs.clean.shape[1] - 1, pairs.corrupt.shape[1] - 1
+    count = np.ones(len(pairs), int)
+    ends = {"last": end * count, "query_box": (end - 2) * count}
+    corrupt_ends = {"last": corrupt_end * count, "query_box": (corrupt_end - 2) * count}
+    wrong = jm.Pairs(
+        pairs.clean,
+        pairs.corrupt,
+        pairs.labels,
+        {**roles, **ends},
+        {**corrupt_roles, **corrupt_ends, "prev_query_box": roles["prev_query_box"]},
+    )
+    assert_close(found.logits, full_forward.from_corrupt(model, wrong, heads), TOLERANCES.cone)
+    assert np.abs(found.logits - jm.patch_activations(model, pairs, heads).logits).max() > 0.01
+
+
+@pytest.mark.parametrize("components", [("q",), ("k", "v")], ids="+".join)
+def test_paper_cmap_patches_keys_before_the_role_and_freezes_earlier_outputs(models, random_pairs, components):
+    base, tuned = models
+    pairs = random_pairs(base, unequal=False)
+    found = jm.cmap(base, tuned, pairs, HEADS, components, compat="paper").logits
+    _, theirs = tuned(pairs.clean, capture=components)
+    own = base(pairs.clean, capture=("z",))[1]["z"]
+    here = full_forward.weights(base, pairs, HEADS)
+    before = np.minimum(np.flip(np.cumsum(np.flip(here, 2), 2), 2) - here, 1)  # [L, B, T, N]: tokens before a role
+    patches = {site: jm.Patch(here if site == "q" else before, theirs[site]) for site in components}
+    frozen = np.ones((pairs.clean.shape[1], 1))
+    frozen[-1] = 0
+    expected = full_forward.last_logits(base, pairs, jm.Interventions(**patches, z=jm.Patch(frozen[None, None], own)))
+    assert_close(found, expected, TOLERANCES.cone)
+    assert np.abs(found - jm.cmap(base, tuned, pairs, HEADS, components).logits).max() > 0.01
+
+
+def test_paper_cmap_patches_z_at_the_last_column(models, random_pairs):
+    base, tuned = models
+    pairs = random_pairs(base, unequal=False)
+    found = jm.cmap(base, tuned, pairs, {"query_box": [(1, 2), (2, 3)]}, compat="paper").logits
+    expected = full_forward.from_model(base, tuned, pairs, {"last": [(1, 2), (2, 3)]}, ("z",))
+    assert_close(found, expected, TOLERANCES.cone)
+
+
+def test_a_fine_tune_can_be_given_the_output_projections_of_its_base(models):
+    base, tuned = models
+    mixed = compat.base_output_projection(tuned, base)
+    for name, weight in mixed.weights["blocks"].items():
+        np.testing.assert_array_equal(weight, (base if name == "o" else tuned).weights["blocks"][name])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: jm.patch_activations(m, p, {"last": []}), "names no heads"),
+        (lambda m, p: jm.patch_activations(m, p, {"first": [(0, 0)]}), "Unknown role 'first'"),
+        (lambda m, p: jm.patch_activations(m, p, {"last": [(9, 0)]}), r"Head \(9, 0\) does not exist"),
+        (lambda m, p: jm.patch_activations(m, p, HEADS, compat="published"), "compat='published'"),
+        (lambda m, p: jm.patch_activations(m, jm.Pairs(p.clean, None, p.labels, p.positions), HEADS), "no corrupt"),
+        (lambda m, p: jm.cmap(m, m, p, HEADS, "z"), "components='z'"),
+        (lambda m, p: jm.cmap(m, m, p, HEADS, ("mlp",)), "components="),
+        (lambda m, p: jm.cmap(m, jm.collect(m, p, ["last"]), p, HEADS), "Role 'query_box' was not collected"),
+        (lambda m, p: jm.cmap(m, jm.collect(m, p, HEADS), p, HEADS, ("q",)), r"Components \['q'\] were not"),
+        (lambda m, p: jm.cmap(m, jm.collect(m, p, HEADS), p, HEADS, compat="paper"), "give the tuned model itself"),
+        (lambda m, p: jm.cmap_heads(m, m, p, metric="logit_difference"), "metric='logit_difference'"),
+        (lambda m, p: jm.knockout(m, p, "query_box", "last"), "the target must be before the source"),
+        (lambda m, p: jm.knockout(m, p, "last", "last"), "the target must be before the source"),
+        (lambda m, p: jm.knockout(m, p, "last", np.zeros(3, int)), r"target has shape \(3,\)"),
+        (lambda m, p: jm.knockout(m, p, batch_size=0), "batch_size=0"),
+        (lambda m, p: jm.random_target(p, "first"), "Unknown role"),
+    ],
+)
+def test_bad_arguments_are_named(random_model, random_pairs, call, message):
+    model = random_model()
+    with pytest.raises(ValueError, match=message):
+        call(model, random_pairs(model))
+
+
+def test_models_of_different_shapes_are_refused(random_model, random_pairs):
+    base, other = random_model(), random_model(num_layers=3)
+    with pytest.raises(ValueError, match="fine-tune of the same shape"):
+        jm.cmap(base, other, random_pairs(base), HEADS)
