@@ -1,13 +1,13 @@
-"""The command line: `jaxmech demo`, `jaxmech discover`, `jaxmech data`. Only commands print and show progress."""
+"""The command line: `jaxmech demo`, `study`, `discover` and `data`. Only commands print and show progress."""
 
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,23 +15,90 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import jaxmech as jm
 from jaxmech.discovery import PAPER_CHAIN, Stage, discover, read_chain
-from jaxmech.report import accuracy_table, circuit_table, heat_map, save_figure
+from jaxmech.report import accuracy_table, circuit_table, heat_map, save_figure, study_tables, write_report
 from jaxmech.run_folder import RunFolder, fingerprint, text_hash
 from jaxmech.scores import PathScores
+from jaxmech.study import STAGES, Settings, StudyFolder, run
 
 console = Console()
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Find the circuit of the small model that ships with jaxmech, and compare it with its fine-tuned descendant."""
+    """The whole study on the pair of small models that ship with jaxmech, in a few minutes, with a report."""
 
     out: Path = Path("out/demo")
     """Folder for results."""
-    scenes: int = 50
-    """Scenes; every box of a scene is queried in turn."""
+    quick: bool = False
+    """Fewer prompts and steps: half a minute, rough numbers."""
     seed: int = 0
-    """Seed of scenes and corrupt prompts."""
+    """Seed of all draws."""
+    overwrite: bool = False
+    """Start anew whatever --out holds; without it, an interrupted demo goes on."""
+
+
+@dataclass(frozen=True)
+class StudyCommand:
+    """The whole study of a base model and its fine-tuned descendants, with a report; can be interrupted and resumed."""
+
+    base: Path
+    """Checkpoint of the base model: a Hugging Face directory, or an Orbax directory written by `python -m convert`."""
+    tuned: tyro.conf.UseAppendAction[tuple[Path, ...]]
+    """Checkpoint of a fine-tuned descendant; give it once for each."""
+    out: Path
+    """Folder for results.json, report.html and figures."""
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Run this stage alone; give it once for each."""
+    start: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Run this stage and all behind it anew."""
+    quick: bool = False
+    """Far fewer prompts and steps, to see that everything runs; rough numbers."""
+    data: Path | None = None
+    """JSONL file of examples (key "sentence"); without it, scenes are made."""
+    scenes: int = 50
+    """Scenes of the prompts that are evaluated; every box of a scene is queried in turn."""
+    boxes: int = 7
+    """Boxes in a scene, 2 to 10."""
+    contexts: int = 500
+    """Prompts over which ablated activations are averaged."""
+    chain: Path | None = None
+    """TOML file of stages of discovery; without it, the paper's four."""
+    k: dict[str, int] = field(default_factory=dict)
+    """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
+    random_circuits: int = 10
+    """Random circuits to compare a circuit's faithfulness with."""
+    random_subsets: int = 20
+    """Random sets of heads for completeness."""
+    threshold: float = 0.01
+    """Least minimality score of a head that stays in the circuit."""
+    train: int = 1000
+    """Pairs to train masks (DCM) on; --validation and --test to choose and to test them."""
+    validation: int = 500
+    """Pairs to choose masks by."""
+    test: int = 500
+    """Pairs to test masks on."""
+    lam: float = 0.01
+    """Weight of the number of heads in the loss of DCM, logits per head."""
+    repeats: int = 10
+    """Repeats of activation patching, with new pairs each."""
+    patched: int = 500
+    """Pairs of one repeat."""
+    seed: int = 0
+    """Seed of all draws."""
+    add_bos: bool | None = None
+    """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
+    dtype: str = "float32"
+    """dtype of parameters and activations: float32, bfloat16 or float16."""
+    precision: str = "default"
+    """Precision of matrix products: default, high or highest."""
+    batch_size: int | None = None
+    """Examples per call; without it, as many as fit the memory budget."""
+    models_in_memory: int = 2
+    """Models that are held at a time; others are loaded again when they are needed."""
+    compat: Literal["paper"] | None = None
+    """"paper": reproduce the deviations of the published code (docs/paper_compat.md)."""
+    overwrite: bool = False
+    """Start anew whatever --out holds; without it, an interrupted study with the same settings goes on."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +151,7 @@ class Data:
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[StudyCommand, tyro.conf.subcommand("study")]
     | Annotated[Discover, tyro.conf.subcommand("discover")]
     | Annotated[Data, tyro.conf.subcommand("data")]
 )
@@ -93,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 2 for bad input, 130 when interrupted."""
     options = tyro.cli(Command, prog="jaxmech", description=jm.__doc__, args=arguments)  # pyright: ignore
     try:
-        {Demo: run_demo, Discover: run_discover, Data: run_data}[type(options)](options)
+        {Demo: run_demo, StudyCommand: run_study, Discover: run_discover, Data: run_data}[type(options)](options)
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -110,18 +178,64 @@ def run_data(options: Data) -> None:
 
 
 def run_demo(options: Demo) -> None:
-    """`jaxmech demo`: both shipped models' accuracies, and the base model's circuit by a chain that fits it."""
-    started = time.perf_counter()
-    examples = jm.boxes.make(options.scenes, seed=options.seed)
-    models = {name: jm.load(jm.demo.path(name)) for name in ("base", "tuned")}
-    pairs = jm.boxes.pairs(examples, models["base"].tokenizer, seed=options.seed)
-    _print_accuracies(models, pairs)
-    chain = read_chain(jm.demo.path("chain.toml"))
-    run = RunFolder.open(options.out, _settings(options, chain), overwrite=True)  # it takes seconds
-    _discover_into(run, models["base"], pairs, chain)
-    console.print(
-        f"The demo took {time.perf_counter() - started:.0f} s. What the heads do: {jm.demo.path('MODEL_CARD.md')}"
+    """`jaxmech demo`: the study of the shipped pair, by a chain that fits it, smaller than the paper's."""
+    settings = Settings(
+        base=jm.demo.path("base"),
+        tuned=(jm.demo.path("tuned"),),
+        chain=read_chain(jm.demo.path("chain.toml")),
+        train=480,
+        validation=240,
+        test=240,
+        repeats=4,
+        patched=150,
+        seed=options.seed,
     )
+    _study_into(options.out, settings.quick() if options.quick else settings, overwrite=options.overwrite)
+    console.print(f"What the heads of these models do: {jm.demo.path('MODEL_CARD.md')}")
+
+
+def run_study(options: StudyCommand) -> None:
+    """`jaxmech study`."""
+    values: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
+    values["chain"] = PAPER_CHAIN if options.chain is None else read_chain(options.chain)
+    settings = Settings(**values)
+    settings = settings.quick() if options.quick else settings
+    _study_into(options.out, settings, only=options.only, start=options.start, overwrite=options.overwrite)
+
+
+def _study_into(
+    out: Path, settings: Settings, *, only: Sequence[str] = (), start: str | None = None, overwrite: bool = False
+) -> None:
+    """Runs a study in its folder, writes the report and prints the most important numbers."""
+    began = time.perf_counter()
+    folder = StudyFolder.open(out, settings, overwrite=overwrite)
+    done = [f"{STAGES[stage].title} ({', '.join(parts)})" for stage, parts in folder.parts.items()]
+    if done:
+        console.print(f"Going on with the study in {out}; done already: {'; '.join(done)}.", highlight=False)
+    with _study_progress() as progress, _warnings_printed():
+        results = run(settings, folder, only=tuple(only), start=start, progress=progress)
+    report = write_report(out, results, settings=settings.to_dict(), versions=folder.versions, timings=folder.timings)
+    for table in study_tables(results):
+        console.print(table)
+    console.print(
+        f"The study took {time.perf_counter() - began:.0f} s. Numbers: {out / 'results.json'}. Figures and text:"
+    )
+    console.print(str(report), style="bold", soft_wrap=True)
+
+
+@contextmanager
+def _study_progress():
+    """A progress bar for each part of each stage; yields the callback that `run` takes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def advance(stage: str, part: str, done: int, total: int) -> None:
+            if (stage, part) not in tasks:
+                tasks[stage, part] = bars.add_task(f"{STAGES[stage].title}, {part}", total=total)
+            bars.update(tasks[stage, part], completed=done, total=total)
+
+        yield advance
 
 
 def run_discover(options: Discover) -> None:

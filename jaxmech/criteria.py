@@ -170,7 +170,7 @@ def completeness(
     for i in range(random):
         named[f"random {i + 1}"] = {g: [h for h in heads if rng.random() < 0.5] for g, heads in circuit.groups.items()}
     every = [(layer, head) for layer in range(model.config.num_layers) for head in range(model.config.num_heads)]
-    without = [circuit.without(subset).heads_by_role for subset in named.values()]
+    without = [_remove(circuit.heads_by_role, circuit, subset) for subset in named.values()]
     model_without = [_remove({role: every for role in circuit.heads_by_role}, circuit, k) for k in named.values()]
     options = {"batch_size": batch_size, "keep_logits": False}
     return Completeness(
@@ -239,7 +239,7 @@ def minimality(
     groups = {group: list(heads) for group, heads in circuit.groups.items() if heads}
 
     def accuracies(subsets: Sequence[Subset]) -> np.ndarray:
-        circuits = [circuit.without(subset).heads_by_role for subset in subsets]
+        circuits = [_remove(circuit.heads_by_role, circuit, subset) for subset in subsets]
         found = evaluate(model, pairs, circuits, means, batch_size=batch_size, keep_logits=False).accuracy
         return np.round(found, 2) if paper else found
 
@@ -247,7 +247,7 @@ def minimality(
     subsets = [{g: _pair(groups[g][i], groups[g][j], paper)} for g, both in together.items() for i, j in both]
     found = iter(accuracies(subsets))
     without = {group: _symmetric(len(groups[group]), both, found) for group, both in together.items()}
-    partners = {g: [_partners(groups[g], i, without[g], fraction) for i in range(len(groups[g]))] for g in groups}
+    partners = {g: [_partners(hs, i, without[g], fraction, paper) for i in range(len(hs))] for g, hs in groups.items()}
     steps = [({g: partners[g][i]}, {g: [*partners[g][i], h]}) for g, hs in groups.items() for i, h in enumerate(hs)]
     found = iter(accuracies([subset for step in steps for subset in step]).reshape(-1, 2))
     both = {group: np.array([next(found) for _ in heads]) for group, heads in groups.items()}
@@ -301,13 +301,16 @@ def _symmetric(size: int, entries: Sequence[tuple[int, int]], values) -> np.ndar
     return matrix
 
 
-def _partners(heads: Sequence[Head], i: int, without: np.ndarray, fraction: float) -> list[Head]:
-    """The heads without which head i matters most; `without` [n, n] as `Minimality.pairs`."""
+def _partners(heads: Sequence[Head], i: int, without: np.ndarray, fraction: float, paper: bool) -> list[Head]:
+    """The heads without which head i matters most, ties in their order; `without` [n, n] as `Minimality.pairs`."""
     drop = np.diag(without) - without[i]
+    if not paper:  # which lets the last bit of a difference decide between drops that are equal
+        drop = np.round(drop, 9)
     order = [int(j) for j in np.argsort(-drop, kind="stable") if j != i]
     return [heads[j] for j in order[: math.ceil(fraction * len(heads))] if drop[j] > 0]
 
 
 def _remove(heads_by_role: Mapping[str, Sequence[Head]], circuit: Circuit, subset: Subset) -> dict[str, list[Head]]:
-    gone = {(circuit.roles[group], head) for group, heads in subset.items() for head in heads}
-    return {role: [head for head in heads if (role, head) not in gone] for role, heads in heads_by_role.items()}
+    """Takes away the heads of `subset` at their groups' roles, also one that another group has at that role."""
+    gone = {(circuit.roles[group], tuple(head)) for group, heads in subset.items() for head in heads}
+    return {role: [head for head in heads if (role, tuple(head)) not in gone] for role, heads in heads_by_role.items()}

@@ -8,9 +8,11 @@ model say what a desideratum predicts (Prakash et al. 2024, section 4 and append
 
 The counterfactual prompts are run once, and of the base prompts only what is clean; a step then runs, forward and
 backward, the layers from the group's first on and the tokens from its role on (`jaxmech.cone`). All steps of all
-epochs are one scan, and many runs are one call: `train_many` vmaps over desiderata, groups, lambdas and seeds.
+epochs are one scan, and many runs are one call: `train_many` vmaps over desiderata, groups, lambdas and seeds. Inside,
+a mask is [L, N], with 1 at the heads that are not in the group, so that groups of all sizes share a compilation.
 
-Axes as in `jaxmech.model`; n counts the heads of a group, M masks, E the entries of a batch.
+Axes as in `jaxmech.model`, L being counted from the first layer that a group has; n counts the heads of a group, M
+masks, E the entries of a batch.
 """
 
 import itertools
@@ -33,7 +35,7 @@ from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params, norm, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.patching import examples_per_call, head_values
-from jaxmech.shared_prefix import SharedPrompts
+from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Suffixes
 
 Heads = Sequence[Sequence[int]]
@@ -122,38 +124,42 @@ def train_many(
 
     Args:
       train_pairs: desideratum -> its pairs, equally many for each.
-      groups: group -> its heads, equally many for each, all at `role`.
+      groups: group -> its heads, all at `role`.
 
     Returns:
       {(desideratum, group, lambda, seed): run}.
     """
     config = model.config
     chosen = {name: _check_heads(config, heads) for name, heads in groups.items()}
-    counts = {len(pairs) for pairs in train_pairs.values()}, {len(heads) for heads in chosen.values()}
-    if any(len(count) != 1 for count in counts):
-        raise ValueError(
-            f"train_many needs equally many pairs for each desideratum and heads for each group; found {counts}."
-        )
-    (count,), _ = counts
+    counts = {len(pairs) for pairs in train_pairs.values()}
+    if len(counts) != 1:
+        raise ValueError(f"train_many needs equally many pairs for each desideratum; found {sorted(counts)}.")
+    (count,) = counts
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size={batch_size}, but there are {count} pairs; expected at most that many.")
     first = _first_layer(config, [head for heads in chosen.values() for head in heads])
-    data = _stacked([_collect(model, pairs, role, first) for pairs in train_pairs.values()])
+    prompts = {name: _prompts_key(pairs, role) for name, pairs in train_pairs.items()}
+    distinct = {key: train_pairs[name] for name, key in prompts.items()}  # desiderata may share their base prompts
+    base = _stacked([_collect_base(model, pairs, role, first) for pairs in distinct.values()])
+    data = _stacked([_collect_targets(model, pairs, role, first) for pairs in train_pairs.values()])
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
     keys = list(itertools.product(train_pairs, groups, lams, seeds))
     place = [{name: i for i, name in enumerate(names)} for names in (train_pairs, groups, lams, seeds)]
     arguments = _Arguments(
+        base=np.array([list(distinct).index(prompts[desideratum]) for desideratum, *_ in keys]),
         data=np.array([place[0][desideratum] for desideratum, *_ in keys]),
-        heads=np.array([chosen[group] for _, group, *_ in keys]),
+        member=np.array([_members(config, chosen[group], first) for _, group, *_ in keys]),
         lam=np.array([lam for *_, lam, _ in keys], np.float32),
         order=np.array([place[3][seed] for *_, seed in keys]),
     )
-    losses, masks = _train(config, model.weights, data, arguments, orders, learning_rate, first=first)
+    losses, masks = _train(config, model.weights, base, data, arguments, orders, learning_rate, first=first)
     losses, masks = np.asarray(losses), np.asarray(masks)
-    return {
-        key: Run(chosen[key[1]], masks[i, -1], History(losses[i], masks[i], orders[arguments.order[i]]), masks.shape[1])
-        for i, key in enumerate(keys)
-    }
+    runs = {}
+    for i, key in enumerate(keys):
+        layers, heads = np.array(chosen[key[1]]).T
+        history = History(losses[i], masks[i][:, layers - first, heads], orders[arguments.order[i]])
+        runs[key] = Run(chosen[key[1]], history.mask[-1], history, len(history.mask))
+    return runs
 
 
 def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: str = "last") -> np.ndarray:
@@ -163,14 +169,19 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
       pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
       masks: float [M, n]; round them for the accuracy of a selection of heads.
     """
-    heads = _check_heads(model.config, heads)
+    heads, count = _check_heads(model.config, heads), len(masks)
     first = _first_layer(model.config, heads)
+    layers, numbers = np.array(heads).T
+    weights = np.zeros((2 ** (count - 1).bit_length(), *_members(model.config, heads, first).shape), np.float32)
+    weights[:count, layers - first, numbers] = 1 - np.asarray(masks)  # few numbers of masks, so few compilations
     correct = []
-    for rows, new in equal_parts(len(pairs), max(1, examples_per_call(model.config, pairs) // len(masks))):
-        data = _collect(model, pairs[rows], role, first)
-        found = _answers(model.config, model.weights, data, np.array(heads), np.asarray(masks, np.float32), first=first)
+    for rows, new in equal_parts(len(pairs), max(1, examples_per_call(model.config, pairs) // len(weights))):
+        batch = _Batch(
+            _collect_base(model, pairs[rows], role, first), _collect_targets(model, pairs[rows], role, first)
+        )
+        found = _answers(model.config, model.weights, batch, weights, first=first)
         correct.append(np.asarray(found == pairs.labels[rows])[:, new])
-    return np.concatenate(correct, axis=1).mean(-1)
+    return np.concatenate(correct, axis=1).mean(-1)[:count]
 
 
 def select(
@@ -210,152 +221,176 @@ def select(
     return Run(run.heads, run.history.mask[steps[best] - 1], run.history, steps[best], float(found[best]))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Data:
-    """What is computed once of the pairs: layers from the group's first on, tokens from the role on."""
+class _Base(NamedTuple):
+    """What is computed once of base prompts: layers from the group's first on, tokens from the role on."""
 
     resid_pre: Array  # [B, W, D] at the first layer, of the suffix, padded with copies of its last token's
-    k: Array  # [L, B, T, K, H], rotated
-    v: Array  # [L, B, T, K, H]
-    z: Array  # [L, B, N, H], of the counterfactual prompts at the role
+    k: Array  # [B, L, T, K, H], rotated
+    v: Array  # [B, L, T, K, H]
     p: Array  # [B]
     last: Array  # [B]
+
+
+class _Targets(NamedTuple):
+    """What a desideratum says about them."""
+
+    z: Array  # [B, L, N, H], of the counterfactual prompts at the role
     labels: Array  # [B]
+
+
+class _Batch(NamedTuple):
+    """Some examples."""
+
+    base: _Base
+    targets: _Targets
 
 
 class _Arguments(NamedTuple):
     """What differs between the runs of one call; each has an axis of runs."""
 
-    data: Array  # [] which pairs
-    heads: Array  # [n, 2]
+    base: Array  # [] which base prompts
+    data: Array  # [] which desideratum
+    member: Array  # [L, N], bool, the heads of the group
     lam: Array  # []
     order: Array  # [] which order
 
 
-def _collect(model: Model, pairs: Pairs, role: str, first: int) -> _Data:
-    """Runs the prompts of `pairs`, in parts, and keeps what training needs."""
+def _prompts_key(pairs: Pairs, role: str) -> tuple[bytes, ...]:
+    """The same for pairs with the same base prompts."""
+    return pairs.clean.tobytes(), pairs.position(role).tobytes(), pairs.position("last").tobytes()
+
+
+def _collect_base(model: Model, pairs: Pairs, role: str, first: int) -> _Base:
+    """Runs the base prompts, in parts, and keeps what training needs."""
     config = model.config
-    p, corrupt_p, last = pairs.position(role), pairs.corrupt_position(role), pairs.position("last")
-    tokens, corrupt = check_tokens(config, pairs.clean), check_tokens(config, np.asarray(pairs.corrupt))
-    width, size = int((last - p).max()) + 1, examples_per_call(config, pairs)
-    parts = []
-    for rows, new in equal_parts(len(pairs), size):
-        z = head_values(model, (corrupt, corrupt_p[:, None]), rows, sites=("z",))["z"][first:, :, 0]
-        part = _clean(config, model.weights, tokens[rows], p[rows], last[rows], z, first=first, width=width)
-        parts.append(jax.tree.map(lambda x, axis, new=new: jnp.compress(new, x, axis), part, _EXAMPLE_AXES))
-    found = jax.tree.map(lambda axis, *xs: jnp.concatenate(xs, axis), _EXAMPLE_AXES, *parts)
-    return _Data(**found, p=p, last=last, labels=pairs.labels)
-
-
-_EXAMPLE_AXES = {"resid_pre": 0, "k": 1, "v": 1, "z": 1}
+    p, last, tokens = pairs.position(role), pairs.position("last"), check_tokens(config, pairs.clean)
+    width, parts = int((last - p).max()) + 1, list(equal_parts(len(pairs), examples_per_call(config, pairs)))
+    length, count = shared_length([tokens[rows] for rows, _ in parts])
+    found = []
+    for rows, new in parts:
+        prompts = SharedPrompts.split(tokens[rows], length, count)
+        part = _run_base(config, model.weights, prompts, p[rows], last[rows], first=first, width=width)
+        found.append([jnp.compress(new, x, axis=0) for x in part])
+    resid_pre, k, v = (jnp.concatenate(x) for x in zip(*found, strict=True))
+    return _Base(resid_pre, k, v, p, last)
 
 
 @partial(jax.jit, static_argnames=("config", "first", "width"))
-def _clean(config: Config, weights: Params, tokens, p, last, z, *, first: int, width: int) -> dict[str, jax.Array]:
-    suffixes = Suffixes.padded(p, last, width=width, prefix=tokens.shape[1])
-    whole = SharedPrompts(jnp.zeros((1, 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32), tokens)
-    cache = cone.live_cache(config, weights, whole, suffixes, first)
+def _run_base(config: Config, weights: Params, prompts: SharedPrompts, p, last, *, first: int, width: int):
+    """resid_pre, k and v as `_Base` has them."""
+    length = prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
+    cache = cone.live_cache(config, weights, prompts, Suffixes.padded(p, last, width=width, prefix=length), first)
     assert cache.k is not None and cache.v is not None
-    return {"resid_pre": cache.resid_pre[0].reshape(len(tokens), width, -1), "k": cache.k, "v": cache.v, "z": z}
+    resid_pre = cache.resid_pre[0].reshape(len(p), width, -1)
+    return resid_pre, jnp.moveaxis(cache.k, 0, 1), jnp.moveaxis(cache.v, 0, 1)
 
 
-def _stacked(data: Sequence[_Data]) -> _Data:
-    """The data of several desiderata with an axis in front, padded to one length."""
-    width, length = max(x.resid_pre.shape[1] for x in data), max(x.k.shape[2] for x in data)
+def _collect_targets(model: Model, pairs: Pairs, role: str, first: int) -> _Targets:
+    """Runs the counterfactual prompts, in parts, and keeps z at the role."""
+    position = pairs.corrupt_position(role)
+    source = check_tokens(model.config, np.asarray(pairs.corrupt)), position[:, None]
+    found = []
+    for rows, new in equal_parts(len(pairs), examples_per_call(model.config, pairs)):
+        z = head_values(model, source, rows, sites=("z",))["z"][first:, :, 0]
+        found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
+    return _Targets(jnp.concatenate(found), pairs.labels)
 
-    def pad(x: Array, axis: int, size: int) -> Array:
-        return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
-    padded = [
-        _Data(pad(x.resid_pre, 1, width), pad(x.k, 2, length), pad(x.v, 2, length), x.z, x.p, x.last, x.labels)
-        for x in data
-    ]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *padded)
+def _stacked(parts: Sequence[Any]) -> Any:
+    """Tuples of arrays with an axis in front, padded to one shape."""
+
+    def stack(*arrays: Array) -> jax.Array:
+        shape = np.max([x.shape for x in arrays], axis=0)
+        return jnp.stack([jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in arrays])
+
+    return jax.tree.map(stack, *parts)
 
 
 @partial(jax.jit, static_argnames=("config", "first"))
 def _train(
     config: Config,
     weights: Params,
-    data: _Data,
+    base: _Base,
+    data: _Targets,
     arguments: _Arguments,
     orders: Array,
     learning_rate: float,
     *,
     first: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Losses [runs, steps] and masks [runs, steps, n]; data has an axis of desiderata, orders [seeds, steps, E]."""
+    """Losses [runs, steps] and masks [runs, steps, L, N].
+
+    `base` has an axis of sets of prompts in front, `data` one of desiderata; orders are [seeds, steps, E].
+    """
     optimizer = optax.adam(learning_rate)
 
     def run(one: _Arguments):
         def step(carry, rows):
             mask, state = carry
-            batch = _rows(data, one.data, rows)
-            loss = partial(_loss, config, weights, batch, rows >= 0, one.heads, one.lam, first)
+            batch = _Batch(
+                jax.tree.map(lambda x: x[one.base, rows], base), jax.tree.map(lambda x: x[one.data, rows], data)
+            )
+            loss = partial(_loss, config, weights, batch, rows >= 0, one.lam, first)
             loss, gradient = jax.value_and_grad(loss)(mask)
+            gradient = gradient * one.member  # Adam leaves alone what has never had a gradient
             updates, state = optimizer.update(gradient, state)
             mask = jnp.clip(mask + jnp.asarray(updates), 0, 1)
             return (mask, state), (loss, mask)
 
-        mask = jnp.ones(len(one.heads), jnp.float32)
+        mask = jnp.ones(one.member.shape, jnp.float32)
         return jax.lax.scan(step, (mask, optimizer.init(mask)), orders[one.order])[1]
 
     return jax.vmap(run)(arguments)
 
 
-def _rows(data: _Data, desideratum: Array, rows: Array) -> _Data:
-    """The examples `rows` of one desideratum."""
-    by_example = {name: getattr(data, name)[desideratum, rows] for name in ("resid_pre", "p", "last", "labels")}
-    by_layer = {name: jnp.moveaxis(getattr(data, name)[desideratum, :, rows], 0, 1) for name in ("k", "v", "z")}
-    return _Data(**by_example, **by_layer)
-
-
 def _loss(
     config: Config,
     weights: Params,
-    batch: _Data,
+    batch: _Batch,
     present: Array,
-    heads: Array,
     lam: Array,
     first: int,
     mask: jax.Array,
 ) -> jax.Array:
-    """The loss on the examples of `batch` that are `present`, bool [E]."""
-    x = norm(config, weights["final_norm"], _patched_stream(config, weights, batch, heads, mask, first))
+    """The loss of a mask [L, N] on the examples of `batch` that are `present`, bool [E]."""
+    x = norm(config, weights["final_norm"], _patched_stream(config, weights, batch, 1 - mask, first))
     # The target's logit alone: the row of the unembedding that belongs to it.
-    rows = weights["embed"][batch.labels] if config.tie_embeddings else weights["unembed"][:, batch.labels].T
+    labels = batch.targets.labels
+    rows = weights["embed"][labels] if config.tie_embeddings else weights["unembed"][:, labels].T
     target_logit = jnp.sum(x.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
     return -jnp.sum(target_logit * present) / present.sum() + lam * (1 - mask).sum()
 
 
-def _patched_stream(
-    config: Config, weights: Params, batch: _Data, heads: Array, mask: jax.Array, first: int
-) -> jax.Array:
-    """resid_post of the last layer at `last`, [B, D], under the mask [n] of heads [n, 2]."""
-    count, width, _ = batch.resid_pre.shape
-    suffixes = Suffixes.padded(batch.p, batch.last, width=width, prefix=batch.k.shape[2])
-    resid_pre = batch.resid_pre.reshape(1, count * width, -1)  # of the first layer alone: no other is read
-    clean = cone.CleanCache(resid_pre=resid_pre, k=batch.k, v=batch.v, first=first)
-    weight = jnp.zeros((config.num_layers - first, config.num_heads), mask.dtype)
-    weight = weight.at[heads[:, 0] - first, heads[:, 1]].set(1 - mask)
-    patches = {"z": (cone.HeadPatch(suffixes.first, weight, batch.z),)}
+def _patched_stream(config: Config, weights: Params, batch: _Batch, weight: jax.Array, first: int) -> jax.Array:
+    """resid_post of the last layer at `last`, [B, D], with every head patched by its weight [L, N]."""
+    base = batch.base
+    count, width, _ = base.resid_pre.shape
+    suffixes = Suffixes.padded(base.p, base.last, width=width, prefix=base.k.shape[2])
+    resid_pre = base.resid_pre.reshape(1, count * width, -1)  # of the first layer alone: no other is read
+    k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, batch.targets.z))
+    clean = cone.CleanCache(resid_pre=resid_pre, k=k, v=v, first=first)
+    patches = {"z": (cone.HeadPatch(suffixes.first, weight, z),)}
     return cone.live_stream(config, weights, clean, suffixes, patches, first)
 
 
 @partial(jax.jit, static_argnames=("config", "first"))
-def _answers(config: Config, weights: Params, data: _Data, heads: Array, masks: Array, *, first: int) -> jax.Array:
-    """The most probable next token under each mask, int [M, B]."""
+def _answers(config: Config, weights: Params, batch: _Batch, weight: Array, *, first: int) -> jax.Array:
+    """The most probable next token with heads patched by each of the weights [M, L, N], int [M, B]."""
 
-    def one(mask):
-        return unembed(config, weights, _patched_stream(config, weights, data, heads, mask, first)).argmax(-1)
+    def one(weight):
+        return unembed(config, weights, _patched_stream(config, weights, batch, weight, first)).argmax(-1)
 
-    return jax.vmap(one)(masks)
+    return jax.vmap(one)(weight)
 
 
 def _first_layer(config: Config, heads: Heads) -> int:
     """The lowest layer of `heads`, or the last but one, where a live stream starts at the latest."""
     return min(min(layer for layer, _ in heads), max(0, config.num_layers - 2))
+
+
+def _members(config: Config, heads: Heads, first: int) -> np.ndarray:
+    """The heads from layer `first` on as bool [L, N]."""
+    return head_mask(config, heads)[first:]
 
 
 def _order(count: int, epochs: int, batch_size: int, seed: int | None) -> np.ndarray:

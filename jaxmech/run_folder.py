@@ -80,6 +80,11 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: str | Path) -> str:
+    """A hash of the contents of a file."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+
+
 def text_hash(lines: Iterable[str]) -> str:
     """A hash of lines of text."""
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()

@@ -102,12 +102,14 @@ def test_the_first_loss_is_that_of_the_unpatched_model(model, pairs):
 
 def test_many_runs_at_once_are_the_runs_one_by_one(model, random_pairs):
     desiderata = {"one": random_pairs(model, 6, seed=1), "two": random_pairs(model, 6, length=14, seed=2)}
-    groups = {"a": HEADS, "b": [(3, 3), (0, 1), (1, 0), (2, 2)]}
+    one = desiderata["one"]  # with the same base prompts and other counterfactual ones
+    desiderata["three"] = jm.Pairs(one.clean, one.corrupt[::-1], one.labels, one.positions, one.positions)
+    groups = {"a": HEADS, "b": [(3, 3), (0, 1), (1, 0)]}
     options = {"batch_size": 4, "shuffle": True}
     found = dcm.train_many(model, desiderata, groups, "query_box", lams=[0.01, 0.3], seeds=[0, 5], **options)
-    assert len(found) == 16
+    assert len(found) == 24
     for (name, group, lam, seed), run in found.items():
-        if (name, group, lam, seed) in (("one", "b", 0.3, 5), ("two", "a", 0.01, 0)):
+        if (name, group, lam, seed) in (("three", "b", 0.3, 5), ("two", "a", 0.01, 0)):
             alone = dcm.train(model, desiderata[name], groups[group], "query_box", lam, seed=seed, **options)
             assert run.heads == alone.heads
             assert_close(run.history.loss, alone.history.loss, TOLERANCES.recompiled)
@@ -164,21 +166,25 @@ def test_paper_validation_takes_prev_query_box_from_the_training_batch(model, pa
         dcm.select(model, run, validation, "prev_query_box", compat="paper")
 
 
-def test_training_compiles_once_whatever_the_heads_of_a_layer_span(random_model, random_pairs):
+def test_training_compiles_once_for_all_groups_that_begin_in_one_layer(random_model, random_pairs):
     model = random_model(vocab_size=59)
     pairs = random_pairs(model, count=6)
     before = dcm._train._cache_size()
-    for heads in ([(1, 0), (3, 1)], [(1, 2), (2, 0)]):
+    for heads in ([(1, 0), (3, 1)], [(1, 2), (2, 0), (3, 3)]):
         dcm.train(model, pairs, heads, "query_box", batch_size=3)
     assert dcm._train._cache_size() == before + 1
 
 
 def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
-    data = dcm._stacked([dcm._collect(model, random_pairs(model, count=4), "query_box", 1)])
-    arguments = dcm._Arguments(np.zeros(1, int), np.array([HEADS]), np.ones(1, np.float32), np.zeros(1, int))
+    pairs = random_pairs(model, count=4)
+    base = dcm._stacked([dcm._collect_base(model, pairs, "query_box", 1)])
+    data = dcm._stacked([dcm._collect_targets(model, pairs, "query_box", 1)])
+    zero = np.zeros(1, int)
+    member = dcm._members(model.config, HEADS, 1)[None]
+    arguments = dcm._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
-    traced = dcm._train.trace(model.config, model.weights, data, arguments, orders, 0.1, first=1)
+    traced = dcm._train.trace(model.config, model.weights, base, data, arguments, orders, 0.1, first=1)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 
@@ -199,10 +205,8 @@ def test_bad_arguments_are_named(random_model, random_pairs, change, message):
         dcm.train(model, random_pairs(model, count=10), **{"heads": HEADS, "batch_size": 5, **change})
 
 
-def test_groups_and_desiderata_of_unequal_size_are_refused(random_model, random_pairs):
+def test_desiderata_of_unequal_size_are_refused(random_model, random_pairs):
     model = random_model()
     pairs = random_pairs(model)
-    with pytest.raises(ValueError, match="equally many"):
-        dcm.train_many(model, {"a": pairs}, {"x": HEADS, "y": HEADS[:2]})
-    with pytest.raises(ValueError, match="equally many"):
-        dcm.train_many(model, {"a": pairs, "b": pairs[:2]}, {"x": HEADS})
+    with pytest.raises(ValueError, match=r"equally many pairs for each desideratum; found \[2, 5\]"):
+        dcm.train_many(model, {"a": pairs, "b": pairs[:2]}, {"x": HEADS}, batch_size=2)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     ("jaxmech.cli",),
     ("jaxmech.report",),
+    ("jaxmech.study",),
     ("jaxmech.run_folder",),
     ("jaxmech", "jaxmech.demo"),  # the package's own re-exports
     ("jaxmech.criteria",),

@@ -1,6 +1,7 @@
 """Tables for the terminal (rich). Functions return them; the commands print."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -32,3 +33,37 @@ def circuit_table(chain: Sequence[Stage], circuit: Circuit, most: int = 8) -> Ta
         receivers = "logits" if stage.receivers is None else f"{stage.receivers}, {stage.via}"
         table.add_row(stage.group, stage.sender, receivers, shown + more or "none")
     return table
+
+
+def study_tables(results: Mapping[str, Any]) -> list[Table]:
+    """What a study found, in short: accuracies with faithfulness, and what CMAP gains by each group."""
+    tables, models = [], results["models"]
+    if "accuracy" in results:
+        table = Table(title=f"Accuracy on {results['prompts']} prompts")
+        for column in ("model", "accuracy", "of its circuit alone", "heads in its circuit"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for model in models:
+            own = results.get("faithfulness", {}).get(model, {}).get(model)
+            circuit = results.get("minimality", {}).get(model, {}).get("circuit")
+            table.add_row(
+                model,
+                _percent(results["accuracy"][model]["accuracy"]),
+                _percent(own["circuit"]["accuracy"]) if own else "-",
+                str(sum(map(len, circuit.values()))) if circuit is not None else "-",
+            )
+        tables.append(table)
+    for tuned, found in results.get("cmap", {}).items():
+        table = Table(title=f"Accuracy of {models[0]} with heads of {tuned} patched in")
+        groups = list(dict.fromkeys(group for by_group in found["groups"].values() for group in by_group))
+        table.add_column("group")
+        for components in found["groups"]:
+            table.add_column(components, justify="right")
+        for group in groups:
+            cells = [by_group.get(group) for by_group in found["groups"].values()]
+            table.add_row(group, *(_percent(cell["accuracy"]) if cell else "-" for cell in cells))
+        tables.append(table)
+    return tables
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"

@@ -1,0 +1,13 @@
+"""The whole study of one base model and its fine-tuned descendants, stage by stage, in a folder that can be resumed.
+
+settings.py   what a study is of and how large it is
+data.py       its prompts
+stages.py     its stages, each a function from what is known so far to a piece of JSON
+running.py    runs the stages, keeps their results in the folder, and takes up a run that was cut off
+"""
+
+from jaxmech.study.running import StudyFolder, run
+from jaxmech.study.settings import EDGES, Settings
+from jaxmech.study.stages import STAGES
+
+__all__ = ["EDGES", "STAGES", "Settings", "StudyFolder", "run"]

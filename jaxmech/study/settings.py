@@ -1,0 +1,134 @@
+"""What a study is of and how large it is: everything that its results depend on."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxmech.compat import check_compat
+from jaxmech.discovery import PAPER_CHAIN, Stage, check_chain
+
+# Attention that is knocked out: source and target role; "random" is a token without a role.
+EDGES = (
+    ("last", "object"),
+    ("last", "query_box"),
+    ("last", "random"),
+    ("query_box", "prev_query_box"),
+    ("query_box", "random"),
+    ("prev_query_box", "object"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A study; the numbers are the paper's unless said otherwise.
+
+    Attributes:
+      base: checkpoint folder of the base model.
+      tuned: checkpoint folders of its fine-tuned descendants.
+      chain: the sweeps of circuit discovery.
+      k: {group: number of heads}, in place of the chain's own.
+      min_effect: see `discover`.
+      data: JSONL file of examples, or None: scenes are made. The scenes of a file are split between the uses below.
+      scenes: scenes of the prompts on which circuits are found and evaluated, every box asked about.
+      boxes: boxes in a scene.
+      contexts: prompts over which ablated activations are averaged; none of their scenes is evaluated.
+      random_circuits: of faithfulness.
+      random_subsets: of completeness.
+      threshold: of minimality, a fraction.
+      train, validation, test: pairs of DCM.
+      lam: of DCM.
+      epochs: of DCM.
+      dcm_batch: of DCM.
+      variants: train DCM on the eleven variants of `positional` as well, for the group that carries position best.
+      repeats: of activation patching.
+      patched: pairs of one repeat.
+      components: sets of activations that CMAP patches, "z" or several of q, k, v joined by "+".
+      edges: attention that is knocked out, (source, target).
+      seed: of all draws.
+      add_bos: prepend the BOS token; None: if the tokenizer does so by itself.
+      dtype, precision, batch_size: see `load` and the methods.
+      models_in_memory: models that are held at a time; others are loaded again when they are needed.
+      compat: "paper" reproduces the published code's deviations (docs/paper_compat.md).
+    """
+
+    base: Path
+    tuned: tuple[Path, ...]
+    chain: tuple[Stage, ...] = PAPER_CHAIN
+    k: dict[str, int] = dataclasses.field(default_factory=dict)
+    min_effect: float = 1e-3
+    data: Path | None = None
+    scenes: int = 50
+    boxes: int = 7
+    contexts: int = 500
+    random_circuits: int = 10
+    random_subsets: int = 20
+    threshold: float = 0.01
+    train: int = 1000
+    validation: int = 500
+    test: int = 500
+    lam: float = 0.01
+    epochs: int = 2
+    dcm_batch: int = 32
+    variants: bool = True
+    repeats: int = 10
+    patched: int = 500
+    components: tuple[str, ...] = ("z", "q", "k", "v", "q+k+v")
+    edges: tuple[tuple[str, str], ...] = EDGES
+    seed: int = 0
+    add_bos: bool | None = None
+    dtype: str = "float32"
+    precision: str = "default"
+    batch_size: int | None = None
+    models_in_memory: int = 2
+    compat: str | None = None
+
+    def __post_init__(self):
+        check_chain(self.chain)
+        check_compat(self.compat)
+        if not self.tuned:
+            raise ValueError("A study needs at least one fine-tuned model; give tuned.")
+        names = self.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"Models are named by their folders, which must differ; found {', '.join(names)}.")
+        counts = ("scenes", "contexts", "random_circuits", "train", "validation", "test", "epochs", "dcm_batch")
+        for name in (*counts, "repeats", "patched", "models_in_memory"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the models, the base first: those of their folders."""
+        return [path.resolve().name for path in (self.base, *self.tuned)]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Folder of each model by its name."""
+        return dict(zip(self.names, (self.base, *self.tuned), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        values = dataclasses.asdict(self)
+        return {
+            **values,
+            "base": str(self.base),
+            "tuned": [str(path) for path in self.tuned],
+            "data": None if self.data is None else str(self.data),
+        }
+
+    def quick(self) -> "Settings":
+        """A study that is through in a fraction of the time, to see that everything runs; its numbers are rough."""
+        return dataclasses.replace(
+            self,
+            scenes=min(self.scenes, 12),
+            contexts=min(self.contexts, 60),
+            random_circuits=min(self.random_circuits, 3),
+            random_subsets=min(self.random_subsets, 5),
+            train=min(self.train, 96),
+            validation=min(self.validation, 48),
+            test=min(self.test, 48),
+            variants=False,
+            repeats=min(self.repeats, 2),
+            patched=min(self.patched, 48),
+            components=self.components[:2],
+        )

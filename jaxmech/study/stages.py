@@ -1,0 +1,408 @@
+"""The stages of a study, each a function from the study so far to a piece of JSON.
+
+A stage is run in parts, one for each model as a rule, which are kept as soon as they are done. Accuracies are
+fractions, intervals are bootstrapped over prompts at 95 %, heads are [layer, head], and what is not a finite number is
+null.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from jaxmech import dcm
+from jaxmech.accuracy import clean_logits
+from jaxmech.boxes import POSITION_VARIANTS
+from jaxmech.circuits import mean_activations
+from jaxmech.cmap import cmap, cmap_heads
+from jaxmech.criteria import completeness, faithfulness, minimality, overlap
+from jaxmech.discovery import Circuit, Head, discover
+from jaxmech.knockout import knockout, random_target
+from jaxmech.loading import Model, load
+from jaxmech.patching import patch_activations
+from jaxmech.predictions import Predictions
+from jaxmech.study.data import MAIN_DESIDERATA, StudyData
+from jaxmech.study.settings import Settings
+
+JSON = Any
+Progress = Callable[[int, int], None]  # (done, in all) of a part
+
+
+class Study:
+    """The models and prompts of a study, and its results so far.
+
+    Attributes:
+      settings: the study.
+      results: {stage: {part: result}} of what is done.
+    """
+
+    def __init__(self, settings: Settings, results: Mapping[str, Mapping[str, JSON]]):
+        self.settings, self.results = settings, results
+        self.model = lru_cache(maxsize=settings.models_in_memory)(self._load)
+        self.means = lru_cache(maxsize=None)(self._means)
+
+    @cached_property
+    def data(self) -> StudyData:
+        """The prompts."""
+        return StudyData(self.settings, self.model(self.settings.names[0]).tokenizer)
+
+    def circuit(self, name: str) -> Circuit:
+        """The circuit of a model: what minimality left of it."""
+        groups = self.results["minimality"][name]["circuit"]
+        return Circuit(_heads(groups), self.results["discovery"][name]["roles"])
+
+    def _load(self, name: str) -> Model:
+        path = self.settings.paths[name]
+        model = load(path, self.settings.dtype, precision=self.settings.precision)
+        if model.tokenizer is None:
+            raise ValueError(f"{path} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
+        if name != self.settings.names[0]:
+            _check_same_tokens(self.data, model, path)
+        return model
+
+    def _means(self, name: str) -> np.ndarray:
+        return mean_activations(self.model(name), self.data.contexts)
+
+
+@dataclass(frozen=True)
+class StudyStage:
+    """One stage.
+
+    Attributes:
+      title: what it does, for progress bars.
+      run: a function from the study, a part and a progress callback to the part's result.
+      needs: earlier stages.
+      tuned_only: its parts are the fine-tuned models, not all.
+      turned: its parts are the models something is run in; results are given by what was run there first.
+    """
+
+    title: str
+    run: Callable[[Study, str, Progress], JSON]
+    needs: tuple[str, ...] = ()
+    tuned_only: bool = False
+    turned: bool = False
+
+    def parts(self, settings: Settings) -> list[str]:
+        """Names of its parts."""
+        return settings.names[self.tuned_only :]
+
+    def assembled(self, parts: Mapping[str, JSON]) -> JSON:
+        """The results of all parts as one."""
+        return _turned(parts) if self.turned else dict(parts)
+
+
+def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
+    pairs = study.data.pairs
+    answers = clean_logits(study.model(part), pairs, batch_size=study.settings.batch_size or 64).argmax(-1)
+    return _with_interval(Predictions(answers == pairs.labels))
+
+
+def _discovery(study: Study, part: str, progress: Progress) -> JSON:
+    settings = study.settings
+    place = {stage.group: i for i, stage in enumerate(settings.chain)}
+
+    def advance(stage, done, total):
+        progress(100 * place[stage.group] + 100 * done // total, 100 * len(place))
+
+    circuit = discover(
+        study.model(part),
+        study.data.pairs,
+        k=settings.k,
+        chain=settings.chain,
+        min_effect=settings.min_effect,
+        batch_size=settings.batch_size,
+        progress=advance,
+    )
+    found: dict[str, JSON] = {"groups": _lists(circuit.groups), "roles": circuit.roles, "stopped": circuit.stopped}
+    found["means"] = {group: scores.mean.astype(float).tolist() for group, scores in circuit.scores.items()}
+    found["heads"] = {}
+    for group, heads in circuit.groups.items():
+        low, high = circuit.scores[group].confidence_interval(seed=settings.seed)
+        mean = circuit.scores[group].mean
+        found["heads"][group] = [
+            {"head": list(head), "score": float(mean[head]), "low": float(low[head]), "high": float(high[head])}
+            for head in heads
+        ]
+    return found
+
+
+def _minimality(study: Study, part: str, progress: Progress) -> JSON:
+    found = study.results["discovery"][part]
+    circuit, settings = Circuit(_heads(found["groups"]), found["roles"]), study.settings
+    result = minimality(
+        study.model(part),
+        study.data.pairs,
+        circuit,
+        study.means(part),
+        threshold=settings.threshold,
+        batch_size=settings.batch_size,
+        compat=settings.compat,
+    )
+    groups = {}
+    for group, scores in result.scores.items():
+        groups[group] = [
+            {
+                "head": list(head),
+                "partners": [list(partner) for partner in result.partners[group][i]],
+                "before": float(result.before[group][i]),
+                "after": float(result.after[group][i]),
+                "score": _number(scores[i]),
+                "kept": head in result.circuit.groups[group],
+            }
+            for i, head in enumerate(circuit.groups[group])
+        ]
+    return {"threshold": settings.threshold, "groups": groups, "circuit": _lists(result.circuit.groups)}
+
+
+def _faithfulness(study: Study, part: str, progress: Progress) -> JSON:
+    settings, found = study.settings, {}
+    for i, name in enumerate(settings.names):
+        result = faithfulness(
+            study.model(part),
+            study.data.pairs,
+            study.circuit(name),
+            study.means(part),
+            random=settings.random_circuits,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            compat=settings.compat,
+        )
+        low, high = result.confidence_interval()
+        found[name] = {
+            "model": _with_interval(result.model),
+            "circuit": _with_interval(result.circuit),
+            "ratio": {"value": _number(result.ratio), "low": _number(low), "high": _number(high)},
+            "random": result.random.accuracy.tolist(),
+        }
+        progress(i + 1, len(settings.names))
+    return found
+
+
+def _overlap(study: Study, part: str, progress: Progress) -> JSON:
+    found = overlap(study.circuit(study.settings.names[0]), study.circuit(part))
+    return {group: {"precision": _number(p), "recall": _number(r)} for group, (p, r) in found.items()}
+
+
+def _completeness(study: Study, part: str, progress: Progress) -> JSON:
+    settings = study.settings
+    result = completeness(
+        study.model(part),
+        study.data.pairs,
+        study.circuit(part),
+        study.means(part),
+        random=settings.random_subsets,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        compat=settings.compat,
+    )
+    sizes = [sum(len(heads) for heads in subset.values()) for subset in result.subsets]
+    columns = result.names, sizes, result.circuit.accuracy.tolist(), result.model.accuracy.tolist(), result.gap.tolist()
+    return [
+        dict(zip(("name", "size", "circuit", "model", "gap"), row, strict=True)) for row in zip(*columns, strict=True)
+    ]
+
+
+def _dcm(study: Study, part: str, progress: Progress) -> JSON:
+    circuit, settings = study.circuit(part), study.settings
+    roles: dict[str, list[str]] = {}
+    for group, heads in circuit.groups.items():
+        if heads:
+            roles.setdefault(circuit.roles[group], []).append(group)
+    size = len(MAIN_DESIDERATA)
+    variants = [POSITION_VARIANTS[i : i + size] for i in range(0, len(POSITION_VARIANTS), size)]
+    steps = len(roles) + len(variants) * settings.variants
+    found: dict[str, dict[str, JSON]] = {}
+    for i, (role, groups) in enumerate(roles.items()):
+        found |= _train(study, part, circuit, role, groups, MAIN_DESIDERATA)
+        progress(i + 1, steps)
+    if settings.variants and found:
+        best = max(found, key=lambda group: found[group]["positional"]["test"])
+        role = circuit.roles[best]
+        for i, names in enumerate(variants):
+            # In threes and with all groups of the role, so that nothing compiles again.
+            names = (*names, *MAIN_DESIDERATA)[:size]
+            more = _train(study, part, circuit, role, roles[role], names)[best]
+            found[best] |= {name: run for name, run in more.items() if name not in found[best]}
+            progress(len(roles) + i + 1, steps)
+    return {group: found[group] for group in circuit.groups if group in found}
+
+
+def _train(
+    study: Study, part: str, circuit: Circuit, role: str, groups: Sequence[str], names: Sequence[str]
+) -> dict[str, dict[str, JSON]]:
+    """DCM of the groups of one role on several desiderata, {group: {desideratum: result}}."""
+    settings, model = study.settings, study.model(part)
+    data = {name: study.data.desideratum(name) for name in names}
+    runs = dcm.train_many(
+        model,
+        {name: pairs["train"] for name, pairs in data.items()},
+        {group: circuit.groups[group] for group in groups},
+        role,
+        lams=[settings.lam],
+        epochs=settings.epochs,
+        batch_size=min(settings.dcm_batch, settings.train),
+    )
+    found: dict[str, dict[str, JSON]] = {group: {} for group in groups}
+    for (name, group, *_), run in runs.items():
+        pairs = data[name]
+        run = dcm.select(model, run, pairs["validation"], role, compat=settings.compat, train_pairs=pairs["train"])
+        test = dcm.accuracy(model, pairs["test"], run.heads, np.round(run.mask)[None], role)[0]
+        found[group][name] = {
+            "heads": [list(head) for head in run.heads],
+            "mask": _short(run.mask),
+            "selected": [list(head) for head in run.selected],
+            "step": run.step,
+            "validation": run.validation_accuracy,
+            "test": float(test),
+            "loss": _short(run.history.loss),
+            "masks": [_short(mask) for mask in run.history.mask],
+        }
+    return found
+
+
+def _activation_patching(study: Study, part: str, progress: Progress) -> JSON:
+    settings, model = study.settings, study.model(part)
+    found: dict[str, Any] = {name: {} for name in settings.names}
+    chosen = _selected_heads(study)
+    names = list(dict.fromkeys(name for name, _ in chosen))
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for i, name in enumerate(names):
+        for repeat in range(settings.repeats):
+            pairs = study.data.patching(name, repeat)
+            for role, sets in {key[1]: sets for key, sets in chosen.items() if key[0] == name}.items():
+                for key, accuracy in _patched_accuracies(settings, model, pairs, role, sets).items():
+                    values.setdefault((*key, name), []).append(accuracy)
+            progress(i * settings.repeats + repeat + 1, len(names) * settings.repeats)
+    for name in settings.names:
+        for group, desiderata in study.results["dcm"][name].items():
+            found[name][group] = {d: _mean_and_deviation(values.get((name, group, d), [])) for d in desiderata}
+    return found
+
+
+def _selected_heads(study: Study) -> dict[tuple[str, str], dict[tuple[str, str], list[Head]]]:
+    """(desideratum, role) -> {(model, group): the heads that DCM selected there}, without empty ones."""
+    found: dict[tuple[str, str], dict[tuple[str, str], list[Head]]] = {}
+    for model in study.settings.names:
+        for group, desiderata in study.results["dcm"][model].items():
+            for name, run in desiderata.items():
+                if run["selected"]:
+                    role = study.circuit(model).roles[group]
+                    heads = [(layer, head) for layer, head in run["selected"]]
+                    found.setdefault((name, role), {})[model, group] = heads
+    return found
+
+
+def _patched_accuracies(settings: Settings, model: Model, pairs, role: str, sets: Mapping) -> dict[Any, float]:
+    """Accuracy with each of several sets of heads patched at one role."""
+    if settings.compat:
+        options = {"batch_size": settings.batch_size, "compat": settings.compat}
+        return {
+            key: float(patch_activations(model, pairs, {role: heads}, **options).accuracy)
+            for key, heads in sets.items()
+        }
+    every = sorted({head for heads in sets.values() for head in heads})
+    masks = np.array([[head not in heads for head in every] for heads in sets.values()], np.float32)
+    return dict(zip(sets, dcm.accuracy(model, pairs, every, masks, role).tolist(), strict=True))
+
+
+def _cmap(study: Study, part: str, progress: Progress) -> JSON:
+    settings, pairs = study.settings, study.data.pairs
+    base, tuned, circuit = study.model(settings.names[0]), study.model(part), study.circuit(part)
+    sets = {group: {circuit.roles[group]: heads} for group, heads in circuit.groups.items() if heads}
+    sets["whole circuit"] = {role: heads for role, heads in circuit.heads_by_role.items() if heads}
+    options = {"batch_size": settings.batch_size, "compat": settings.compat}
+    done, steps = 0, len(settings.components) * len(sets)
+    groups: dict[str, dict[str, JSON]] = {}
+    for components in settings.components:
+        groups[components] = {}
+        for name, heads in sets.items():
+            if heads:
+                found = cmap(base, tuned, pairs, heads, tuple(components.split("+")), **options)
+                groups[components][name] = _with_interval(found)
+            done += 1
+            progress(done, steps)
+    singles = {}
+    for role in dict.fromkeys(circuit.roles.values()):
+        sweep = cmap_heads(base, tuned, pairs, role, batch_size=settings.batch_size)
+        singles[role] = {"accuracy": sweep.accuracy.tolist(), "score": sweep.scores.mean.astype(float).tolist()}
+    return {"groups": groups, "heads": singles}
+
+
+def _knockout(study: Study, part: str, progress: Progress) -> JSON:
+    settings, pairs, found = study.settings, study.data.pairs, {}
+    for i, (source, target) in enumerate(settings.edges):
+        at = random_target(pairs, source, settings.seed) if target == "random" else target
+        options = {"batch_size": settings.batch_size, "keep_logits": False}
+        found[f"{source} -> {target}"] = knockout(study.model(part), pairs, source, at, **options).accuracy.tolist()
+        progress(i + 1, len(settings.edges))
+    return found
+
+
+STAGES = {
+    "accuracy": StudyStage("accuracy", _accuracy),
+    "discovery": StudyStage("circuit discovery", _discovery),
+    "minimality": StudyStage("minimality", _minimality, ("discovery",)),
+    "faithfulness": StudyStage("faithfulness", _faithfulness, ("minimality",), turned=True),
+    "overlap": StudyStage("overlap of circuits", _overlap, ("minimality",), tuned_only=True),
+    "completeness": StudyStage("completeness", _completeness, ("minimality",)),
+    "dcm": StudyStage("DCM", _dcm, ("minimality",)),
+    "activation_patching": StudyStage("activation patching", _activation_patching, ("dcm",), turned=True),
+    "cmap": StudyStage("cross-model patching", _cmap, ("minimality",), tuned_only=True),
+    "knockout": StudyStage("attention knockout", _knockout),
+}
+
+
+def _turned(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:
+    """{in model: {circuit of: x}} as {circuit of: {in model: x}}; of activation patching, the model is innermost."""
+    found: dict[str, JSON] = {}
+    for in_model, by_circuit in parts.items():
+        for circuit_of, result in by_circuit.items():
+            place = found.setdefault(circuit_of, {})
+            if "ratio" in result:
+                place[in_model] = result
+                continue
+            for group, desiderata in result.items():
+                for name, values in desiderata.items():
+                    place.setdefault(group, {}).setdefault(name, {})[in_model] = values
+    return found
+
+
+def _check_same_tokens(data: StudyData, model: Model, path) -> None:
+    """ValueError if the model's tokenizer does not read the study's prompts as the base's does."""
+    text = data.example
+    ours, theirs = (tokenizer(text).input_ids for tokenizer in (data.tokenizer, model.tokenizer))
+    if ours != theirs:
+        raise ValueError(
+            f"The tokenizer of {path} reads {text!r} as {theirs}, the base model's as {ours}; models of a study must "
+            "share one tokenizer."
+        )
+
+
+def _with_interval(found: Predictions) -> JSON:
+    low, high = found.confidence_interval()
+    return {"accuracy": float(found.accuracy), "low": float(low), "high": float(high)}
+
+
+def _mean_and_deviation(values: list[float]) -> JSON:
+    if not values:
+        return {"mean": None, "std": None, "values": []}
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "values": values}
+
+
+def _heads(groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Head]]:
+    return {group: [(layer, head) for layer, head in heads] for group, heads in groups.items()}
+
+
+def _lists(groups: Mapping[str, Sequence[Head]]) -> dict[str, list[list[int]]]:
+    return {group: [list(head) for head in heads] for group, heads in groups.items()}
+
+
+def _number(x: float) -> float | None:
+    return float(x) if np.isfinite(x) else None
+
+
+def _short(values: np.ndarray) -> list[float]:
+    """Numbers for a figure, to six decimals."""
+    return [round(float(x), 6) for x in values]

@@ -1,0 +1,252 @@
+"""The study: its parts are what the methods say, and a run that is cut off ends with the same bytes."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxmech as jm
+from jaxmech import dcm
+from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
+
+running = import_module("jaxmech.study.running")
+SMALL = {
+    "scenes": 8,
+    "contexts": 20,
+    "random_circuits": 2,
+    "random_subsets": 3,
+    "train": 16,
+    "validation": 8,
+    "test": 8,
+}
+SETTINGS = Settings(
+    base=jm.demo.path("base"),
+    tuned=(jm.demo.path("tuned"),),
+    chain=jm.read_chain(jm.demo.path("chain.toml"))[:3],
+    scenes=8,
+    contexts=20,
+    random_circuits=2,
+    random_subsets=3,
+    train=48,
+    validation=8,
+    test=8,
+    dcm_batch=8,
+    variants=False,
+    repeats=2,
+    patched=8,
+    components=("z", "q+k+v"),
+    edges=EDGES[:3],
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> StudyFolder:
+    folder = StudyFolder.open(tmp_path_factory.mktemp("study"), SETTINGS)
+    run(SETTINGS, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(done) -> dict:
+    return json.loads((done.path / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, jm.Model]:
+    return {name: jm.load(jm.demo.path(name)) for name in ("base", "tuned")}
+
+
+@pytest.fixture(scope="module")
+def pairs(models) -> jm.Pairs:
+    return jm.boxes.pairs(jm.boxes.make(8), models["base"].tokenizer)
+
+
+def test_results_are_those_of_the_methods(results, models, pairs):
+    assert (results["models"], results["prompts"]) == (["base", "tuned"], 56)
+    for name, model in models.items():
+        found = results["accuracy"][name]
+        assert found["accuracy"] == pytest.approx(jm.accuracy(model, pairs))
+        assert found["low"] < found["accuracy"] <= found["high"]
+        circuit = jm.discover(model, pairs, chain=SETTINGS.chain)
+        discovered = results["discovery"][name]
+        assert discovered["groups"] == {g: [list(head) for head in heads] for g, heads in circuit.groups.items()}
+        np.testing.assert_allclose(
+            discovered["means"]["object_lookup"], circuit.scores["object_lookup"].mean, atol=1e-6
+        )
+        strongest = discovered["heads"]["object_lookup"][0]
+        assert strongest["low"] < strongest["score"] < strongest["high"] < 0
+    target = {"pairs": pairs, "source": "last", "target": "query_box"}
+    assert results["knockout"]["tuned"]["last -> query_box"] == jm.knockout(models["tuned"], **target).accuracy.tolist()
+    sweep = jm.cmap_heads(models["base"], models["tuned"], pairs, "last")
+    np.testing.assert_allclose(results["cmap"]["tuned"]["heads"]["last"]["accuracy"], sweep.accuracy)
+    group = results["minimality"]["tuned"]["circuit"]["value_fetcher"]
+    heads = {"last": [tuple(head) for head in group]}
+    found = jm.cmap(models["base"], models["tuned"], pairs, heads, ("q", "k", "v")).accuracy
+    assert results["cmap"]["tuned"]["groups"]["q+k+v"]["value_fetcher"]["accuracy"] == pytest.approx(found)
+
+
+def test_circuits_are_those_that_minimality_leaves_and_are_saved(results, done):
+    for name in ("base", "tuned"):
+        found = results["minimality"][name]
+        for group, rows in found["groups"].items():
+            assert [row["head"] for row in rows if row["kept"]] == found["circuit"][group]
+            assert all((row["score"] is None or row["score"] >= 0.01) == row["kept"] for row in rows)
+        assert json.loads((done.path / "circuits" / f"{name}.json").read_text()) == found["circuit"]
+
+
+def test_faithfulness_and_patching_name_the_circuits_first_and_then_the_models(results):
+    ratio = results["faithfulness"]["base"]["tuned"]
+    assert ratio["ratio"]["value"] == pytest.approx(ratio["circuit"]["accuracy"] / ratio["model"]["accuracy"])
+    assert ratio["model"] == results["faithfulness"]["tuned"]["tuned"]["model"] and len(ratio["random"]) == 2
+    for circuit_of, groups in results["activation_patching"].items():
+        for group, desiderata in groups.items():
+            for name, by_model in desiderata.items():
+                chosen = results["dcm"][circuit_of][group][name]["selected"]
+                assert set(by_model) == {"base", "tuned"}
+                for found in by_model.values():
+                    assert len(found["values"]) == (2 if chosen else 0)
+                    assert (found["mean"] is None) == (not chosen)
+
+
+def selections(results):
+    """(model, group, desideratum, selected heads) of every DCM run that selected any."""
+    for model, groups in results["dcm"].items():
+        for group, desiderata in groups.items():
+            for name, run in desiderata.items():
+                if run["selected"]:
+                    yield model, group, name, [tuple(head) for head in run["selected"]]
+
+
+def test_activation_patching_is_that_of_full_forwards(results, models):
+    """The study patches many sets of heads at once on the cone; one by one, by full forward passes, is the same."""
+    study, found = running.Study(SETTINGS, {}), list(selections(results))
+    assert found
+    for circuit_of, group, name, heads in found[:3]:
+        role = results["discovery"][circuit_of]["roles"][group]
+        for repeat, accuracy in enumerate(results["activation_patching"][circuit_of][group][name]["base"]["values"]):
+            expected = jm.patch_activations(models["base"], study.data.patching(name, repeat), {role: heads}).accuracy
+            assert accuracy == pytest.approx(expected)
+
+
+def test_dcm_selects_by_validation_and_tests_on_other_prompts(results, models):
+    circuit_of, group, name, _ = next(selections(results))
+    found, role = results["dcm"][circuit_of][group][name], results["discovery"][circuit_of]["roles"][group]
+    pairs = running.Study(SETTINGS, {}).data.desideratum(name)
+    assert {use: len(part) for use, part in pairs.items()} == {"train": 48, "validation": 8, "test": 8}
+    assert len(found["loss"]) == len(found["masks"]) == 12
+    heads, mask = [tuple(head) for head in found["heads"]], np.round(found["mask"])[None]
+    for use in ("validation", "test"):
+        assert found[use] == pytest.approx(dcm.accuracy(models[circuit_of], pairs[use], heads, mask, role)[0])
+
+
+def test_prompts_of_different_uses_share_no_scene():
+    examples = running.Study(SETTINGS, {}).data._examples
+    scenes = {use: {example.scene for example in part} for use, part in examples.items()}
+    assert not scenes["evaluation"] & scenes["contexts"]
+    assert not (scenes["evaluation"] | scenes["contexts"]) & scenes["desiderata"]
+    assert {use: len(part) for use, part in scenes.items()} == {"evaluation": 8, "contexts": 20, "desiderata": 10}
+
+
+def test_a_study_that_is_interrupted_after_every_part_ends_with_the_same_bytes(done, tmp_path):
+    seen = []
+
+    def interrupt(stage, part, finished, total):
+        if (stage, part) not in seen and finished == 0:
+            seen.append((stage, part))
+            if len(seen) > 1:
+                raise KeyboardInterrupt
+
+    while True:
+        try:
+            run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS), progress=interrupt)
+            break
+        except KeyboardInterrupt:
+            pass
+    parts = [(name, part) for name, stage in STAGES.items() for part in stage.parts(SETTINGS)]
+    assert seen == parts
+    assert (tmp_path / "results.json").read_bytes() == (done.path / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["discovery", "dcm"])
+def test_a_study_that_is_killed_ends_with_the_same_bytes(done, tmp_path, stage):
+    """SIGKILL as soon as a stage's first part is there; what is done already is copied, to save time."""
+    folder = StudyFolder.open(tmp_path, SETTINGS)
+    for name in list(STAGES)[: list(STAGES).index(stage)]:
+        for part, result in done.parts.get(name, {}).items():
+            folder.keep(name, part, result, 0.0)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_study import *; "
+        "run(SETTINGS, StudyFolder.open(sys.argv[2], SETTINGS))"
+    )
+    here = Path(__file__).parent
+    process = subprocess.Popen([sys.executable, "-c", script, str(here), str(tmp_path)], cwd=here.parent)
+    file = tmp_path / "parts" / f"{stage}.base.json"
+    deadline = time.monotonic() + 300
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and file.exists()
+    assert not (tmp_path / "results.json").exists()
+    run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS))
+    assert (tmp_path / "results.json").read_bytes() == (done.path / "results.json").read_bytes()
+
+
+def test_stages_can_be_run_alone_and_anew(done, tmp_path):
+    folder = StudyFolder.open(tmp_path, SETTINGS)
+    assert set(run(SETTINGS, folder, only=("accuracy", "knockout"))) >= {"accuracy", "knockout"}
+    assert set(folder.parts) == {"accuracy", "knockout"}
+    with pytest.raises(ValueError, match="Stage 'cmap' needs minimality, which is not done"):
+        run(SETTINGS, folder, only=("cmap",))
+    with pytest.raises(ValueError, match="Unknown stages circuits; the stages are accuracy,"):
+        run(SETTINGS, folder, only=("circuits",))
+    ran = []
+    run(SETTINGS, StudyFolder.open(done.path, SETTINGS), start="cmap", progress=lambda *call: ran.append(call[0]))
+    assert dict.fromkeys(ran) == {"cmap": None, "knockout": None}
+
+
+def test_another_study_in_the_folder_is_refused(done):
+    other = dataclasses.replace(SETTINGS, seed=1)
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed differ\)"):
+        StudyFolder.open(done.path, other)
+
+
+def test_a_file_of_examples_can_be_studied(tmp_path):
+    jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(20, seed=3))
+    settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl")
+    data = running.Study(settings, {}).data
+    assert (len(data.pairs), len(data.contexts)) == (56, 5)
+    assert len(data.desideratum("positional")["train"]) == 48
+    jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(5))
+    with pytest.raises(ValueError, match="has 5 scenes; a study needs at least 6"):
+        _ = running.Study(settings, {}).data.pairs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tuned": ()}, "needs at least one fine-tuned model"),
+        ({"tuned": (jm.demo.path("base"),)}, "named by their folders, which must differ; found base, base"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"compat": "published"}, "compat='published'"),
+        ({"chain": ()}, "no stages"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SETTINGS, **change)
+
+
+def test_the_published_deviations_run_through(tmp_path):
+    settings = dataclasses.replace(SETTINGS, compat="paper")
+    results = run(settings, StudyFolder.open(tmp_path, settings))
+    assert set(results) >= set(STAGES)
+    accuracies = [row["before"] for rows in results["minimality"]["base"]["groups"].values() for row in rows]
+    np.testing.assert_allclose(accuracies, np.round(accuracies, 2), atol=1e-12)
