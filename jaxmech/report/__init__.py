@@ -1,6 +1,19 @@
-"""What a person looks at: figures, drawn with matplotlib and without a display, and tables for the terminal."""
+"""What a person looks at: figures, drawn with matplotlib and without a display, tables for the terminal, and a page.
 
-from jaxmech.report.figures import heat_map, save_figure
-from jaxmech.report.tables import accuracy_table, circuit_table
+style.py      sizes, colours, and the writing of figures
+figures.py    heat maps of all heads
+bars.py       accuracies and scores
+curves.py     scatter, curves and grids
+words.py      numbers and the headline as text
+parts.py      what a section is made of
+circuit_sections.py, patching_sections.py   what the page says and shows of each result
+html.py       the page, by template.html
+tables.py     tables for the terminal
+"""
 
-__all__ = ["accuracy_table", "circuit_table", "heat_map", "save_figure"]
+from jaxmech.report.figures import heat_map
+from jaxmech.report.html import write_report
+from jaxmech.report.style import save_figure
+from jaxmech.report.tables import accuracy_table, circuit_table, study_tables
+
+__all__ = ["accuracy_table", "circuit_table", "heat_map", "save_figure", "study_tables", "write_report"]

@@ -1,52 +1,62 @@
-"""Figures of head scores. Colours are a diverging map that readers with colour blindness can tell apart."""
+"""Figures of all heads of a model, layer x head. Colours are a diverging map with zero in the middle."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from jaxmech.discovery import Head
-from jaxmech.files import replacing
+from jaxmech.report.style import RULE, new_axes, styled
 
 
-def heat_map(mean: np.ndarray, chosen: Iterable[Head], title: str, subtitle: str = "") -> Figure:
+@styled
+def heat_map(
+    mean: np.ndarray,
+    chosen: Iterable[Sequence[int]],
+    title: str,
+    subtitle: str = "",
+    *,
+    bound: float | None = None,
+    label: str = "change of p(correct), %",
+) -> Figure:
     """Scores of every head, layer x head, with the chosen heads framed.
 
     Args:
-      mean: float [L, N], relative change of the correct token's probability.
+      mean: float [L, N], relative change of the correct token's probability, or another fraction.
       chosen: (layer, head) pairs to frame.
       title: first line.
       subtitle: second line.
+      bound: the fraction at which the colours end, to compare figures; the largest of `mean` by default.
+      label: what is shown, in percent.
     """
     layers, heads = mean.shape
-    figure = Figure(figsize=(2.6 + 0.36 * max(heads, 8), 1.7 + 0.36 * max(layers, 4)), layout="constrained")
-    axes = figure.add_subplot()
-    bound = max(float(np.abs(mean).max()), 1e-12)  # zero is the neutral colour, also where nothing has an effect
-    image = axes.imshow(100 * mean, cmap="RdBu", vmin=-100 * bound, vmax=100 * bound, origin="lower", aspect="equal")
+    cell = min(0.42, 3.45 / heads, 6 / layers)  # inches
+    figure, axes = new_axes(0.95 + cell * max(layers, 4))
+    if bound is None:
+        bound = float(np.nanmax(np.abs(mean), initial=0))
+    bound = 100 * max(bound, 1e-12)  # zero is the neutral colour, also where nothing has an effect
+    # "none" keeps one pixel per head in SVG, which is then drawn with sharp edges.
+    image = axes.imshow(
+        100 * mean, cmap="RdBu", vmin=-bound, vmax=bound, origin="lower", aspect="equal", interpolation="none"
+    )
     for layer, head in chosen:
-        axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.8))
+        frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=4.5 * cell)
+        axes.add_patch(frame).set(clip_on=False, zorder=3)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_xticks(_ticks(heads))
     axes.set_yticks(_ticks(layers))
     axes.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="#d9d9d9", linewidth=0.5)
+    axes.grid(which="minor", color=RULE, linewidth=min(0.5, 2 * cell))
     axes.tick_params(which="minor", length=0)
-    axes.set_title(f"{title}\n" + subtitle if subtitle else title, fontsize=9, loc="left")
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, aspect=max(10, 3 * layers))
-    bar.set_label("change of p(correct), %", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(True)
+    axes.set_title(f"{title}\n{subtitle}" if subtitle else title)
+    beside = axes.inset_axes((1 + 0.1 / (cell * heads), 0, 0.13 / (cell * heads), 1))  # as high as the map
+    figure.colorbar(image, cax=beside, ticks=MaxNLocator(6)).set_label(label)
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes the figure as PNG at 160 dots per inch, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160, format="png")
-
-
 def _ticks(count: int) -> np.ndarray:
-    return np.arange(0, count, 1 if count <= 16 else 4)
+    return np.arange(0, count, 1 if count <= 16 else 4 if count <= 48 else 8)

@@ -1,0 +1,244 @@
+"""Sections on the models and their circuits: accuracy, discovery, and the criteria of a circuit.
+
+Owns the words and what is shown. Each function returns its section, or None where its stage was not run; the figures
+are drawn when the page is written.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jaxmech.report import bars, curves
+from jaxmech.report.figures import heat_map
+from jaxmech.report.parts import Picture, Results, Section, Table, by_model, in_pairs, once_each, tint
+from jaxmech.report.words import SPACE, head_name, listing, percent, percent_interval, signed, with_interval
+
+ROLES = {
+    "last": "the last token",
+    "query_box": "the box's label in the question",
+    "prev_query_box": "the earlier occurrence of that label",
+}
+MOST_HEADS = 8  # named in a description
+
+
+def accuracy(results: Results) -> Section | None:
+    """Accuracy of each model."""
+    if not (found := by_model(results, "accuracy")):
+        return None
+    values = listing(f"{model} {with_interval(entry)}" for model, entry in found.items())
+    alt, caption = f"Bars of accuracy: {values}.", "Accuracy, with its interval in brackets."
+    text = (
+        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals, "
+        "bootstrapped over prompts, unless said otherwise."
+    )
+    draw = partial(bars.accuracy_bars, found, results["models"])
+    return Section(text, rows=[[Picture("accuracy", draw, alt, caption)]])
+
+
+def circuits(results: Results) -> Section | None:
+    """The chain of sweeps, and a heat map of every stage in every model."""
+    if not (found := by_model(results, "discovery")):
+        return None
+    rows = []
+    for group in once_each(entry["means"] for entry in found.values()):
+        maps = {m: np.array(entry["means"][group], float) for m, entry in found.items() if group in entry["means"]}
+        bound = float(max(np.nanmax(np.abs(mean), initial=0) for mean in maps.values()))
+        rows += in_pairs(_stage_map(results, group, model, mean, bound) for model, mean in maps.items())
+    notes = [f"{model}: {entry['stopped']}" for model, entry in found.items() if entry.get("stopped")]
+    text = (
+        "Path patching: every head in turn gets its output on a corrupt prompt, and only the paths to the stage's "
+        "receivers carry the change. Colour is the mean relative change of the right answer's probability, so the "
+        "reddest heads matter most; frames mark those chosen for the group, named layer.head. The maps of a group "
+        "share one scale."
+    )
+    return Section(text, notes, [_chain(results["chain"])] if results.get("chain") else [], rows)
+
+
+def minimality(results: Results) -> Section | None:
+    """Score of each head of each circuit."""
+    if not (found := by_model(results, "minimality")):
+        return None
+    row, notes = [], []
+    for model, entry in found.items():
+        every = [e for entries in entry["groups"].values() for e in entries]
+        leave = {g: [head_name(e["head"]) for e in es if not e["kept"]] for g, es in entry["groups"].items()}
+        gone = "; ".join(f"{', '.join(names)} of {group}" for group, names in leave.items() if names)
+        notes.append(f"{model}: {sum(e['kept'] for e in every)} of {len(every)} heads stay. {_leave(gone)}")
+        draw = partial(bars.minimality_bars, entry["groups"], entry["threshold"], tint(results, model))
+        alt = f"Bars of the scores of {len(every)} heads of {model}: {_scores(every)}."
+        row.append(Picture(f"minimality-{model}", draw, alt, f"Minimality scores in {model}."))
+    threshold = listing(sorted({f"{100 * entry['threshold']:g} %" for entry in found.values()}))
+    text = (
+        "Every head was taken from its circuit after the heads that could stand in for it; its score is the accuracy "
+        f"before, divided by the accuracy after, minus 1. Heads below the threshold of {threshold} (dashed) leave the "
+        "circuit. The scale is linear up to the threshold and logarithmic beyond; ∞ means that nothing is right "
+        "without the head."
+    )
+    return Section(text, notes, rows=in_pairs(row))
+
+
+def faithfulness(results: Results) -> Section | None:
+    """Every circuit in every model."""
+    found = [
+        (of, model, entries[model])
+        for of, entries in by_model(results, "faithfulness").items()
+        for model in results["models"]
+        if model in entries
+    ]
+    if not found:
+        return None
+    rows = [
+        [of, model, with_interval(e["model"]), with_interval(e["circuit"]), _ratio(e["ratio"]), _range(e["random"])]
+        for of, model, e in found
+    ]
+    values = listing(f"of {of} in {model} {percent(e['ratio']['value'])}" for of, model, e in found)
+    picture = Picture(
+        "faithfulness",
+        partial(bars.faithfulness_bars, found, results["models"]),
+        f"Bars of accuracy, circuit beside model. The circuit's accuracy as a share of the model's: {values}.",
+        "Accuracy of model and circuit; on the right their ratio.",
+    )
+    text = (
+        "All heads outside a circuit were replaced by their mean outputs. A faithful circuit is nearly as accurate as "
+        "the model (ratio near 100 %); circuits of as many random heads show what size alone does."
+    )
+    header = ["circuit of", "in model", "model", "circuit", "ratio", "random circuits"]
+    table = Table(
+        "Accuracy and ratio with 95 % intervals; lowest to highest random circuit.", header, rows, range(2, 6)
+    )
+    return Section(text, rows=[[picture]], tables=[table])
+
+
+def overlap(results: Results) -> Section | None:
+    """Precision and recall of the base's circuit against the others'."""
+    if not (found := by_model(results, "overlap")):
+        return None
+    base = results["models"][0]
+    rows = [
+        [tuned, group, percent(entry["precision"]), percent(entry["recall"])]
+        for tuned, groups in found.items()
+        for group, entry in groups.items()
+    ]
+    text = (
+        f"Precision is the share of the heads of {base}'s circuit that the fine-tuned model's has in the same group, "
+        f"recall the share of the fine-tuned model's that {base}'s has; 100 % in both means the same heads."
+    )
+    table = Table(
+        f"The circuit of {base} against the others'.", ["against", "group", "precision", "recall"], rows, (2, 3)
+    )
+    return Section(text, tables=[table])
+
+
+def completeness(results: Results) -> Section | None:
+    """Circuit without K against model without K."""
+    if not (found := by_model(results, "completeness")):
+        return None
+    row = []
+    for model, entries in found.items():
+        named = listing(
+            f"{e['name']} {percent(e['model'])} and {percent(e['circuit'])}"
+            for e in entries
+            if not e["name"].startswith("random ")
+        )
+        widest = max(entries, key=lambda e: e["gap"])
+        alt = f"Scatter of {len(entries)} sets K taken from {model} (first) and from its circuit (second): {named}."
+        caption = f"{model}. The largest gap is {100 * widest['gap']:.1f} points, for K: {widest['name']}."
+        row.append(Picture(f"completeness-{model}", partial(curves.completeness_scatter, entries), alt, caption))
+    text = (
+        "The same heads K of the circuit were taken from the circuit and from the whole model. If the circuit has all "
+        "that matters, both lose the same and the points lie on the diagonal; below it, the model has heads that the "
+        "circuit lacks."
+    )
+    return Section(text, rows=in_pairs(row))
+
+
+def heads(results: Results) -> Section | None:
+    """A table of all heads of all circuits."""
+    if not (found := by_model(results, "discovery")):
+        return None
+    minimal, crossed = by_model(results, "minimality"), by_model(results, "cmap")
+    header, spans = ["group", "role", "head"], [("", 3)]
+    for model in found:
+        columns = ["score, %", "kept"] if model in minimal else ["score, %"]
+        header, spans = header + columns, [*spans, (model, len(columns))]
+    header += [f"z of {tuned}" for tuned in crossed]
+    spans += [(f"accuracy of {results['models'][0]} with", len(crossed))] if crossed else []
+    rows = []
+    for group in once_each(entry["groups"] for entry in found.values()):
+        role = next(entry["roles"][group] for entry in found.values() if group in entry["roles"])
+        for head in once_each(map(tuple, entry["groups"].get(group, [])) for entry in found.values()):
+            row = [group, role, head_name(head)]
+            for model, entry in found.items():
+                row.append(_score(entry, group, head))
+                if model in minimal:
+                    row.append(_kept(minimal[model]["groups"].get(group, []), head))
+            rows.append(row + [_single(entry["heads"], role, head) for entry in crossed.values()])
+    text = (
+        "All heads of the circuits as layer.head: the mean relative change of the right answer's probability with its "
+        "95 % interval (without one where the model's own circuit does not have the head in this group), whether "
+        "minimality kept it, and the base's accuracy with the fine-tuned model's output (z) of this head alone."
+    )
+    return Section(text, tables=[Table("Heads of the circuits.", header, rows, range(3, len(header)), spans)])
+
+
+def _chain(chain: Sequence[Mapping[str, Any]]) -> Table:
+    """The stages of discovery."""
+    rows = [
+        [stage["group"], stage["sender"], stage["receivers"] or "the logits", stage["via"] or "-", str(stage["k"])]
+        for stage in chain
+    ]
+    known = [f"{role} is {ROLES[role]}" for role in dict.fromkeys(stage["sender"] for stage in chain) if role in ROLES]
+    caption = "The sweeps that find the groups, in order" + (f"; {listing(known)}." if known else ".")
+    return Table(caption, ["group", "sender at", "receivers", "via", "heads, at most"], rows, (4,))
+
+
+def _stage_map(results: Results, group: str, model: str, mean: np.ndarray, bound: float) -> Picture:
+    chosen = results["discovery"][model]["groups"].get(group, [])
+    stage = next((stage for stage in results.get("chain") or [] if stage["group"] == group), None)
+    where = ""
+    if stage:
+        reads = "logits" if stage["receivers"] is None else f"{stage['via']} of {stage['receivers']}"
+        where = f"from {stage['sender']} to {reads}"
+    named = [f"{head_name(h)}{SPACE}({signed(float(mean[tuple(h)]), '%')})" for h in chosen[:MOST_HEADS]]
+    more = [f"{len(chosen) - MOST_HEADS} more"] if len(chosen) > MOST_HEADS else []
+    scores = listing(named + more) or "no head chosen"
+    alt = f"Heat map of {mean.shape[0]} layers by {mean.shape[1]} heads. Framed: {scores}."
+    draw = partial(heat_map, mean, chosen, f"{group} in {model}", where, bound=bound)
+    return Picture(f"circuit-{group}-{model}", draw, alt, f"{group} in {model}: {scores}.")
+
+
+def _leave(gone: str) -> str:
+    return f"These leave: {gone}." if gone else "None leaves."
+
+
+def _scores(entries: Iterable[Mapping[str, Any]]) -> str:
+    values = ((e["head"], "infinite" if e["score"] is None else signed(e["score"], "%")) for e in entries)
+    return listing(f"{head_name(head)} {value}" for head, value in values)
+
+
+def _ratio(ratio: Mapping[str, Any]) -> str:
+    if ratio["low"] is None or ratio["high"] is None:
+        return percent(ratio["value"])
+    return with_interval(ratio, "value")
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{100 * min(values):.1f} to {percent(max(values))}" if values else "-"
+
+
+def _score(entry: Mapping[str, Any], group: str, head: tuple[int, ...]) -> str:
+    for one in entry["heads"].get(group, []):
+        if tuple(one["head"]) == head:
+            return f"{signed(one['score'])} {percent_interval(one['low'], one['high'])}"
+    return signed(entry["means"][group][head[0]][head[1]]) if group in entry["means"] else "-"
+
+
+def _kept(entries: Sequence[Mapping[str, Any]], head: tuple[int, ...]) -> str:
+    found = [entry["kept"] for entry in entries if tuple(entry["head"]) == head]
+    return ("yes" if found[0] else "no") if found else "-"
+
+
+def _single(sweeps: Mapping[str, Any], role: str, head: tuple[int, ...]) -> str:
+    return percent(sweeps[role]["accuracy"][head[0]][head[1]]) if role in sweeps else "-"

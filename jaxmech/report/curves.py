@@ -1,0 +1,128 @@
+"""Figures of two quantities against each other: completeness, masks over steps, knockouts by layer, and DCM's grid.
+
+Owns the drawing; what the numbers mean is said in the sections' modules.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxmech.report.style import (
+    DASHES,
+    INK,
+    MARKERS,
+    MUTED,
+    PALE,
+    WIDTH,
+    ink_on,
+    legend_below,
+    new_axes,
+    other_colour,
+    percent_axis,
+    styled,
+    wrapped,
+)
+from jaxmech.report.words import percent
+
+Entry = Mapping[str, Any]
+
+
+@styled
+def completeness_scatter(entries: Sequence[Entry]) -> Figure:
+    """Accuracy of the circuit without K against the model's without K; entries {"name", "circuit", "model", ...}."""
+    figure, axes = new_axes(3.3)
+    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+    random = [entry for entry in entries if entry["name"].startswith("random ")]
+    axes.scatter(
+        *([100 * entry[side] for entry in random] for side in ("model", "circuit")),
+        s=12, color=PALE, edgecolor=MUTED, linewidth=0.5, zorder=2, label="random heads",
+    )  # fmt: skip
+    for i, entry in enumerate(entry for entry in entries if entry not in random):
+        shade = INK if entry["name"] == "nothing" else other_colour(i - 1)
+        look = {"s": 46, "color": shade, "marker": MARKERS[i % len(MARKERS)], "alpha": 0.85, "linewidth": 0}
+        axes.scatter(100 * entry["model"], 100 * entry["circuit"], zorder=3, label=wrapped(entry["name"]), **look)
+    percent_axis(axes, "x", "model without K: accuracy, %")
+    percent_axis(axes, "y", "circuit without K: accuracy, %")
+    axes.set(xlim=(-4, 104), ylim=(-4, 104), aspect="equal")
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles[1:] + handles[:1], names[1:] + names[:1], loc="outside right center", title="K")
+    return figure
+
+
+@styled
+def knockout_curves(curves: Mapping[str, Sequence[float]], accuracy: float | None) -> Figure:
+    """Accuracy against the first blocked layer, a curve per pair of roles; `accuracy`: the model's own."""
+    figure, axes = new_axes(2.75 + 0.17 * ((len(curves) + 2) // 2))
+    if accuracy is not None:
+        axes.axhline(100 * accuracy, color=INK, linewidth=1, linestyle="--", label="no knockout")
+    named = [name for name in curves if not name.endswith("random")]
+    for i, (name, values) in enumerate(curves.items()):
+        shade = other_colour(named.index(name)) if name in named else MUTED
+        look = {"color": shade, "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.5}
+        marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4 if len(values) <= 16 else 2.5}
+        axes.plot(range(len(values)), 100 * np.array(values, float), label=name.replace("->", "→"), **look, **marker)
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
+    axes.set_xlabel("first blocked layer")
+    percent_axis(axes, "y", top=104)
+    legend_below(figure, axes, 2)
+    return figure
+
+
+@styled
+def dcm_grid(columns: Mapping[str, Mapping[str, Entry]], desiderata: Sequence[str]) -> Figure:
+    """Accuracy and number of selected heads, {column: {desideratum: run}}, in numbers and shades of blue."""
+    figure, axes = new_axes(0.75 + 0.44 * len(desiderata))
+    table, shades = np.full((len(desiderata), len(columns)), np.nan), colormaps["Blues"]
+    for j, runs in enumerate(columns.values()):
+        for i, name in enumerate(desiderata):
+            if name not in runs:
+                axes.text(j, i, "not run", ha="center", va="center", color=MUTED, fontsize=7.5, style="italic")
+                continue
+            run = runs[name]
+            table[i, j] = run["test"]
+            text = f"{percent(run['test'])}\n{len(run['selected'])} of {len(run['heads'])}"
+            ink = ink_on(shades(run["test"])[:3])
+            axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=8, linespacing=1.05)
+    axes.imshow(table, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axes.set_xticks(
+        range(len(columns)), ["\n".join(wrapped(part, 14) for part in name.split("\n")) for name in columns]
+    )
+    axes.set_yticks(range(len(desiderata)), [wrapped(name, 20) for name in desiderata])
+    axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(desiderata) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0, top=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+@styled
+def mask_trajectories(runs: Mapping[str, Entry], tint: str) -> Figure:
+    """Masks of a group's heads over the steps, a panel per desideratum; selected heads in `tint`, the others grey."""
+    columns = 3
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(WIDTH, 0.35 + 1.22 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for panel in panels.flat[len(runs) :]:
+        panel.set_visible(False)
+    for i, (name, run) in enumerate(runs.items()):
+        panel = panels.flat[i]
+        masks, selected = np.array(run["masks"], float), {tuple(head) for head in run["selected"]}
+        for head, values in zip(run["heads"], masks.T, strict=True):
+            chosen = tuple(head) in selected
+            look = {"color": tint, "linewidth": 1.4, "zorder": 3} if chosen else {"color": "#8f8f8f", "linewidth": 0.8}
+            panel.plot(range(1, len(values) + 1), values, **look)
+        panel.axvline(run["step"], color=INK, linewidth=0.8, linestyle=":")
+        panel.set_title(wrapped(name, 20), fontsize=7.5)
+        panel.set_ylim(-0.05, 1.05)
+        panel.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+        panel.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        panel.tick_params(labelsize=7.5, labelbottom=i + columns >= len(runs))
+        panel.grid(axis="y")
+    figure.supxlabel("step", fontsize=8.5)
+    figure.supylabel("mask", fontsize=8.5)
+    return figure

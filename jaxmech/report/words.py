@@ -1,0 +1,95 @@
+"""Numbers as text, and the study's headline in words. Nothing is rounded before it is printed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+SPACE, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
+WHOLE = "whole circuit"  # the name of all groups together in results["cmap"]
+
+
+class Recovery(NamedTuple):
+    """The head group that, patched from the tuned model into the base, helps most."""
+
+    group: str
+    component: str
+    accuracy: float
+    low: float  # of its interval
+    share: float  # of the gain from base to tuned
+
+
+def percent(value: float | None) -> str:
+    """A fraction as "61.1 %", with a space that does not break; "-" for None."""
+    return "-" if value is None else f"{100 * value:.1f}{SPACE}%"
+
+
+def signed(value: float, unit: str = "") -> str:
+    """A fraction as a change in percent or points, "+1.5" or "−1.5", with a unit behind a space that does not break."""
+    return f"{100 * value:+.1f}".replace("-", MINUS) + (SPACE + unit if unit else "")
+
+
+def percent_interval(low: float, high: float) -> str:
+    """An interval of fractions as "[58.1, 64.0]"."""
+    return f"[{100 * low:.1f}, {100 * high:.1f}]".replace("-", MINUS)
+
+
+def with_interval(entry: Mapping[str, Any], key: str = "accuracy") -> str:
+    """An entry {key, low, high} as "61.1 % [58.1, 64.0]"; "-" if its value is None."""
+    if entry[key] is None:
+        return "-"
+    return f"{percent(entry[key])} {percent_interval(entry['low'], entry['high'])}"
+
+
+def head_name(head: Sequence[int]) -> str:
+    """[3, 6] as "3.6", layer.head."""
+    return f"{head[0]}.{head[1]}"
+
+
+def listing(names: Iterable[str]) -> str:
+    """Names as "a, b and c"."""
+    *most, last = list(names) or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def headline(results: Mapping[str, Any]) -> list[str]:
+    """For each tuned model, what it gained over the base, and which group's CMAP recovers most of that."""
+    base, *others = results["models"]
+    known = results.get("accuracy") or {}
+    return [" ".join(_sentences(results, base, tuned)) for tuned in others if base in known and tuned in known]
+
+
+def _sentences(results: Mapping[str, Any], base: str, tuned: str) -> Iterable[str]:
+    accuracy = results["accuracy"]
+    before, after = accuracy[base]["accuracy"], accuracy[tuned]["accuracy"]
+    prompts = f" of the {results['prompts']:,} prompts" if "prompts" in results else " of the prompts"
+    how = "a gain" if after > before else "a loss" if after < before else "a difference"
+    points = f"{how} of {100 * abs(after - before):.1f} points"
+    yield f"{tuned} answers {percent(after)}{prompts} right, {base} {percent(before)}: {points}."
+    groups = (results.get("cmap") or {}).get(tuned, {}).get("groups", {})
+    best = recovery(groups, before, after)
+    if best is None:
+        return
+    if best.accuracy <= before:
+        yield f"No single group of {tuned}, patched into {base}, raises its accuracy."
+        return
+    patched = f"Patching {best.group} of {tuned} into {base} ({best.component})"
+    share = f", {100 * best.share:.0f}{SPACE}% of the gain" if after > before else ""
+    doubt = "" if best.low > before else f"; the interval of this includes {percent(before)}"
+    yield f"{patched} raises {percent(before)} to {percent(best.accuracy)}{share}{doubt}."
+    whole = groups[best.component].get(WHOLE)
+    if whole and after > before:
+        part = f"{100 * (whole['accuracy'] - before) / (after - before):.0f}{SPACE}% of the gain"
+        part = part if whole["accuracy"] > before else f"no more than {base} alone"
+        yield f"The whole circuit ({best.component}): {percent(whole['accuracy'])}, {part}."
+
+
+def recovery(groups: Mapping[str, Mapping[str, Any]], before: float, after: float) -> Recovery | None:
+    """The best of {component: {group: {"accuracy"}}} but the whole circuit, the first of equals; None without any."""
+    found = [
+        Recovery(
+            group, component, entry["accuracy"], entry["low"], (entry["accuracy"] - before) / (after - before or 1)
+        )
+        for component, entries in groups.items()
+        for group, entry in entries.items()
+        if group != WHOLE
+    ]
+    return max(found, key=lambda one: one.accuracy, default=None)
