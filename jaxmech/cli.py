@@ -21,6 +21,8 @@ from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, run
 
 console = Console()
+# More heads than the chain's own numbers: with those the circuit is easy to read, with these it does the task.
+DEMO_HEADS = {"value_fetcher": 12, "object_lookup": 8, "object_binder": 8, "label_matcher": 12}
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def run_demo(options: Demo) -> None:
         base=jm.demo.path("base"),
         tuned=(jm.demo.path("tuned"),),
         chain=read_chain(jm.demo.path("chain.toml")),
+        k=DEMO_HEADS,
         train=480,
         validation=240,
         test=240,

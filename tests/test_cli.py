@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
 import jaxmech as jm
 from jaxmech import cli
@@ -18,19 +17,38 @@ def discover(out, *more: str) -> None:
     cli.main(["discover", "--model", BASE, "--chain", CHAIN, "--scenes", "6", "--out", str(out), *more])
 
 
-def test_demo_prints_accuracies_and_circuit_and_writes_four_heat_maps(tmp_path, capsys):
-    cli.main(["demo", "--scenes", "12", "--out", str(tmp_path)])
+def test_the_demo_is_a_study_with_a_report_and_goes_on_when_it_is_called_again(tmp_path, capsys):
+    cli.main(["demo", "--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    for words in ("base", "tuned", "value_fetcher", "object_lookup", "object_binder", "label_matcher", "3.6"):
+    for words in ("base", "tuned", "whole circuit", "value_fetcher"):
         assert words in printed
-    groups = ("value_fetcher", "object_lookup", "object_binder", "label_matcher")
-    for group in groups:
-        image = imread(tmp_path / f"{group}.png")
-        assert image.shape[0] > 300 and image[..., :3].std() > 0.05
-    circuit = json.loads((tmp_path / "circuit.json").read_text())
-    assert list(circuit) == list(groups) and [3, 6] in circuit["value_fetcher"] and [1, 0] in circuit["object_lookup"]
-    with np.load(tmp_path / "scores.npz") as scores:
-        assert scores["value_fetcher"].shape == (4, 8, 84)
+    assert printed.split()[-1].endswith("MODEL_CARD.md") and str(tmp_path / "report.html") in printed.replace("\n", "")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["prompts"] == 84
+    assert [3, 6] in results["discovery"]["base"]["groups"]["value_fetcher"]
+    own = results["faithfulness"]["tuned"]["tuned"]
+    assert own["circuit"]["accuracy"] > 0.5 > max(own["random"])
+    page = (tmp_path / "report.html").read_text()
+    assert "tuned" in page and len(page) > 100_000
+    before = (tmp_path / "results.json").read_bytes()
+    cli.main(["demo", "--quick", "--out", str(tmp_path)])
+    assert "Going on with the study" in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_study_takes_its_settings_from_the_command_line(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_study_into", lambda out, settings, **rest: seen.append((out, settings, rest)))
+    tuned = str(jm.demo.path("tuned"))
+    command = ["study", "--base", BASE, "--tuned", tuned, "--tuned", str(tmp_path / "x"), "--out", str(tmp_path / "o")]
+    cli.main(
+        [*command, "--chain", CHAIN, "--k", "value_fetcher", "3", "--only", "cmap", "--from", "dcm", "--lam", "0.1"]
+    )
+    ((out, settings, rest),) = seen
+    assert out == tmp_path / "o" and settings.names == ["base", "tuned", "x"]
+    assert settings.chain == jm.read_chain(CHAIN) and settings.k == {"value_fetcher": 3} and settings.lam == 0.1
+    assert rest["only"] == ("cmap",) and rest["start"] == "dcm"
+    assert (settings.repeats, settings.patched, settings.train) == (10, 500, 1000)
 
 
 def test_data_and_discover_agree_with_the_library(tmp_path, capsys):

@@ -120,9 +120,9 @@ def selections(results):
     """(model, group, desideratum, selected heads) of every DCM run that selected any."""
     for model, groups in results["dcm"].items():
         for group, desiderata in groups.items():
-            for name, run in desiderata.items():
-                if run["selected"]:
-                    yield model, group, name, [tuple(head) for head in run["selected"]]
+            for name, found in desiderata.items():
+                if found["selected"]:
+                    yield model, group, name, [tuple(head) for head in found["selected"]]
 
 
 def test_activation_patching_is_that_of_full_forwards(results, models):
