@@ -5,10 +5,12 @@
 A small Llama learns to bind objects to boxes by a curriculum: few boxes, labels and objects first, more as soon as the
 first query of a sequence is answered well. Each sequence is a scene and four queries drawn with replacement; without
 replacement a model learns to answer by elimination and binds nothing. `base` is taken in the last stage of the
-curriculum as soon as it passes `--base-accuracy` on held-out scenes, `tuned` is trained on from there.
+curriculum as soon as it passes `--base-accuracy` on held-out scenes. `tuned` is fine-tuned from the shipped `base`, on
+the last lesson, and only in the projections of its attention to q, k and v, as adapters often are: what it does better
+must be in what its heads read and move.
 
 Every batch is drawn from (seed, step) alone and the state is saved as it goes, so that a run that was interrupted goes
-on where it stopped and ends with the same weights.
+on where it stopped and ends with the same weights. With a `base` in the folder, it is fine-tuned and not trained again.
 """
 
 import csv
@@ -54,6 +56,7 @@ WORDS = (
     ".",
 )
 QUERIES = 4
+TUNED = ("q", "k", "v")  # what fine-tuning changes
 REPORT = 5  # steps from one evaluation to the next; the task is learnt suddenly, so that `base` needs a close look
 
 
@@ -109,30 +112,59 @@ class State(NamedTuple):
 
 
 def main(options: Options) -> None:
-    """Trains base and tuned, or goes on with a run that was interrupted."""
+    """Trains base, unless it is there, and then tuned; each goes on with a run that was interrupted."""
     console = Console()
     vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS + LETTERS + OBJECTS)}
     config = model_config(options, len(vocabulary))
     options.out.mkdir(parents=True, exist_ok=True)
+    if not (options.out / "base").exists():
+        params = Llama(config).init(jax.random.key(options.seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw(options.learning_rate, 100))
+        goal = Goal("base", options.base_accuracy, options.seed, 0)
+        train_until(options, config, optimizer, vocabulary, params, goal, console)
+    params = convert.read_params(options.out / "base", config)["params"]
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.linear_schedule(0.0, options.learning_rate, 100)),
+        optax.multi_transform({True: adamw(options.learning_rate, 20), False: optax.set_to_zero()}, is_tuned(params)),
     )
-    start, log = restore(options, config, optimizer, console)
+    goal = Goal("tuned", options.tuned_accuracy, options.seed + 1, len(LESSONS) - 1)
+    train_until(options, config, optimizer, vocabulary, params, goal, console)
+
+
+class Goal(NamedTuple):
+    """What a training is for."""
+
+    name: str
+    accuracy: float  # held-out accuracy at which the model is taken
+    seed: int
+    lesson: int  # the first
+
+
+def adamw(learning_rate: float, warm_up: int) -> optax.GradientTransformation:
+    """AdamW with a linear warm-up."""
+    return optax.adamw(optax.linear_schedule(0.0, learning_rate, warm_up))
+
+
+def is_tuned(params: dict) -> dict:
+    """Which parameters are fine-tuned, as a tree of bool."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in TUNED, params)
+
+
+def train_until(options: Options, config: Config, optimizer, vocabulary, params: dict, goal: Goal, console) -> None:
+    """Trains from `params` until the goal is met, and ships the model."""
+    start, log = restore(options, goal, State(params, optimizer.init(params), 0, goal.lesson, 0.0), console)
     held_out = held_out_batch(vocabulary)
-    for state in train(options, config, optimizer, vocabulary, start, log):
+    for state in train(options, config, optimizer, vocabulary, start, log, goal.seed):
         accuracy = log[-1]["held_out_accuracy"] = held_out_accuracy(config, state.params, held_out)
         console.print(
-            f"step {state.step}  {LESSONS[state.lesson].boxes} boxes  loss {log[-1]['loss']:.3f}  "
+            f"{goal.name}, step {state.step}  {LESSONS[state.lesson].boxes} boxes  loss {log[-1]['loss']:.3f}  "
             f"first query {state.recent:.3f}  held out {accuracy:.3f}"
         )
-        if accuracy >= options.base_accuracy and not (options.out / "base").exists():
-            ship(options, "base", config, state, vocabulary, log)
-        save(options, state, log)
-        if accuracy >= options.tuned_accuracy:
-            ship(options, "tuned", config, state, vocabulary, log)
+        save(options, goal, state, log)
+        if accuracy >= goal.accuracy:
+            ship(options, goal.name, config, state, vocabulary, log)
             return
-    raise SystemExit(f"Stopped after {options.max_steps} steps without reaching {options.tuned_accuracy}.")
+    raise SystemExit(f"Stopped after {options.max_steps} steps without reaching {goal.accuracy}.")
 
 
 def model_config(options: Options, vocab_size: int) -> Config:
@@ -172,11 +204,11 @@ def sequences(
     return np.stack(columns, axis=1), np.array(answers)
 
 
-def train(options, config, optimizer, vocabulary, state: State, log: list[dict]) -> Iterator[State]:
+def train(options, config, optimizer, vocabulary, state: State, log: list[dict], seed: int) -> Iterator[State]:
     """Steps the model; yields the state every `REPORT` steps, after appending a row to `log`."""
     while state.step < options.max_steps:
         lesson = LESSONS[state.lesson]
-        rng = np.random.default_rng([options.seed, state.step])
+        rng = np.random.default_rng([seed, state.step])
         tokens, answers = sequences(rng, lesson, options.batch, vocabulary)
         params, opt_state, loss, correct = update(config, optimizer, state.params, state.optimizer, tokens, answers)
         recent = 0.95 * state.recent + 0.05 * float(correct)
@@ -223,11 +255,9 @@ def predict(config, params, prompts):
     return forward(config, params, prompts, logits_at=last)[0].argmax(-1)
 
 
-def restore(options: Options, config: Config, optimizer, console: Console) -> tuple[State, list[dict]]:
-    """The saved state and log of an interrupted run, or a fresh start."""
-    params = Llama(config).init(jax.random.key(options.seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    fresh = State(params, optimizer.init(params), 0, 0, 0.0)
-    file = options.out / "training_state.msgpack"
+def restore(options: Options, goal: Goal, fresh: State, console: Console) -> tuple[State, list[dict]]:
+    """The saved state and log of an interrupted training, or the fresh state."""
+    file = options.out / f"{goal.name}_state.msgpack"
     if not file.exists():
         return fresh, []
     saved = flax.serialization.msgpack_restore(file.read_bytes())
@@ -236,12 +266,12 @@ def restore(options: Options, config: Config, optimizer, console: Console) -> tu
     return state, json.loads(saved["log"])
 
 
-def save(options: Options, state: State, log: list[dict]) -> None:
+def save(options: Options, goal: Goal, state: State, log: list[dict]) -> None:
     """Writes the state to a temporary file and renames it."""
     saved = {"state": flax.serialization.to_state_dict(state), "log": json.dumps(log)}
-    temporary = options.out / "training_state.tmp"
+    temporary = options.out / f"{goal.name}_state.tmp"
     temporary.write_bytes(flax.serialization.msgpack_serialize(saved))
-    os.replace(temporary, options.out / "training_state.msgpack")
+    os.replace(temporary, options.out / f"{goal.name}_state.msgpack")
 
 
 def ship(options: Options, name: str, config: Config, state: State, vocabulary: dict, log: list[dict]) -> None:

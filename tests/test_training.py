@@ -32,7 +32,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(script, tmp_path):
             with pytest.raises(SystemExit, match=f"Stopped after {limit} steps"):
                 script.main(replace(small, out=tmp_path / out, max_steps=limit))
     saved = [
-        flax.serialization.msgpack_restore((tmp_path / out / "training_state.msgpack").read_bytes())
+        flax.serialization.msgpack_restore((tmp_path / out / "base_state.msgpack").read_bytes())
         for out in ("unbroken", "broken")
     ]
     assert saved[0]["state"]["step"] == 20 and saved[0]["log"] == saved[1]["log"]
@@ -48,6 +48,15 @@ def test_a_model_is_shipped_when_it_is_good_enough(script, tmp_path):
         assert model.config.num_layers == 1 and model.config.tie_embeddings
         assert len(jm.boxes.pairs(jm.boxes.make(2), model.tokenizer)) == 14
         assert (tmp_path / name / "training.csv").read_text().startswith("step,boxes,labels,objects,loss")
+
+
+def test_fine_tuning_changes_queries_keys_and_values_alone(script, tmp_path):
+    options = script.Options(layers=1, heads=2, head_dim=8, width=16, mlp_width=16, batch=4, out=tmp_path)
+    script.main(replace(options, base_accuracy=0.0, tuned_accuracy=0.0))
+    base, tuned = (jm.load(tmp_path / name).weights for name in ("base", "tuned"))
+    for name, weight in base["blocks"].items():
+        assert np.array_equal(weight, tuned["blocks"][name]) == (name not in ("q", "k", "v"))
+    assert np.array_equal(base["embed"], tuned["embed"])
 
 
 def test_training_sequences_are_prompts_of_the_boxes_task(script):

@@ -85,7 +85,7 @@ class StudyFolder:
             "models": settings.names,
             "prompts": len(study.data.pairs),
             "example": study.data.example,
-            "chain": [vars(stage) for stage in settings.chain],
+            "chain": [vars(stage) | {"k": settings.k.get(stage.group, stage.k)} for stage in settings.chain],
         }
         for name, stage in STAGES.items():
             if name in self.parts:
