@@ -186,11 +186,11 @@ def run_demo(options: Demo) -> None:
         tuned=(jm.demo.path("tuned"),),
         chain=read_chain(jm.demo.path("chain.toml")),
         k=DEMO_HEADS,
-        train=480,
-        validation=240,
-        test=240,
+        train=320,
+        validation=160,
+        test=160,
         repeats=4,
-        patched=150,
+        patched=120,
         seed=options.seed,
     )
     _study_into(options.out, settings.quick() if options.quick else settings, overwrite=options.overwrite)
