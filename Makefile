@@ -1,5 +1,7 @@
 # Needs Python 3.11 or newer and make. Every target sets up what it needs in .venv.
 PYTHON ?= python3
+# Options of the demo (make demo DEMO=--quick).
+DEMO ?=
 # Another Python (make test PYTHON=python3.12) has an environment of its own.
 VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
@@ -8,14 +10,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test bench lint format clean
 
 demo: $(VENV)/.run
-	$(BIN)/jaxmech demo --out out/demo
+	$(BIN)/jaxmech demo --out out/demo $(DEMO)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_path_patching.py --shape small --out out/bench_small.json
+	$(BIN)/python benchmarks/bench_methods.py --shape small --out out/bench_methods_small.json
 	$(BIN)/python benchmarks/report.py out/bench_small.json --chart out/bench_small.png
+	$(BIN)/python benchmarks/report.py out/bench_methods_small.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

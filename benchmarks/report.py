@@ -1,6 +1,7 @@
-"""Turns the JSON of `bench_path_patching.py` into a Markdown table and a bar chart.
+"""Turns the JSON of `bench_path_patching.py` into a Markdown table and a bar chart, of `bench_methods.py` into a table.
 
 python benchmarks/report.py out/bench_small.json --chart out/bench_small.png
+python benchmarks/report.py out/bench_methods_small.json
 """
 
 import argparse
@@ -31,9 +32,12 @@ COLOURS = {  # Okabe-Ito
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--chart", type=Path, help="PNG to write")
+    parser.add_argument("--chart", type=Path, help="PNG to write, of path patching")
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
+    if "methods" in result:
+        print(methods_table(result))
+        return
     print(table(result))
     if options.chart:
         chart(result).savefig(options.chart, dpi=160)
@@ -62,6 +66,33 @@ def table(result: dict) -> str:
     return conditions(result) + "\n\n" + "\n".join(lines)
 
 
+def methods_table(result: dict) -> str:
+    """The result of `bench_methods.py` as Markdown: a line on the conditions, and a row per method."""
+    rows = [["method", "work", "jaxmech", "PyTorch hooks", "compilation", "largest difference"]]
+    rows.append(["---", "---"] + ["---:"] * 4)
+    for method in result["methods"]:
+        theirs = method["reference"]
+        rate = f"{floor(method['units'] / method['seconds'])} {method['unit']} a second"
+        rows.append(
+            [method["name"], f"{method['units']} {method['unit']}", f"{method['seconds']:.3g} s, {rate}"]
+            + [_reference(method) if theirs else "-"]
+            + [f"{method['compile_seconds']:.1f} s"]
+            + [f"{theirs['largest_relative_difference']:.1g} of {method['compared']}" if theirs else "-"]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    runs = f"medians of {result['runs']} (PyTorch: {result['reference_runs']})"
+    prompts = f"{result['prompts']} boxes prompts x {result['tokens']} tokens"
+    prompts += f", {result['dcm_prompts']} random ones for DCM"
+    return f"{model_line(result)}; {prompts}; {machine_line(result)}; {runs}.\n\n" + "\n".join(lines)
+
+
+def _reference(method: dict) -> str:
+    theirs = method["reference"]
+    sampled = theirs["units"] < method["units"]
+    note = f", extrapolated from {theirs['units']} {method['unit']}" if sampled else ""
+    return f"{theirs['seconds']:.3g} s ({floor(theirs['ratio'])}x){note}"
+
+
 def floor(ratio: float) -> str:
     """The ratio to two digits, rounded down."""
     return str(int(ratio)) if ratio >= 10 else f"{int(10 * ratio) / 10:.1f}"
@@ -74,18 +105,28 @@ def comparisons(result: dict) -> list[str]:
 
 def conditions(result: dict) -> str:
     """What the numbers were measured on."""
-    config, machine = result["config"], result["machine"]
-    versions = [f"{name} {machine['versions'][name]}" for name in ("jax", "torch") if name in machine["versions"]]
     worst = [x["largest_relative_difference"] for stage in result["stages"] for x in stage["comparisons"].values()]
     agreement = f" Scores agree to {max(worst):.1g} of the largest." if worst else ""
     prompts = "boxes" if result["shared_prefixes"] else "random"
     return (
-        f"`{result['shape']}`: {config['num_layers']} layers x {config['width']}, {config['num_heads']} heads, "
-        f"vocabulary {config['vocab_size']}, {config['dtype']}; {result['prompts']} {prompts} prompts x "
-        f"{result['tokens']} tokens; {machine['device']} ({machine['cores']} cores), {', '.join(versions)}; medians of "
-        f"{result['runs']} (comparisons: {result['reference_runs']}). Matmul rate "
+        f"{model_line(result)}; {result['prompts']} {prompts} prompts x {result['tokens']} tokens; "
+        f"{machine_line(result)}; medians of {result['runs']} (comparisons: {result['reference_runs']}). Matmul rate "
         f"{result['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s.{agreement}"
     )
+
+
+def model_line(result: dict) -> str:
+    config = result["config"]
+    return (
+        f"`{result['shape']}`: {config['num_layers']} layers x {config['width']}, {config['num_heads']} heads, "
+        f"vocabulary {config['vocab_size']}, {config['dtype']}"
+    )
+
+
+def machine_line(result: dict) -> str:
+    machine = result["machine"]
+    versions = [f"{name} {machine['versions'][name]}" for name in ("jax", "torch") if name in machine["versions"]]
+    return f"{machine['device']} ({machine['cores']} cores), {', '.join(versions)}"
 
 
 def chart(result: dict) -> Figure:

@@ -60,6 +60,13 @@ def assert_close(found, expected, tolerance: float) -> None:
     assert worst <= tolerance * scale, f"largest difference {worst:.3g}, allowed {tolerance * scale:.3g}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compilations():
+    """Compiled programs hold memory maps, of which Linux grants a process 65,530: too few for all tests together."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def random_model() -> Callable[..., jm.Model]:
     """A function that makes a small model with random weights; keywords change its Config.

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from jaxmech import path_patching
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+import bench_methods  # noqa: E402
 import bench_path_patching  # noqa: E402
 import flops  # noqa: E402
 import report  # noqa: E402
@@ -34,6 +36,45 @@ def test_benchmark_and_report_run_on_the_tiny_shape(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "| 4 struct_reader |" in printed and "8 boxes prompts x 57 tokens" in printed
     assert chart.stat().st_size > 10_000
+
+
+@pytest.fixture
+def one_thread():
+    """The model is tiny: more threads of PyTorch, if it is there, only wait for each other."""
+    if not find_spec("torch"):
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_benchmark_of_the_methods_and_its_report_run_on_the_tiny_shape(tmp_path, monkeypatch, capsys):
+    """Where PyTorch is installed, the results are those of the reference."""
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "--shape", "tiny", "--runs", "1", "--reference-runs", "1", "--dcm-prompts", "32"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--cmap-heads", "3", "--out", str(out)])
+    bench_methods.main()
+    result = json.loads(out.read_text())
+    names = ["circuit evaluation", "DCM", "DCM, 8 lambdas", "CMAP", "knockout"]
+    assert [method["name"] for method in result["methods"]] == names
+    assert [method["units"] for method in result["methods"]] == [32, 4, 32, 16, 4]
+    for method in result["methods"]:
+        assert method["seconds"] > 0 and (method["reference"] is not None) == bool(find_spec("torch"))
+        if reference := method["reference"]:
+            assert 0 < reference["largest_relative_difference"] < 1e-4
+            assert reference["units"] == {"DCM, 8 lambdas": 4, "CMAP": 3}.get(method["name"], method["units"])
+            assert reference["ratio"] == reference["seconds"] / method["seconds"]
+    monkeypatch.setattr(sys, "argv", ["report", str(out)])
+    capsys.readouterr()
+    report.main()
+    printed = capsys.readouterr().out
+    assert "| knockout | 4 first layers |" in printed and "32 random ones for DCM" in printed
+    assert not find_spec("torch") or "extrapolated from 3 heads" in printed
 
 
 def test_ratios_are_rounded_down():

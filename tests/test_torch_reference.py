@@ -85,6 +85,12 @@ def twins(request, tmp_path_factory) -> Twins:
     return convert(make_llama(request.param, seed=0), tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def tuned(twins, tmp_path_factory) -> Twins:
+    """A second model of the same shape."""
+    return convert(make_llama(twins.jax.config.num_kv_heads, seed=7), tmp_path_factory.mktemp("tuned"))
+
+
 @pytest.fixture
 def pairs(twins, random_pairs) -> jm.Pairs:
     return random_pairs(twins.jax)
@@ -249,8 +255,7 @@ def test_a_circuit_of_all_heads_at_its_roles_alone_is_the_model(twins, pairs):
 
 
 @pytest.mark.parametrize("components", [("z",), ("q",), ("k", "v")], ids="+".join)
-def test_cross_model_patching_equals_patches_from_the_tuned_model(twins, pairs, tmp_path, components):
-    tuned = convert(make_llama(twins.jax.config.num_kv_heads, seed=7), tmp_path)
+def test_cross_model_patching_equals_patches_from_the_tuned_model(twins, tuned, pairs, components):
     found = cmap.cmap(twins.torch, tuned.torch, pairs.clean, pairs.positions, CIRCUIT, components)
     _, captured = tuned.jax(pairs.clean, capture=components)
     weight = np.zeros((LAYERS, *pairs.clean.shape, HEADS))
@@ -324,3 +329,109 @@ def test_knockout_equals_a_mask_on_the_attention_of_jaxmech(twins, pairs, first)
         assert accuracy[layer] == pytest.approx((expected.argmax(-1) == labels).mean())
     clean = last_logits(twins.jax, pairs)
     assert np.abs(logits[0].numpy() - clean).max() > 0.01
+
+
+# The methods of jaxmech, each as a user calls it, against the reference.
+
+CIRCUITS = (CIRCUIT, {"last": [(3, 2), (1, 0)], "early": []}, {"query_box": [(0, 0), (1, 1), (3, 3)]}, {"last": []})
+
+
+def test_means_of_jaxmech_equal_those_of_pytorch(twins, pairs):
+    assert_close(
+        jm.mean_activations(twins.jax, pairs.clean),
+        circuits.mean_activations(twins.torch, pairs.clean),
+        TOLERANCES.parity,
+    )
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])
+def test_circuits_of_jaxmech_equal_one_forward_pass_per_circuit_in_pytorch(twins, pairs, random_pairs, elsewhere):
+    means = circuits.mean_activations(twins.torch, random_pairs(twins.jax, count=9, seed=5).clean)
+    found = jm.evaluate(twins.jax, pairs, CIRCUITS, means.numpy(), elsewhere)
+    for logits, circuit in zip(found.logits, CIRCUITS, strict=True):
+        inputs = (pairs.clean, pairs.positions, circuit, means)
+        expected = circuits.evaluate(twins.torch, *inputs, ablate_elsewhere=elsewhere)
+        assert_close(logits, expected, TOLERANCES.parity)
+    np.testing.assert_array_equal(found.correct, found.logits.argmax(-1) == pairs.labels)
+
+
+@pytest.mark.parametrize("components", [("z",), ("q",), ("k", "v")], ids="+".join)
+def test_cross_model_patching_of_jaxmech_equals_pytorch(twins, tuned, pairs, components):
+    found = jm.cmap(twins.jax, tuned.jax, pairs, CIRCUIT, components)
+    expected = cmap.cmap(twins.torch, tuned.torch, pairs.clean, pairs.positions, CIRCUIT, components)
+    assert np.abs(expected.numpy() - last_logits(twins.jax, pairs)).max() > 0.01
+    assert_close(found.logits, expected, TOLERANCES.parity)
+    np.testing.assert_array_equal(found.correct, expected.argmax(-1).numpy() == pairs.labels)
+
+
+def test_the_sweep_over_heads_of_jaxmech_equals_one_forward_pass_per_head_in_pytorch(twins, tuned, pairs):
+    role, components = "early", ("k", "v")
+    found = jm.cmap_heads(twins.jax, tuned.jax, pairs, role, components, metric="log_probability")
+    labels = torch.as_tensor(pairs.labels).long()
+    tokens, last = (hooks.indices(twins.torch, x) for x in (pairs.clean, pairs.position("last")))
+    clean = hooks.last_logits(twins.torch, tokens, last).log_softmax(-1)
+    expected = np.zeros((LAYERS, HEADS, len(pairs)))
+    accuracy = np.zeros((LAYERS, HEADS))
+    for head in np.ndindex(LAYERS, HEADS):
+        logits = cmap.cmap(twins.torch, tuned.torch, pairs.clean, pairs.positions, {role: [head]}, components)
+        expected[head] = hooks.at(logits.log_softmax(-1) - clean, labels)
+        accuracy[head] = (logits.argmax(-1) == labels).float().mean()
+    assert np.abs(expected).max() > 0.1
+    assert_close(found.scores.per_example, expected, TOLERANCES.cone)
+    np.testing.assert_allclose(found.accuracy, accuracy, atol=1e-6)
+
+
+@pytest.mark.parametrize(("source", "target"), [("last", "query_box"), ("query_box", "early")])
+def test_knockouts_of_jaxmech_equal_one_forward_pass_per_layer_in_pytorch(twins, pairs, source, target):
+    labels = last_logits(twins.jax, pairs).argmax(-1)
+    pairs = jm.Pairs(pairs.clean, None, np.where(np.arange(len(pairs)) == 1, labels + 1, labels), pairs.positions)
+    found = jm.knockout(twins.jax, pairs, source, target)
+    inputs = (pairs.labels, *(pairs.position(role) for role in (source, target, "last")))
+    accuracy, logits = knockout.knockout(twins.torch, pairs.clean, *inputs)
+    assert_close(found.logits, logits, TOLERANCES.parity)
+    np.testing.assert_allclose(found.accuracy, accuracy, atol=1e-6)
+    assert (logits[0] - logits[-1]).abs().max() > 0.01
+
+
+def patched_from_corrupt(model: LlamaForCausalLM, pairs: jm.Pairs, heads_by_role) -> torch.Tensor:
+    """Logits [B, V] in PyTorch with the z that heads have at their roles in the corrupt prompts."""
+    clean, corrupt, last = (hooks.indices(model, x) for x in (pairs.clean, pairs.corrupt, pairs.position("last")))
+    edits = []
+    for role, heads in heads_by_role.items():
+        position, source = (hooks.indices(model, x) for x in (pairs.position(role), pairs.corrupt_position(role)))
+        z = hooks.capture(model, corrupt, {"z": source})["z"]  # [L, B, N, H]
+        for layer, chosen in hooks.by_layer(model, heads).items():
+            edits.append(("z", layer, hooks.replace(position, chosen, z[layer][:, chosen])))
+    with hooks.edited(model, edits):
+        return hooks.last_logits(model, clean, last)
+
+
+def test_activation_patching_of_jaxmech_equals_hooks_in_pytorch(twins, pairs):
+    expected = patched_from_corrupt(twins.torch, pairs, CIRCUIT)
+    assert np.abs(expected.numpy() - last_logits(twins.jax, pairs)).max() > 0.1
+    found = jm.patch_activations(twins.jax, pairs, CIRCUIT)
+    assert_close(found.logits, expected, TOLERANCES.parity)
+    np.testing.assert_array_equal(found.correct, expected.argmax(-1).numpy() == pairs.labels)
+
+
+def test_dcm_of_jaxmech_takes_the_steps_of_pytorch(twins, random_pairs):
+    """Six batches of different examples, the last one shorter; labels are what three of the heads make likelier."""
+    heads, lam, role = [(2, 1), (0, 3), (2, 0), (1, 1)], 0.05, "query_box"
+    pairs = random_pairs(twins.jax, count=22)
+    change = patched_from_corrupt(twins.torch, pairs, {role: heads[:3]}).numpy() - last_logits(twins.jax, pairs)
+    pairs = jm.Pairs(pairs.clean, pairs.corrupt, change.argmax(-1), pairs.positions, pairs.corrupt_positions)
+    run = jm.dcm.train(twins.jax, pairs, heads, role, lam, epochs=1, batch_size=4)
+    mask = dcm.new_mask(twins.torch, heads)
+    optimizer = torch.optim.Adam([mask], lr=0.1)
+    losses, masks = [], []
+    for start in range(0, 22, 4):
+        batch = pairs[start : start + 4]
+        inputs = (batch.position(role), batch.corrupt_position(role), batch.position("last"))
+        prompts = (batch.clean, batch.corrupt, batch.labels)
+        losses.append(dcm.step(twins.torch, *prompts, *inputs, heads, mask, optimizer, lam=lam))
+        masks.append(mask.detach().clone())
+    assert len(losses) == len(run.history.loss) == 6
+    assert mask.min() < 0.7, "no mask moves"
+    assert_close(run.history.loss, losses, TOLERANCES.parity)
+    assert_close(run.history.mask, torch.stack(masks), TOLERANCES.parity)
+    assert_close(run.mask, mask.detach(), TOLERANCES.parity)

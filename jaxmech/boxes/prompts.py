@@ -17,7 +17,7 @@ from jaxmech.boxes.scenes import LABELS, Example, Scene
 from jaxmech.compat import check_compat
 from jaxmech.pairs import Pairs
 
-ROLES = ("last", "query_box", "prev_query_box", "object")
+ROLES = ("last", "query_box", "prev_query_box")  # of clean and corrupt prompts; clean ones have "object" as well
 _LABEL = re.compile(r"(?<=\bBox )[A-Z]\b")
 _OBJECT = re.compile(r"(?<=[Tt]he )[^\s,.]+(?=,? is\b)|(?<=contains the )[^\s,.]+")
 

@@ -1,0 +1,286 @@
+"""Times the methods besides path patching against PyTorch with forward hooks, in one run on one machine.
+
+    python benchmarks/bench_methods.py --shape small --out out/bench_methods_small.json
+
+  circuit evaluation   32 random circuits, all else mean-ablated; PyTorch: a forward pass each
+  DCM                  a mask over 8 heads at `last`, 2 epochs of batches of 16; PyTorch: each step runs its
+                       counterfactual and its base prompts and a backward pass
+  DCM, 8 lambdas       the same for 8 values of lambda at once; PyTorch: one value, extrapolated
+  CMAP                 every head at `last`, one at a time; PyTorch: a forward pass a head with the tuned model's
+                       activations at hand, a sample of heads, extrapolated
+  knockout             `last` may not attend to `query_box`, from each layer upwards; PyTorch: a forward pass a layer
+
+For each: median time of jaxmech and of PyTorch (`torch_reference`), ratio, compilation time, and the largest difference
+of their results, relative to the largest result. The results are compared before anything is timed. Prompts are those
+of `bench_path_patching.py`, but for DCM, whose desiderata have a scene for each: random ones that share nothing. Needs
+neither tyro nor rich; without torch, or with --reference-runs 0, jaxmech is timed alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import shapes  # noqa: E402
+from bench_path_patching import machine, timed  # noqa: E402
+
+import convert  # noqa: E402
+import jaxmech as jm  # noqa: E402
+
+CIRCUITS = 32
+LAMBDAS = [0.01 * 2**i for i in range(8)]
+DCM_HEADS, DCM_BATCH, DCM_EPOCHS = 8, 16, 2
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One row of the table.
+
+    Attributes:
+      units: of the work, what is done of it in one run of jaxmech.
+      reference_units: what one run of PyTorch does; if fewer, its time is extrapolated.
+      compared: what of the results is.
+      ours: the method; returns its results as a NumPy array.
+      theirs: the same in PyTorch, or None; returns the results of its units.
+      shared: the units of ours that theirs has, as an index.
+    """
+
+    name: str
+    unit: str
+    units: int
+    reference_units: int
+    compared: str
+    ours: Callable[[], np.ndarray]
+    theirs: Callable[[], np.ndarray] | None
+    shared: Any = ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is benchmarked; `torch` has the two models in PyTorch, or is None."""
+
+    shape: shapes.Shape
+    model: jm.Model
+    tuned: jm.Model
+    pairs: jm.Pairs
+    torch: tuple[Any, Any] | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
+    parser.add_argument("--out", type=Path, default=Path("out/bench_methods.json"))
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of jaxmech, after a warm-up")
+    parser.add_argument("--reference-runs", type=int, default=3, help="timed runs of PyTorch, after a warm-up")
+    parser.add_argument("--dcm-prompts", type=int, default=128)
+    parser.add_argument("--cmap-heads", type=int, default=8, help="heads that PyTorch runs; its time is extrapolated")
+    parser.add_argument("--methods", default="circuit,DCM,CMAP,knockout", help="comma-separated starts of their names")
+    options = parser.parse_args()
+    shape = shapes.SHAPES[options.shape]
+    reference_runs = options.reference_runs if find_spec("torch") else 0
+    models = shapes.random_model(shape.config), shapes.random_model(shape.config, seed=1)
+    work = Work(shape, *models, shapes.pairs(shape), tuple(map(in_torch, models)) if reference_runs else None)
+    result = {
+        "shape": options.shape,
+        "prompts": shape.prompts,
+        "tokens": shape.tokens,
+        "config": shape.config.to_dict(),
+        "machine": machine(),
+        "runs": options.runs,
+        "reference_runs": reference_runs,
+        "dcm_prompts": options.dcm_prompts,
+        "methods": [],
+    }
+    benches = [
+        circuit_evaluation(work),
+        dcm(work, options.dcm_prompts, [0.01]),
+        dcm(work, options.dcm_prompts, LAMBDAS),
+        cmap(work, options.cmap_heads),
+        knockout(work),
+    ]
+    for bench in benches:
+        if bench.name.startswith(tuple(options.methods.split(","))):
+            result["methods"].append(run(bench, options.runs, reference_runs))
+            print(json.dumps(result["methods"][-1]), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Wrote {options.out}.")
+
+
+def run(bench: Bench, runs: int, reference_runs: int) -> dict:
+    """One row of the table: results compared, then both timed."""
+    started = time.perf_counter()
+    found = bench.ours()
+    first = time.perf_counter() - started
+    expected = None if bench.theirs is None else bench.theirs()
+    times = timed(bench.ours, runs)
+    row = {
+        **{name: getattr(bench, name) for name in ("name", "unit", "units", "compared")},
+        "seconds": statistics.median(times),
+        "all_seconds": times,
+        "compile_seconds": max(0.0, first - statistics.median(times)),
+        "reference": None,
+    }
+    if bench.theirs is not None and expected is not None:
+        difference = np.abs(found[bench.shared] - expected).max() / np.abs(expected).max()
+        measured = timed(bench.theirs, reference_runs)
+        seconds = statistics.median(measured) * bench.units / bench.reference_units
+        row["reference"] = {
+            "units": bench.reference_units,
+            "measured_seconds": measured,
+            "seconds": seconds,
+            "ratio": seconds / row["seconds"],
+            "largest_relative_difference": float(difference),
+        }
+    return row
+
+
+def circuit_evaluation(work: Work) -> Bench:
+    """Random circuits in which a head is at each role with probability 0.3; ours and theirs return logits [C, B, V]."""
+    model, pairs = work.model, work.pairs
+    means = jm.mean_activations(model, pairs.clean)
+    rng, shape = np.random.default_rng(0), (model.config.num_layers, model.config.num_heads)
+    roles = ("last", "query_box", "prev_query_box")
+    circuits = [{role: np.argwhere(rng.random(shape) < 0.3).tolist() for role in roles} for _ in range(CIRCUITS)]
+
+    def ours() -> np.ndarray:
+        logits = jm.evaluate(model, pairs, circuits, means).logits
+        assert logits is not None
+        return logits
+
+    def theirs() -> np.ndarray:
+        import torch
+        from torch_reference.circuits import evaluate
+
+        assert work.torch is not None
+        inputs = work.torch[0], pairs.clean, pairs.positions
+        return np.stack([evaluate(*inputs, circuit, torch.tensor(means)).cpu().numpy() for circuit in circuits])
+
+    return Bench("circuit evaluation", "circuits", CIRCUITS, CIRCUITS, "logits", ours, theirs if work.torch else None)
+
+
+def dcm(work: Work, prompts: int, lams: list[float]) -> Bench:
+    """A mask over 8 heads in the upper half of the layers; ours and theirs return the mask of every step, [R, S, n]."""
+    model = work.model
+    pairs = shapes.pairs(dataclasses.replace(work.shape, prompts=prompts), boxes=False)
+    config, steps = model.config, DCM_EPOCHS * -(-prompts // DCM_BATCH)
+    layers = np.linspace(config.num_layers // 2, config.num_layers - 1, DCM_HEADS).round().astype(int)
+    heads = [(int(layer), i % config.num_heads) for i, layer in enumerate(layers)]
+    options = {"epochs": DCM_EPOCHS, "batch_size": DCM_BATCH}
+
+    def ours() -> np.ndarray:
+        runs = jm.dcm.train_many(model, {"": pairs}, {"": heads}, "last", lams=lams, **options)
+        return np.stack([run.history.mask for run in runs.values()])
+
+    def theirs() -> np.ndarray:
+        import torch
+        from torch_reference.dcm import new_mask, step
+
+        assert work.torch is not None
+        mask = new_mask(work.torch[0], heads)
+        adam, masks = torch.optim.Adam([mask], lr=0.1), []
+        for start in list(range(0, prompts, DCM_BATCH)) * DCM_EPOCHS:
+            batch = pairs[start : start + DCM_BATCH]
+            positions = batch.position("last"), batch.corrupt_position("last"), batch.position("last")
+            inputs = batch.clean, batch.corrupt, batch.labels, *positions
+            step(work.torch[0], *inputs, heads, mask, adam, lam=lams[0])
+            masks.append(mask.detach().cpu().numpy().copy())
+        return np.stack(masks)[None]
+
+    name = "DCM" if len(lams) == 1 else f"DCM, {len(lams)} lambdas"
+    reference = theirs if work.torch else None
+    return Bench(name, "steps", steps * len(lams), steps, "masks", ours, reference, slice(1))
+
+
+def cmap(work: Work, sample: int) -> Bench:
+    """Ours returns the change of the label's log-probability by every head [L * N, B], theirs that by some heads."""
+    model, pairs, config = work.model, work.pairs, work.model.config
+    count = config.num_layers * config.num_heads
+    chosen = np.unique(np.linspace(0, count - 1, min(sample, count)).round().astype(int))
+
+    def ours() -> np.ndarray:
+        found = jm.cmap_heads(model, work.tuned, pairs, "last", metric="log_probability")
+        return found.scores.per_example.reshape(count, -1)
+
+    reference = cmap_by_hooks(work, [(int(i) // config.num_heads, int(i) % config.num_heads) for i in chosen])
+    return Bench("CMAP", "heads", count, len(chosen), "log-probabilities", ours, reference, chosen)
+
+
+def cmap_by_hooks(work: Work, heads: list[tuple[int, int]]) -> Callable[[], np.ndarray] | None:
+    """`torch_reference.cmap` for one head after another, but that the tuned model is run once, here and untimed."""
+    if work.torch is None:
+        return None
+    import torch
+    from torch_reference import hooks
+
+    base, tuned = work.torch
+    pairs = work.pairs
+    tokens, last, labels = (hooks.indices(base, x) for x in (pairs.clean, pairs.position("last"), pairs.labels))
+
+    def log_probability(edits) -> Any:
+        with hooks.edited(base, edits):
+            return hooks.at(hooks.last_logits(base, tokens, last).log_softmax(-1), labels)
+
+    with torch.inference_mode():
+        z = hooks.capture(tuned, tokens, {"z": last})["z"]  # [L, B, N, H]
+        clean = log_probability([])
+
+    @torch.inference_mode()
+    def theirs() -> np.ndarray:
+        edits = [
+            ("z", layer, hooks.replace(last, hooks.indices(base, [head]), z[layer][:, [head]])) for layer, head in heads
+        ]
+        return torch.stack([log_probability([edit]) - clean for edit in edits]).cpu().numpy()
+
+    return theirs
+
+
+def knockout(work: Work) -> Bench:
+    """Ours and theirs return logits [L, B, V]."""
+    model, pairs = work.model, work.pairs
+    positions = [pairs.position(role) for role in ("last", "query_box", "last")]
+
+    def ours() -> np.ndarray:
+        logits = jm.knockout(model, pairs, "last", "query_box").logits
+        assert logits is not None
+        return logits
+
+    def theirs() -> np.ndarray:
+        from torch_reference.knockout import knockout
+
+        assert work.torch is not None
+        return knockout(work.torch[0], pairs.clean, pairs.labels, *positions)[1].cpu().numpy()
+
+    layers = model.config.num_layers
+    return Bench("knockout", "first layers", layers, layers, "logits", ours, theirs if work.torch else None)
+
+
+def in_torch(model: jm.Model) -> Any:
+    """The same model as Hugging Face's, on the device that JAX uses."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        convert.write_hf(Path(folder), model.config, model.params)
+        dtype = getattr(torch, model.config.dtype)
+        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    theirs.requires_grad_(False)
+    return theirs.to("cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu")
+
+
+if __name__ == "__main__":
+    main()

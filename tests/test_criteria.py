@@ -1,0 +1,389 @@
+"""The criteria of a circuit against hand-written loops over plain full forward passes, and the paired bootstrap."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import full_forward
+import numpy as np
+import pytest
+from conftest import TOLERANCES, assert_close
+
+import jaxmech as jm
+from jaxmech import bootstrap
+
+PROMPTS = 36  # accuracies that differ from their rounding to 0.01
+GROUPS = {
+    "readers": [(2, 3), (1, 3), (3, 0), (2, 1), (0, 2), (1, 1)],
+    "movers": [(3, 2), (2, 2)],
+    "binders": [(0, 0), (1, 2), (1, 0), (0, 3)],
+    "nobody": [],
+}
+ROLES = {"readers": "last", "movers": "last", "binders": "query_box", "nobody": "early"}
+CIRCUIT = jm.Circuit(GROUPS, ROLES)
+EVERY_HEAD = [(layer, head) for layer in range(4) for head in range(4)]
+
+Heads = Mapping[str, Sequence[tuple[int, int]]]  # by role
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, prompts with labels, and means; answers are those of full forward passes."""
+
+    model: jm.Model
+    pairs: jm.Pairs
+    means: np.ndarray
+    known: dict = field(default_factory=dict)
+
+    def answers(self, heads: Heads, elsewhere: bool = True) -> np.ndarray:
+        """The next token [B] with all heads ablated but those of each role."""
+        key = elsewhere, *((role, frozenset(chosen)) for role, chosen in heads.items())
+        if key not in self.known:
+            whole = not elsewhere and all(len(chosen) == len(EVERY_HEAD) for chosen in heads.values())
+            evaluated = lambda: full_forward.evaluate(self.model, self.pairs, heads, self.means, elsewhere)  # noqa: E731
+            self.known[key] = self.own_answers() if whole else evaluated().argmax(-1)
+        return self.known[key]
+
+    def correct(self, heads: Heads, elsewhere: bool = True) -> np.ndarray:
+        return self.answers(heads, elsewhere) == self.pairs.labels
+
+    def count(self, heads: Heads) -> int:
+        return int(self.correct(heads).sum())
+
+    def own_answers(self) -> np.ndarray:
+        return full_forward.last_logits(self.model, self.pairs).argmax(-1)
+
+    def with_labels(self, labels: np.ndarray) -> "Case":
+        return replace(self, pairs=replace(self.pairs, labels=labels))
+
+
+def left(circuit: jm.Circuit, gone: Heads) -> dict[str, list[tuple[int, int]]]:
+    """The heads of each role without those of `gone`, by group."""
+    heads = {role: [] for role in circuit.roles.values()}
+    for group, members in circuit.groups.items():
+        heads[circuit.roles[group]] += [head for head in members if head not in gone.get(group, ())]
+    return heads
+
+
+@pytest.fixture
+def case(random_model, random_pairs) -> Case:
+    """Labels are what the model says, or the circuit, or the circuit without some heads: accuracies between 0 and 1."""
+    model = random_model(num_kv_heads=2)
+    pairs = random_pairs(model, count=PROMPTS)
+    case = Case(model, pairs, jm.mean_activations(model, random_pairs(model, count=50, seed=5).clean))
+    weaker = [{"readers": [(3, 0), (1, 1)]}, {"readers": [(2, 3)], "binders": [(1, 0)]}, {"binders": [(0, 3)]}]
+    said = [case.answers(left(CIRCUIT, gone)) for gone in ({}, *weaker)]
+    said += [case.own_answers()] * 3 + [pairs.labels]
+    return case.with_labels(np.choose(np.arange(PROMPTS) % len(said), said))
+
+
+# Faithfulness.
+
+
+@pytest.mark.parametrize("compat", [None, "paper"])
+def test_faithfulness_is_the_ratio_of_accuracies_of_full_forwards(case, compat):
+    found = jm.faithfulness(case.model, case.pairs, CIRCUIT, case.means, random=3, compat=compat)
+    circuit, model = case.correct(left(CIRCUIT, {})), case.own_answers() == case.pairs.labels
+    others = [case.correct(left(other, {})) for other in found.random_circuits]
+    np.testing.assert_array_equal(found.circuit.correct, circuit)
+    np.testing.assert_array_equal(found.model.correct, model)
+    np.testing.assert_array_equal(found.random.correct, others)
+    assert 0.2 < circuit.mean() < 0.9 and 0.2 < model.mean() < 0.9 and circuit.mean() != model.mean()
+    rounded = (lambda x: round(x, 2)) if compat else (lambda x: x)
+    part, whole, *rest = (rounded(sum(x) / PROMPTS) for x in (circuit, model, *others))
+    assert found.ratio == pytest.approx(part / whole, rel=1e-12)
+    np.testing.assert_allclose(found.random_ratios, [x / whole for x in rest], rtol=1e-12)
+    assert (abs(found.ratio - circuit.sum() / model.sum()) > 1e-4) == (compat == "paper")
+
+
+def test_the_interval_of_faithfulness_is_that_of_a_paired_bootstrap(case):
+    found = jm.faithfulness(case.model, case.pairs, CIRCUIT, case.means, random=1)
+    low, high = found.confidence_interval(0.9, resamples=200, seed=3)
+    rng, ratios = np.random.default_rng(3), []
+    for times in rng.multinomial(PROMPTS, [1 / PROMPTS] * PROMPTS, size=200):  # how often each prompt is drawn
+        part = sum(n * right for n, right in zip(times, found.circuit.correct, strict=True))
+        whole = sum(n * right for n, right in zip(times, found.model.correct, strict=True))
+        ratios.append(part / whole)
+    ratios.sort()
+    assert low == pytest.approx(ratios[9] + 0.95 * (ratios[10] - ratios[9]), rel=1e-9)  # 5 % of 199 gaps is 9.95
+    assert high == pytest.approx(ratios[189] + 0.05 * (ratios[190] - ratios[189]), rel=1e-9)
+    assert low < found.ratio < high
+    # Other draws of the same kind, prompts of both sides drawn together, or apart.
+    rows = rng.integers(PROMPTS, size=(2, 4000, PROMPTS))
+    part, whole, apart = found.circuit.correct[rows[0]], found.model.correct[rows[0]], found.model.correct[rows[1]]
+    paired, unpaired = (np.quantile(part.sum(-1) / x.sum(-1), [0.05, 0.95]) for x in (whole, apart))
+    assert_close(found.confidence_interval(0.9, resamples=4000), paired, 0.05)
+    assert np.abs(unpaired - paired).max() > 0.1
+    assert found.confidence_interval() == found.confidence_interval()
+
+
+def test_a_model_that_is_always_wrong_has_no_faithfulness(case):
+    wrong = case.with_labels((case.own_answers() + 1) % case.model.config.vocab_size)
+    assert math.isnan(jm.faithfulness(wrong.model, wrong.pairs, CIRCUIT, wrong.means, random=1).ratio)
+
+
+def test_random_circuits_have_the_sizes_of_the_groups_and_share_no_head_at_a_role(random_model):
+    config = random_model(num_layers=3, num_heads=6, num_kv_heads=6).config
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(50):
+        found = jm.random_circuit(config, CIRCUIT, rng)
+        assert {group: len(heads) for group, heads in found.groups.items()} == {g: len(h) for g, h in GROUPS.items()}
+        assert (list(found.groups), found.roles) == (list(GROUPS), ROLES)
+        for role in set(ROLES.values()):
+            heads = [head for group, heads in found.groups.items() if ROLES[group] == role for head in heads]
+            assert len(set(heads)) == len(heads)
+            seen |= set(heads)
+    assert seen == {(layer, head) for layer in range(3) for head in range(6)}
+
+
+def test_random_circuits_depend_on_the_seed_alone(case):
+    first, again, other = (
+        jm.faithfulness(case.model, case.pairs, CIRCUIT, case.means, random=3, seed=seed).random_circuits
+        for seed in (1, 1, 2)
+    )
+    assert first == again and first != other
+    assert len({str(circuit.groups) for circuit in first}) == 3
+
+
+def test_random_circuits_of_the_paper_are_drawn_with_replacement_and_divided_by_the_layers(random_model):
+    config = random_model(num_layers=3, num_heads=6, num_kv_heads=6).config
+    numbers = iter([[0, 17, 5, 5, 8, 9, 10, 2], [7, 1, 16, 3], []])  # readers and movers, binders, nobody
+
+    class Drawn:
+        def integers(self, high: int, size: int) -> np.ndarray:
+            assert high == 18
+            drawn = next(numbers)
+            assert len(drawn) == size
+            return np.array(drawn, int)
+
+    found = jm.random_circuit(config, CIRCUIT, Drawn(), compat="paper")  # type: ignore[arg-type]
+    # 17 is head 5 of the layer 17 // 3 = 5, which does not exist; so it is with 9, 10 and 16.
+    assert found.groups["readers"] == [(0, 0), (1, 5), (1, 5), (2, 2)]
+    assert found.groups["movers"] == [(0, 2)]
+    assert found.groups["binders"] == [(2, 1), (0, 1), (1, 3)]
+    assert found.groups["nobody"] == []
+
+
+# Completeness.
+
+
+@pytest.mark.parametrize("compat", [None, "paper"])
+def test_completeness_takes_the_same_heads_from_circuit_and_model(case, compat):
+    found = jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=4, compat=compat)
+    named = ["nothing", "readers", "movers", "binders"]
+    assert found.names == [*named, "random 1", "random 2", "random 3", "random 4"]
+    assert found.subsets[:4] == [{}, *({group: GROUPS[group]} for group in named[1:])]
+    differ = False
+    for i, gone in enumerate(found.subsets):
+        model = {}
+        for role in ROLES.values():
+            taken = [head for group, heads in gone.items() if ROLES[group] == role for head in heads]
+            model[role] = [head for head in EVERY_HEAD if head not in taken]
+        circuit, whole = case.correct(left(CIRCUIT, gone)), case.correct(model, compat is None)
+        np.testing.assert_array_equal(found.circuit.correct[i], circuit)
+        np.testing.assert_array_equal(found.model.correct[i], whole)
+        assert found.gap[i] == pytest.approx(abs(int(circuit.sum()) - int(whole.sum())) / PROMPTS)
+        differ |= bool((case.correct(model, compat is not None) != whole).any())
+    assert differ, "what happens to other tokens makes no difference here"
+    assert len(set(found.circuit.accuracy)) > 2 and len(set(found.model.accuracy)) > 2
+
+
+def test_random_subsets_have_each_head_half_of_the_time(case, monkeypatch):
+    monkeypatch.setattr(jm.criteria, "evaluate", lambda *arguments, **options: None)
+    found = jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=400, seed=2)
+    drawn = [subset for name, subset in zip(found.names, found.subsets, strict=True) if name.startswith("random")]
+    for group, heads in GROUPS.items():
+        assert all(set(subset[group]) <= set(heads) for subset in drawn)
+        for head in heads:
+            assert abs(sum(head in subset[group] for subset in drawn) / 400 - 0.5) < 0.1  # 4 standard deviations
+    assert jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=400, seed=2).subsets == found.subsets
+    assert jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=400, seed=3).subsets != found.subsets
+
+
+def test_a_circuit_of_all_heads_at_its_roles_is_complete(case):
+    whole = jm.Circuit({"all": EVERY_HEAD, "query": EVERY_HEAD}, {"all": "last", "query": "query_box"})
+    found = jm.completeness(case.model, case.pairs, whole, case.means, random=2)
+    np.testing.assert_array_equal(found.gap, 0)
+
+
+# Minimality.
+
+
+@dataclass(frozen=True)
+class HeadByHand:
+    """What minimality says of one head."""
+
+    without: dict[tuple[int, int], Fraction | float]  # accuracy without this head and that
+    partners: list[tuple[int, int]]
+    before: Fraction | float
+    after: Fraction | float
+
+
+def minimality_by_hand(
+    case: Case, circuit: jm.Circuit, fraction: float, accuracy: Callable, together: Callable
+) -> dict[str, list[HeadByHand]]:
+    """Every head of every group; `accuracy` is a function of the number of right answers."""
+    found: dict[str, list[HeadByHand]] = {}
+    for group, heads in circuit.groups.items():
+
+        def without(*gone, group=group):
+            return accuracy(case.count(left(circuit, {group: gone})))
+
+        found[group] = []
+        for i, head in enumerate(heads):
+            pair, drop = {}, {}
+            for j, other in enumerate(heads):
+                earlier = heads[min(i, j)]
+                pair[other] = without(head, other) if together(head, other) else without(earlier)
+                drop[other] = without(other) - pair[other]
+            strongest = sorted((x for x in heads if x != head), key=lambda x: -drop[x])  # equal ones in their order
+            partners = [x for x in strongest[: math.ceil(fraction * len(heads))] if drop[x] > 0]
+            found[group].append(HeadByHand(pair, partners, without(*partners), without(*partners, head)))
+    return found
+
+
+def significance(head: HeadByHand) -> float:
+    if head.after == 0:
+        return 0.0 if head.before == 0 else math.inf
+    return float(head.before / head.after - 1)
+
+
+@pytest.mark.parametrize(("fraction", "threshold"), [(0.3, 0.01), (1.0, 0.08), (0.0, 0.0)])
+@pytest.mark.parametrize("compat", [None, "paper"])
+def test_minimality_equals_loops_over_full_forwards(case, fraction, threshold, compat):
+    options = {"fraction": fraction, "threshold": threshold, "compat": compat}
+    found = jm.minimality(case.model, case.pairs, CIRCUIT, case.means, **options)
+    accuracy = (lambda n: round(n / PROMPTS, 2)) if compat else (lambda n: Fraction(n, PROMPTS))
+    together = (lambda one, other: one[1] != other[1]) if compat else (lambda one, other: True)
+    expected = minimality_by_hand(case, CIRCUIT, fraction, accuracy, together)
+    named = [group for group in GROUPS if GROUPS[group]]
+    assert list(found.scores) == list(found.pairs) == list(found.partners) == named
+    for group in named:
+        heads = GROUPS[group]
+        matrix = [[float(by_hand.without[other]) for other in heads] for by_hand in expected[group]]
+        np.testing.assert_allclose(found.pairs[group], matrix, rtol=1e-12)
+        assert found.partners[group] == [by_hand.partners for by_hand in expected[group]]
+        np.testing.assert_allclose(found.before[group], [float(x.before) for x in expected[group]], rtol=1e-12)
+        np.testing.assert_allclose(found.after[group], [float(x.after) for x in expected[group]], rtol=1e-12)
+        scores = [significance(by_hand) for by_hand in expected[group]]
+        np.testing.assert_allclose(found.scores[group], scores, rtol=1e-9, atol=1e-12)
+        assert found.circuit.groups[group] == [x for x, s in zip(heads, scores, strict=True) if s >= threshold]
+    assert (found.circuit.groups["nobody"], found.circuit.roles, found.threshold) == ([], ROLES, threshold)
+    kept = sum(len(heads) for heads in found.circuit.groups.values())
+    assert 0 < kept < sum(len(heads) for heads in GROUPS.values()), "heads stay, and heads leave"
+    assert any(partners for partners in found.partners["readers"]) == (fraction > 0)
+
+
+def test_the_paper_takes_heads_of_one_number_away_one_at_a_time(case):
+    """(2, 3) and (1, 3) of the readers: without both it is not the same as without the first."""
+    found, paper = (
+        jm.minimality(case.model, case.pairs, CIRCUIT, case.means, compat=compat) for compat in (None, "paper")
+    )
+    both, first = (left(CIRCUIT, {"readers": gone}) for gone in ([(2, 3), (1, 3)], [(2, 3)]))
+    assert found.pairs["readers"][0, 1] == pytest.approx(case.count(both) / PROMPTS)
+    assert paper.pairs["readers"][0, 1] == paper.pairs["readers"][1, 0] == round(case.count(first) / PROMPTS, 2)
+    assert case.count(both) != case.count(first)
+
+
+def test_heads_without_which_nothing_is_right_score_infinity_and_stay(case):
+    """Right is what the circuit says where a head of its own group changes that; elsewhere, what neither says."""
+    one = jm.Circuit({"a": [(3, 0)], "b": [(1, 2)], "c": [(2, 2)]}, {"a": "last", "b": "query_box", "c": "last"})
+    said, without = (case.answers(left(one, gone)) for gone in ({}, {"a": [(3, 0)]}))
+    assert 3 < (said != without).sum() < PROMPTS
+    neither = np.array([min({0, 1, 2} - {x, y}) for x, y in zip(said, without, strict=True)])
+    labelled = case.with_labels(np.where(said != without, said, neither))
+    found = jm.minimality(labelled.model, labelled.pairs, one, labelled.means, threshold=1e6)
+    assert found.scores["a"][0] == np.inf
+    assert found.before["a"][0] == (said != without).mean() and found.after["a"][0] == 0
+    assert found.circuit.groups["a"] == [(3, 0)]
+    assert np.isfinite(found.scores["b"][0]) and found.circuit.groups["b"] == []
+
+
+def test_nothing_stays_where_nothing_is_ever_right(case):
+    small = jm.Circuit({"readers": [(2, 3), (3, 0)]}, {"readers": "last"})
+    said = [case.answers({"last": heads}) for heads in ([], [(2, 3)], [(3, 0)], [(2, 3), (3, 0)])]
+    never = case.with_labels(np.array([min({0, 1, 2, 3, 4} - set(answers)) for answers in zip(*said, strict=True)]))
+    found = jm.minimality(never.model, never.pairs, small, never.means)
+    np.testing.assert_array_equal(found.scores["readers"], 0)
+    assert found.circuit.groups == {"readers": []}
+
+
+def test_a_head_in_two_groups_of_one_role_is_taken_away_from_both(case):
+    """It is one head: the circuit without it does not have it, whichever group names it."""
+    twice = jm.Circuit({**GROUPS, "movers": [*GROUPS["movers"], (0, 2)]}, ROLES)
+    found = jm.minimality(case.model, case.pairs, twice, case.means, fraction=0.0)
+    after = case.count(left(CIRCUIT, {"readers": [(0, 2)]})) / PROMPTS
+    assert found.after["readers"][4] == found.after["movers"][2] == pytest.approx(after)
+    assert abs(found.before["movers"][2] - after) > 0.1
+    complete = jm.completeness(case.model, case.pairs, twice, case.means, random=0)
+    without_movers = left(CIRCUIT, {"movers": GROUPS["movers"], "readers": [(0, 2)]})
+    np.testing.assert_array_equal(complete.circuit.correct[2], case.correct(without_movers))
+
+
+# Overlap.
+
+
+def test_overlap_is_precision_and_recall_by_group():
+    ours = jm.Circuit({"a": [(0, 1), (2, 3), (1, 1)], "b": [], "c": [(0, 0)], "d": [(1, 2)], "e": []}, {})
+    theirs = jm.Circuit({"d": [(2, 1)], "b": [(0, 0)], "a": [(2, 3), (0, 2), (0, 1), (3, 3)], "c": [], "f": []}, {})
+    found = jm.overlap(ours, theirs)
+    assert list(found) == ["a", "b", "c", "d"]
+    assert found["a"] == (2 / 3, 2 / 4)
+    assert found["d"] == (0.0, 0.0)
+    np.testing.assert_array_equal(found["b"], [np.nan, 0])
+    np.testing.assert_array_equal(found["c"], [0, np.nan])
+    assert jm.overlap(ours, ours)["a"] == (1.0, 1.0)
+
+
+# Bootstrap.
+
+
+def test_resampled_means_are_means_of_drawn_examples():
+    values = np.random.default_rng(0).normal(size=(2, 3, 7))
+    found = bootstrap.resampled_means(values, resamples=5, seed=4)
+    drawn = np.random.default_rng(4).multinomial(7, np.full(7, 1 / 7), size=5)
+    assert found.shape == (2, 3, 5) and (drawn.sum(1) == 7).all()
+    for (i, j), r in [((i, j), r) for i, j in np.ndindex(2, 3) for r in range(5)]:
+        assert found[i, j, r] == pytest.approx(np.repeat(values[i, j], drawn[r]).mean())
+    assert_close(bootstrap.resampled_means(values[1], resamples=5, seed=4), found[1], TOLERANCES.recompiled)
+
+
+def test_bounds_are_the_central_quantiles():
+    samples = np.random.default_rng(0).permutation(101) / 100
+    np.testing.assert_allclose(bootstrap.bounds(samples, 0.9), (0.05, 0.95))
+    np.testing.assert_allclose(bootstrap.bounds(np.stack([samples, samples + 1]), 0.5), [[0.25, 1.25], [0.75, 1.75]])
+
+
+def test_the_interval_of_a_mean_widens_with_the_level_and_narrows_with_examples():
+    values = np.random.default_rng(1).normal(size=400)
+    few, many = bootstrap.interval(values[:100]), bootstrap.interval(values)
+    wide = bootstrap.interval(values, 0.99)
+    assert wide[0] < many[0] < values.mean() < many[1] < wide[1]
+    assert_close((few[1] - few[0]) / (many[1] - many[0]), 2, 0.2)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda *x: jm.faithfulness(*x, random=0), "random=0; expected at least 1"),
+        (lambda *x: jm.faithfulness(*x, compat="published"), "compat='published'"),
+        (lambda *x: jm.completeness(*x, compat="published"), "compat='published'"),
+        (lambda *x: jm.minimality(*x, compat="published"), "compat='published'"),
+        (lambda *x: jm.minimality(*x, threshold=-0.1), "threshold=-0.1, fraction=0.3"),
+        (lambda *x: jm.minimality(*x, fraction=1.1), r"fraction=1.1; expected .* \[0, 1\]"),
+        (lambda m, p, c, z: jm.faithfulness(m, p, c, z[:5]), r"means has shape \(5, 4, 4, 8\)"),
+        (lambda m, p, c, z: jm.completeness(m, p, jm.Circuit({"a": [(4, 0)]}, {"a": "last"}), z), "does not exist"),
+        (lambda m, p, c, z: jm.minimality(m, p, jm.Circuit({"a": [(0, 0)]}, {"a": "first"}), z), "Unknown role"),
+        (lambda m, p, c, z: jm.random_circuit(m.config, c, np.random.default_rng(0), compat="x"), "compat='x'"),
+        (lambda *x: bootstrap.interval(np.ones(3), 1.0), "level=1.0; expected a fraction between 0 and 1"),
+        (lambda *x: bootstrap.interval(np.ones(3), resamples=0), "resamples=0; expected at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(random_model, random_pairs, call, message):
+    model = random_model(num_kv_heads=2)
+    with pytest.raises(ValueError, match=message):
+        call(model, random_pairs(model, count=PROMPTS), CIRCUIT, np.zeros((12, 4, 4, 8), np.float32))
