@@ -38,10 +38,11 @@ def test_heads_and_effects_are_those_of_the_model_card(shipped):
             assert abs(100 * circuit.scores[stage.group].mean[int(layer), int(head)] - int(percent)) < 1
 
 
-def test_the_circuit_of_the_demo_is_found_by_the_sweeps_that_the_card_describes(shipped):
-    _, model, pairs = shipped
+def test_the_circuit_of_the_demo_is_found_by_the_sweeps_that_the_card_describes():
+    base = jm.load(jm.demo.path("base"))
+    pairs = jm.boxes.pairs(jm.boxes.make(50, seed=0), base.tokenizer, seed=0)
     with pytest.warns(UserWarning, match="'pos_transmitter'.*found no head"):
-        jm.discover(model, pairs, {"value_fetcher": 4}, min_effect=0.01)
+        jm.discover(base, pairs, {"value_fetcher": 4}, min_effect=0.01)
 
 
 def test_an_unknown_demo_file_is_named():
