@@ -13,7 +13,7 @@ Axes as in `jaxmech.model`; R vital tokens of a prompt, C circuits, U distinct t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,11 +39,10 @@ from jaxmech.model import (
     unembed,
 )
 from jaxmech.pairs import Pairs
-from jaxmech.patching import at_tokens
+from jaxmech.patching import HeadsByRole, at_tokens
 from jaxmech.predictions import Predictions
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 
-HeadsByRole = Mapping[str, Iterable[Sequence[int]]]
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 

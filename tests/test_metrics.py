@@ -75,10 +75,17 @@ def test_confidence_intervals_of_equal_examples_have_no_width():
     np.testing.assert_allclose([low[0, 0], high[0, 0]], -0.25, rtol=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [{"level": 0.0}, {"level": 1.5}, {"resamples": 0}])
-def test_impossible_intervals_are_refused(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"level": 0.0}, "level=0.0; expected a fraction between 0 and 1"),
+        ({"level": 1.5}, "level=1.5; expected a fraction between 0 and 1"),
+        ({"resamples": 0}, "resamples=0; expected at least 1"),
+    ],
+)
+def test_impossible_intervals_are_refused(arguments, message):
     scores = jm.PathScores(np.zeros((1, 1, 2), np.float32), np.ones(2, np.float32))
-    with pytest.raises(ValueError, match="expected 0 < level < 1"):
+    with pytest.raises(ValueError, match=message):
         scores.confidence_interval(**arguments)
 
 
