@@ -6,7 +6,7 @@ checkpoint from it. `write_hf` is the way back. Never imports torch.
 
 from convert.export import write_hf
 from convert.hf_config import config_from_hf, read_config
-from convert.hf_tensors import read_params
+from convert.params import read_params
 from convert.tokenizer import read_tokenizer
 
 __all__ = ["config_from_hf", "read_config", "read_params", "read_tokenizer", "write_hf"]

@@ -1,10 +1,12 @@
 """Name tables: where each of our parameters comes from in a Hugging Face checkpoint, and how its axes map.
 
-One table per family. Axes are written in the letters of `jaxmech.model`; letters that stand together are one axis of
-the Hugging Face tensor, so "NH D" -> "D N H" reads: split the first axis into heads, then transpose.
+One table per layout; families whose tensors have the same names share one. Axes are written in the letters of
+`jaxmech.model`; letters that stand together are one axis of the Hugging Face tensor, so "NH D" -> "D N H" reads: split
+the first axis into heads, then transpose.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +16,20 @@ from jaxmech.config import Config
 
 @dataclass(frozen=True)
 class Source:
-    """One Hugging Face tensor (per layer, if its name has {layer}) and the axes on both sides."""
+    """One Hugging Face tensor (per layer, if its name has {layer}) and the axes on both sides.
+
+    Attributes:
+      name: the tensor.
+      theirs, ours: axes of the tensor, or of our part of it, and of our parameter.
+      stacked: first axes of all parts, where several parameters are stacked in one tensor.
+      part: which of them ours is.
+    """
 
     name: str
     theirs: str
     ours: str
+    stacked: tuple[str, ...] = ()
+    part: int = 0
 
     @property
     def per_layer(self) -> bool:
@@ -31,25 +42,33 @@ class Source:
 
     def shape(self, config: Config) -> tuple[int, ...]:
         """Shape that each of them must have in the checkpoint."""
-        sizes = axis_sizes(config)
-        return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.theirs.split())
+        first, *rest = (_size(config, axis) for axis in self.theirs.split())
+        return (sum(_size(config, axis) for axis in self.stacked) or first, *rest)
+
+    def rows(self, config: Config) -> slice | None:
+        """The part of the tensor's first axis that is ours; None: all of it."""
+        if not self.stacked:
+            return None
+        start = sum(_size(config, axis) for axis in self.stacked[: self.part])
+        return slice(start, start + _size(config, self.stacked[self.part]))
 
     def to_ours(self, config: Config, tensor: np.ndarray) -> np.ndarray:
-        """The tensor with our axes, without copying it."""
+        """Our part of the tensor with our axes, without copying it."""
         sizes, letters = axis_sizes(config), self.theirs.replace(" ", "")
         split = tensor.reshape([sizes[letter] for letter in letters])
-        return split.transpose([letters.index(letter) for letter in self.ours.split()])
+        ours = split.transpose([letters.index(letter) for letter in self.ours.replace(" ", "")])
+        return ours.reshape([_size(config, axis) for axis in self.ours.split()])
 
     def to_theirs(self, config: Config, value: np.ndarray) -> np.ndarray:
-        """Our parameter (of one layer) as the checkpoint's tensor, contiguous."""
-        ours = self.ours.split()
-        letters = self.theirs.replace(" ", "")
-        value = value.transpose([ours.index(letter) for letter in letters])
-        return np.ascontiguousarray(value.reshape(self.shape(config)))
+        """Our parameter (of one layer) as our part of the checkpoint's tensor, contiguous."""
+        sizes, ours, theirs = axis_sizes(config), self.ours.replace(" ", ""), self.theirs.replace(" ", "")
+        split = value.reshape([sizes[letter] for letter in ours])
+        value = split.transpose([ours.index(letter) for letter in theirs])
+        return np.ascontiguousarray(value.reshape([_size(config, axis) for axis in self.theirs.split()]))
 
 
 def axis_sizes(config: Config) -> dict[str, int]:
-    """Size of each axis letter."""
+    """Size of each axis letter; h and r are the two axes into which Meta's layout splits H."""
     return {
         "V": config.vocab_size,
         "D": config.width,
@@ -57,39 +76,96 @@ def axis_sizes(config: Config) -> dict[str, int]:
         "K": config.num_kv_heads,
         "H": config.head_dim,
         "F": config.mlp_width,
+        "h": config.head_dim // 2,
+        "r": 2,
     }
 
 
-TOP = {
+def _size(config: Config, axis: str) -> int:
+    """Size of an axis that one or more letters name."""
+    sizes = axis_sizes(config)
+    return math.prod(sizes[letter] for letter in axis)
+
+
+_LAYER = "model.layers.{layer}."
+_ATTENTION = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
+
+LLAMA = {
     "embed": Source("model.embed_tokens.weight", "V D", "V D"),
     "final_norm": Source("model.norm.weight", "D", "D"),
     "unembed": Source("lm_head.weight", "V D", "D V"),
-}
-
-_LAYER = "model.layers.{layer}."
-BLOCKS = {
     "attn_norm": Source(_LAYER + "input_layernorm.weight", "D", "D"),
-    "q": Source(_LAYER + "self_attn.q_proj.weight", "NH D", "D N H"),
-    "k": Source(_LAYER + "self_attn.k_proj.weight", "KH D", "D K H"),
-    "v": Source(_LAYER + "self_attn.v_proj.weight", "KH D", "D K H"),
-    "o": Source(_LAYER + "self_attn.o_proj.weight", "D NH", "N H D"),
-    "q_bias": Source(_LAYER + "self_attn.q_proj.bias", "NH", "N H"),
-    "k_bias": Source(_LAYER + "self_attn.k_proj.bias", "KH", "K H"),
-    "v_bias": Source(_LAYER + "self_attn.v_proj.bias", "KH", "K H"),
-    "o_bias": Source(_LAYER + "self_attn.o_proj.bias", "D", "D"),
+    "q": Source(_ATTENTION + "q_proj.weight", "NH D", "D N H"),
+    "k": Source(_ATTENTION + "k_proj.weight", "KH D", "D K H"),
+    "v": Source(_ATTENTION + "v_proj.weight", "KH D", "D K H"),
+    "o": Source(_ATTENTION + "o_proj.weight", "D NH", "N H D"),
+    "q_bias": Source(_ATTENTION + "q_proj.bias", "NH", "N H"),
+    "k_bias": Source(_ATTENTION + "k_proj.bias", "KH", "K H"),
+    "v_bias": Source(_ATTENTION + "v_proj.bias", "KH", "K H"),
+    "o_bias": Source(_ATTENTION + "o_proj.bias", "D", "D"),
     "mlp_norm": Source(_LAYER + "post_attention_layernorm.weight", "D", "D"),
-    "gate": Source(_LAYER + "mlp.gate_proj.weight", "F D", "D F"),
-    "up": Source(_LAYER + "mlp.up_proj.weight", "F D", "D F"),
-    "down": Source(_LAYER + "mlp.down_proj.weight", "D F", "F D"),
-    "gate_bias": Source(_LAYER + "mlp.gate_proj.bias", "F", "F"),
-    "up_bias": Source(_LAYER + "mlp.up_proj.bias", "F", "F"),
-    "down_bias": Source(_LAYER + "mlp.down_proj.bias", "D", "D"),
+    "gate": Source(_MLP + "gate_proj.weight", "F D", "D F"),
+    "up": Source(_MLP + "up_proj.weight", "F D", "D F"),
+    "down": Source(_MLP + "down_proj.weight", "D F", "F D"),
+    "gate_bias": Source(_MLP + "gate_proj.bias", "F", "F"),
+    "up_bias": Source(_MLP + "up_proj.bias", "F", "F"),
+    "down_bias": Source(_MLP + "down_proj.bias", "D", "D"),
+}
+QWEN3 = LLAMA | {
+    "q_norm": Source(_ATTENTION + "q_norm.weight", "H", "H"),
+    "k_norm": Source(_ATTENTION + "k_norm.weight", "H", "H"),
+}
+GEMMA2 = LLAMA | {
+    "attn_post_norm": Source(_LAYER + "post_attention_layernorm.weight", "D", "D"),
+    "mlp_norm": Source(_LAYER + "pre_feedforward_layernorm.weight", "D", "D"),
+    "mlp_post_norm": Source(_LAYER + "post_feedforward_layernorm.weight", "D", "D"),
+}
+OLMO2 = LLAMA | {
+    "q_norm": Source(_ATTENTION + "q_norm.weight", "NH", "N H"),
+    "k_norm": Source(_ATTENTION + "k_norm.weight", "KH", "K H"),
+    "attn_post_norm": Source(_LAYER + "post_attention_layernorm.weight", "D", "D"),
+    "mlp_post_norm": Source(_LAYER + "post_feedforward_layernorm.weight", "D", "D"),
+}
+_QKV, _GATE_UP = ("NH", "KH", "KH"), ("F", "F")
+PHI3 = LLAMA | {
+    "q": Source(_ATTENTION + "qkv_proj.weight", "NH D", "D N H", _QKV, 0),
+    "k": Source(_ATTENTION + "qkv_proj.weight", "KH D", "D K H", _QKV, 1),
+    "v": Source(_ATTENTION + "qkv_proj.weight", "KH D", "D K H", _QKV, 2),
+    "gate": Source(_MLP + "gate_up_proj.weight", "F D", "D F", _GATE_UP, 0),
+    "up": Source(_MLP + "gate_up_proj.weight", "F D", "D F", _GATE_UP, 1),
+}
+# Meta's own release of Llama (`consolidated.*.pth`). Its RoPE rotates neighbouring dimensions, ours those H/2 apart.
+META = {
+    "embed": Source("tok_embeddings.weight", "V D", "V D"),
+    "final_norm": Source("norm.weight", "D", "D"),
+    "unembed": Source("output.weight", "V D", "D V"),
+    "attn_norm": Source("layers.{layer}.attention_norm.weight", "D", "D"),
+    "q": Source("layers.{layer}.attention.wq.weight", "Nhr D", "D N rh"),
+    "k": Source("layers.{layer}.attention.wk.weight", "Khr D", "D K rh"),
+    "v": Source("layers.{layer}.attention.wv.weight", "KH D", "D K H"),
+    "o": Source("layers.{layer}.attention.wo.weight", "D NH", "N H D"),
+    "mlp_norm": Source("layers.{layer}.ffn_norm.weight", "D", "D"),
+    "gate": Source("layers.{layer}.feed_forward.w1.weight", "F D", "D F"),
+    "up": Source("layers.{layer}.feed_forward.w3.weight", "F D", "D F"),
+    "down": Source("layers.{layer}.feed_forward.w2.weight", "D F", "F D"),
+}
+TABLES: dict[str, Mapping[str, Source]] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": QWEN3,
+    "gemma": LLAMA,
+    "gemma2": GEMMA2,
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+    "granite": LLAMA,
 }
 
 # Buffers that old checkpoints carry; the model computes them anew.
-IGNORED_SUFFIXES = (".self_attn.rotary_emb.inv_freq",)
+IGNORED_SUFFIXES = (".self_attn.rotary_emb.inv_freq", "rope.freqs")
 
 
-def source(path: tuple[str, ...]) -> Source:
+def source(path: tuple[str, ...], table: Mapping[str, Source]) -> Source:
     """The source of the parameter at `path` in the tree, such as ("embed",) or ("blocks", "q")."""
-    return BLOCKS[path[1]] if path[0] == "blocks" else TOP[path[0]]
+    return table[path[-1]]

@@ -28,15 +28,16 @@ from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import (
     Params,
+    attention_input,
     attention_output,
     attention_pattern,
     embed,
     forward,
     mix_values,
     mlp_half,
-    norm,
     project,
     unembed,
+    visible,
 )
 from jaxmech.pairs import Pairs
 from jaxmech.patching import HeadsByRole, at_tokens
@@ -169,7 +170,7 @@ def _ablated_everywhere(config: Config, weights: Params, batch: _Batch, values: 
 
     def layer(x, weights_and_values):
         layer_weights, z = weights_and_values
-        normed = norm(config, layer_weights["attn_norm"], x)
+        normed = attention_input(config, layer_weights, x)
         k, v = (project(config, layer_weights, site, normed) for site in ("k", "v"))
         attn_out = attention_output(config, layer_weights, z.astype(x.dtype))  # [S, T, D]
         x = mlp_half(config, layer_weights, x + attn_out[distinct.source, distinct.position])
@@ -195,16 +196,16 @@ def _circuit_logits(config: Config, weights: Params, batch: _Batch, ablated: _Ab
     again = (same & jnp.tri(vital.shape[1], k=-1, dtype=bool)).any(-1)  # [B, R]: a token that an earlier role names
     token = jnp.arange(batch.tokens.shape[1])
     is_vital = (vital[:, :, None] == token).any(1)  # [B, T]
-    before = (token < vital[:, :, None]) & ~is_vital[:, None]  # [B, R, T]
-    own = (vital[:, None, :] <= vital[:, :, None]) & ~again[:, None, :]  # [B, R, R]
     rotation = rope.angles(config, vital)
 
     def layer(x, inputs):
-        layer_weights, constant, kept = inputs
-        normed = norm(config, layer_weights["attn_norm"], x)
+        index, layer_weights, constant, kept = inputs
+        normed = attention_input(config, layer_weights, x)
         q, k, v = (project(config, layer_weights, site, normed) for site in ("q", "k", "v"))
         q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
-        keys = [(constant.k[batch.index], before[:, None]), (k, own[:, None])]
+        before = visible(config, index, vital, token) & ~is_vital[:, None, None]  # [B, 1, R, T]
+        own = visible(config, index, vital, vital) & ~again[:, None, None]  # [B, 1, R, R]
+        keys = [(constant.k[batch.index], before), (k, own)]
         patterns = attention_pattern(config, q, keys)
         z = mix_values(config, list(zip(patterns, (constant.v[batch.index], v), strict=True)))
         kept = (same[..., None] & kept).any(2)  # [B, R, N]
@@ -213,7 +214,7 @@ def _circuit_logits(config: Config, weights: Params, batch: _Batch, ablated: _Ab
 
     example = jnp.arange(len(vital))
     x = embed(config, weights, batch.tokens[example[:, None], vital])  # [B, R, D]
-    x, _ = jax.lax.scan(layer, x, (weights["blocks"], ablated, keep))
+    x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), weights["blocks"], ablated, keep))
     at_last = (vital == batch.last[:, None]).argmax(1)
     return unembed(config, weights, x[example, at_last])
 

@@ -25,13 +25,15 @@ from jaxmech import rope
 from jaxmech.config import Config
 from jaxmech.model import (
     Params,
+    added,
+    attention_input,
     attention_output,
     attention_pattern,
     mix_values,
     mlp_half,
-    norm,
     per_query_head,
     project,
+    visible,
 )
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 from jaxmech.suffixes import Bucket, Suffixes
@@ -45,14 +47,14 @@ class CleanCache:
     """What the cone reads from the clean run, for layers from `first` on. A stream leaves out what it does not read."""
 
     resid_pre: jax.Array  # [L, C, D], at the suffix tokens
-    attn_out: jax.Array | None = None  # [L, B, D], at p, for a frozen stream
+    heads_out: jax.Array | None = None  # [L, B, D], the sum of all heads at p, for a frozen stream
     k: jax.Array | None = None  # [L, B, T, K, H], rotated, for a live stream
     v: jax.Array | None = None  # [L, B, T, K, H]
     first: int = field(default=0, metadata={"static": True})  # layer of the first entries, here and in a `HeadPatch`
 
 
 class Change(NamedTuple):
-    """What a sender adds to the attention output of its layer at p."""
+    """What a sender adds to the sum of the heads of its layer at p (`jaxmech.model.heads_output`)."""
 
     layer: jax.Array  # []
     delta: jax.Array  # [B, D]
@@ -95,8 +97,8 @@ def clean_cache(
     row, count = jnp.arange(len(p)), len(p) // 2
 
     def observe(sites):
-        at_p = {site: sites[site][row, p] for site in ("attn_out", "z")}
-        kept = {"attn_out": at_p["attn_out"][:count], "delta_z": at_p["z"][count:] - at_p["z"][:count]}
+        at_p = {site: sites[site][row, p] for site in ("heads_out", "z")}
+        kept = {"heads_out": at_p["heads_out"][:count], "delta_z": at_p["z"][count:] - at_p["z"][:count]}
         kept["resid_pre"] = sites["resid_pre"][suffixes.example, suffixes.position]
         return kept | {site: sites[site][:count] for site in ("k", "v") if live}
 
@@ -150,7 +152,7 @@ def receiver_inputs(
 
     def read(i, x, inputs):
         layer = _layer(weights, i)
-        read_here = project(config, layer, via, norm(config, layer["attn_norm"], x))
+        read_here = project(config, layer, via, attention_input(config, layer, x))
         return inputs.at[i].set(per_query_head(config, read_here))
 
     def read_if_received(i, x, inputs):
@@ -210,9 +212,9 @@ def _frozen_layer(
     config: Config, weights: Params, clean: CleanCache, change: Change, i: Layer, x: jax.Array
 ) -> jax.Array:
     """Layer i of the frozen stream x [B, D]: the clean attention output, the change if it is here, and the MLP."""
-    assert clean.attn_out is not None
-    attn_out = clean.attn_out[i] + jnp.where(i == change.layer, change.delta, 0)
-    return mlp_half(config, _layer(weights, i), x + attn_out)
+    assert clean.heads_out is not None
+    layer, heads_out = _layer(weights, i), clean.heads_out[i] + jnp.where(i == change.layer, change.delta, 0)
+    return mlp_half(config, layer, x + added(config, layer, "attn", heads_out))
 
 
 def _live_layer(
@@ -227,7 +229,7 @@ def _live_layer(
 ) -> jax.Array:
     """Layer i of the live stream x [C, D]."""
     layer = _layer(weights, i)
-    normed = norm(config, layer["attn_norm"], x)
+    normed = attention_input(config, layer, x)
     rotation = rope.angles(config, suffixes.position)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
@@ -244,7 +246,8 @@ def _live_layer(
         token = jnp.arange(bucket.span.width)
         causal = token[:, None] >= token  # [W, W]
         at_p = token[:, None] == 0  # [W, 1]
-        z.append(_attend(config, clean, bucket, i, q[bucket.packed], k, v, causal, knockout, at_p))
+        queries = _Queries(q[bucket.packed], bucket.position[:, None] + token, causal, at_p)
+        z.append(_attend(config, clean, bucket, i, queries, k, v, knockout))
     unpacked = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in z])
     z = site("z", unpacked[suffixes.unpacked])
     return mlp_half(config, layer, x + attention_output(config, layer, z))
@@ -262,7 +265,7 @@ def _last_layer(
     """The last layer of the live stream x [C, D] at `last` only, [B, D]; other tokens give their keys and values."""
     i = config.num_layers - 1
     layer = _layer(weights, i)
-    normed = norm(config, layer["attn_norm"], x)
+    normed = attention_input(config, layer, x)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
         """Patches k or v at every suffix token, q or z [B, N, H] at `last` alone."""
@@ -283,9 +286,10 @@ def _last_layer(
     z = []
     for bucket in suffixes.buckets:
         within = jnp.arange(bucket.span.width) < bucket.length[:, None, None, None]  # [b, 1, 1, W]
-        queries = q[bucket.span.start : bucket.span.stop]
         at_p = (bucket.length == 1)[:, None, None, None]  # whether `last` is p
-        z.append(_attend(config, clean, bucket, i, queries, k, v, within, knockout, at_p))
+        position = (bucket.position + bucket.length - 1)[:, None]
+        queries = _Queries(q[bucket.span.start : bucket.span.stop], position, within, at_p)
+        z.append(_attend(config, clean, bucket, i, queries, k, v, knockout))
     attn_out = attention_output(config, layer, site("z", jnp.concatenate(z)[:, 0]))
     return mlp_half(config, layer, x[suffixes.last] + attn_out)
 
@@ -299,33 +303,42 @@ def _mixed(patch: HeadPatch, entry: Layer, old: jax.Array) -> jax.Array:
     return (1 - weight) * old + weight * value
 
 
+class _Queries(NamedTuple):
+    """The queries of one bucket."""
+
+    q: jax.Array  # [b, T, N, H], rotated
+    position: jax.Array  # [b, T]
+    allowed: jax.Array  # suffix tokens that each may attend to, broadcastable to [b, N, T, W]
+    at_p: jax.Array  # which are at p, where a knockout acts; broadcastable to [b, N, T, P]
+
+
 def _attend(
     config: Config,
     clean: CleanCache,
     bucket: Bucket,
     i: Layer,
-    q: jax.Array,
+    queries: _Queries,
     k: jax.Array,
     v: jax.Array,
-    allowed: jax.Array,
     knockout: Knockout | None,
-    at_p: jax.Array,
 ) -> jax.Array:
-    """z [b, T, N, H] of one bucket's rotated queries q over its clean prefixes and its suffixes, under one softmax.
+    """z [b, T, N, H] of one bucket's queries over its clean prefixes and its suffixes, under one softmax.
 
     Args:
       k, v: of all packed suffix tokens, [C, K or N, H].
-      allowed: suffix tokens that each query may attend to, broadcastable to [b, N, T, W].
-      at_p: which queries are at p, where a knockout acts; broadcastable to [b, N, T, P].
     """
     assert clean.k is not None and clean.v is not None
     span, entry = bucket.span, i - clean.first
     prefix_k, prefix_v = (x[entry, span.start : span.stop, : span.prefix] for x in (clean.k, clean.v))
-    prefix = jnp.arange(span.prefix) < bucket.position[:, None, None, None]  # [b, 1, 1, P]
+    token, allowed = jnp.arange(span.prefix), queries.allowed
+    prefix = token < bucket.position[:, None, None, None]  # [b, 1, 1, P]
+    if config.window:
+        prefix &= visible(config, i, queries.position, token)
+        allowed &= visible(config, i, queries.position, bucket.position[:, None] + jnp.arange(span.width))
     if knockout is not None:
         target = knockout.target[span.start : span.stop, None, None, None]
-        prefix &= ~((jnp.arange(span.prefix) == target) & at_p & (i >= knockout.start))
-    patterns = attention_pattern(config, q, [(prefix_k, prefix), (k[bucket.packed], allowed)])
+        prefix &= ~((token == target) & queries.at_p & (i >= knockout.start))
+    patterns = attention_pattern(config, queries.q, [(prefix_k, prefix), (k[bucket.packed], allowed)])
     return mix_values(config, list(zip(patterns, (prefix_v, v[bucket.packed]), strict=True)))
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 PRECISIONS = ("default", "high", "highest")
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("silu", "gelu_tanh")
+NORM_STYLES = ("llama", "float32", "gemma")
+QK_NORMS = ("none", "head", "all")
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,21 @@ class Rope:
 
     Attributes:
       theta: base of the frequencies.
-      kind: "default"; "linear" (frequencies / factor); "llama3" (Llama 3.1, section 3.4 of Dubey et al. 2024).
-      factor: how many times longer the context is than `original_max_positions` ("linear", "llama3").
+      kind: "default"; "linear" (frequencies / factor); "dynamic" (a larger base for prompts over
+        `original_max_positions`, by their length); "llama3" (Llama 3.1, section 3.4 of Dubey et al. 2024); "yarn" (Peng
+        et al. 2023, arXiv:2309.00071); "longrope" (Ding et al. 2024, arXiv:2402.13753).
+      factor: how many times longer the context is than `original_max_positions` ("linear", "dynamic", "llama3",
+        "yarn").
       low_freq_factor, high_freq_factor: wavelengths above original_max_positions / low are divided by
         `factor`, those below original_max_positions / high are kept, between them interpolated ("llama3").
-      original_max_positions: context length before scaling, in tokens ("llama3").
+      original_max_positions: context length before scaling, in tokens (all but "default" and "linear").
+      beta_fast, beta_slow: frequencies that turn more often than beta_fast in the original context are kept, those that
+        turn less often than beta_slow are divided by `factor`, between them interpolated ("yarn").
+      truncate: round the bounds of that band to whole dimensions ("yarn").
+      short_factors, long_factors: divisor of each frequency for prompts up to `original_max_positions`, and for longer
+        ones ("longrope"); float [H fraction / 2].
+      attention_factor: cos and sin are multiplied by it ("yarn", "longrope").
+      fraction: the leading part of each head that is rotated; the rest is left alone.
     """
 
     theta: float = 10000.0
@@ -33,17 +46,35 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    fraction: float = 1.0
 
     def __post_init__(self):
-        if self.kind not in ROPE_KINDS:
-            raise ValueError(f"Unsupported RoPE type {self.kind!r}; supported are {', '.join(ROPE_KINDS)}.")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions"):
+        _check_known("RoPE", "type", self.kind, ROPE_KINDS)
+        numbers = "theta factor low_freq_factor high_freq_factor original_max_positions beta_fast beta_slow"
+        for name in (*numbers.split(), "attention_factor", "fraction"):
             _check_positive("RoPE", name, getattr(self, name), (int, float))
+        for number in (*self.short_factors, *self.long_factors):
+            _check_positive("RoPE", "a factor of longrope", number, (int, float))
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"RoPE: high_freq_factor={self.high_freq_factor} must be larger than "
                 f"low_freq_factor={self.low_freq_factor}."
             )
+
+    @property
+    def longest(self) -> float:
+        """Length of the longest prompt, in tokens, whose frequencies do not depend on its length."""
+        return self.original_max_positions if self.kind in ("dynamic", "longrope") else float("inf")
+
+    def rotated(self, head_dim: int) -> int:
+        """How many of a head's dimensions are rotated."""
+        return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True)
@@ -53,11 +84,27 @@ class Config:
     Attributes:
       vocab_size, width, num_layers, num_heads, num_kv_heads, head_dim, mlp_width: the axes V, D, L, N, K, H
         and F of `model.py`. head_dim is independent of width.
+      family: name of the checkpoint's architecture, Hugging Face's model_type; `convert` reads and writes its layout.
+        The mathematics does not read it: all of that is in the fields below.
       norm_eps: epsilon of RMSNorm.
+      norm_style: where RMSNorm casts back from float32: "llama" before the product with the weight, "float32" after it
+        (OLMo 2), "gemma" after the product with 1 + weight.
+      pre_norm: attention and MLP read the norm of the residual stream, not the stream itself.
+      post_norm: what they put out is normed before it is added to the stream (Gemma 2, OLMo 2).
+      qk_norm: norm of q and k before RoPE: "none", of each "head" (Qwen3), or of "all" heads together (OLMo 2).
       max_positions: context length that the checkpoint states, in tokens; no limit here, only written back on export.
       rope: rotary embedding.
-      attention_bias: q, k, v and o projections have a bias.
+      window: a query attends to this many tokens at most, itself included; 0: to all.
+      full_layers: layers that have no window.
+      attention_bias: q, k and v projections have a bias.
+      output_bias: o projections have a bias.
       mlp_bias: gate, up and down projections have a bias.
+      activation: "silu" or "gelu_tanh", of the gate.
+      embed_scale: factor of the embedding, rounded to the compute dtype.
+      residual_scale: factor of what attention and MLP add to the residual stream (Granite).
+      score_scale: factor of q k; 0: 1 / sqrt(H).
+      logit_divisor: what logits are divided by (Granite).
+      score_cap, logit_cap: attention scores and logits x become cap tanh(x / cap) (Gemma 2); 0: they stay.
       tie_embeddings: the unembedding is the transposed embedding.
       param_dtype: dtype in which parameters are stored.
       dtype: dtype of the activations; norms, softmax, RoPE angles and logits are float32 in any case.
@@ -72,11 +119,26 @@ class Config:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
+    family: str = "llama"
     norm_eps: float = 1e-6
+    norm_style: str = "llama"
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: str = "none"
     max_positions: int = 2048
     rope: Rope = field(default_factory=Rope)
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    score_scale: float = 0.0
+    logit_divisor: float = 1.0
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
     tie_embeddings: bool = False
     param_dtype: str = "float32"
     dtype: str = "float32"
@@ -86,16 +148,30 @@ class Config:
         sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
         for name in (*sizes, "max_positions"):
             _check_positive("Config", name, getattr(self, name), int)
-        _check_positive("Config", "norm_eps", self.norm_eps, (int, float))
+        for name in ("norm_eps", "embed_scale", "residual_scale", "logit_divisor"):
+            _check_positive("Config", name, getattr(self, name), (int, float))
+        for name, kind in (("window", int), *((n, (int, float)) for n in ("score_scale", "score_cap", "logit_cap"))):
+            if getattr(self, name) != 0:
+                _check_positive("Config", name, getattr(self, name), kind)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"Config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}."
             )
-        if self.head_dim % 2:
-            raise ValueError(f"Config: head_dim={self.head_dim} is odd; RoPE rotates pairs of dimensions.")
-        for name, known in (("param_dtype", DTYPES), ("dtype", DTYPES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"Config: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
+        if self.rope.rotated(self.head_dim) % 2:
+            part = "" if self.rope.fraction == 1 else f", of which {self.rope.rotated(self.head_dim)} are rotated,"
+            raise ValueError(f"Config: head_dim={self.head_dim}{part} is odd; RoPE rotates pairs of dimensions.")
+        pairs = self.rope.rotated(self.head_dim) // 2
+        for name in ("short_factors", "long_factors"):
+            if self.rope.kind == "longrope" and len(getattr(self.rope, name)) != pairs:
+                raise ValueError(
+                    f"Config: RoPE has {len(getattr(self.rope, name))} {name}; expected one for each of the {pairs} "
+                    f"pairs of dimensions that are rotated."
+                )
+        if not all(0 <= layer < self.num_layers for layer in self.full_layers):
+            raise ValueError(f"Config: full_layers={self.full_layers}; the layers are 0..{self.num_layers - 1}.")
+        known = {"param_dtype": DTYPES, "dtype": DTYPES, "precision": PRECISIONS, "activation": ACTIVATIONS}
+        for name, values in (known | {"norm_style": NORM_STYLES, "qk_norm": QK_NORMS}).items():
+            _check_known("Config", name, getattr(self, name), values)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -115,7 +191,17 @@ class Config:
         """Reads `to_dict`'s output. ValueError names any field that is missing or that this version does not know."""
         _check_fields(cls, values)
         _check_fields(Rope, values["rope"])
-        return cls(**{**values, "rope": Rope(**values["rope"])})
+        return cls(**_tuples(values | {"rope": Rope(**_tuples(values["rope"]))}))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists, as JSON has them, to tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _check_known(owner: str, name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{owner}: {name} is {value!r}; expected one of {', '.join(known)}.")
 
 
 def _check_positive(owner: str, name: str, value: Any, kind: type | tuple[type, ...]) -> None:

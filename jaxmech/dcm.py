@@ -32,7 +32,7 @@ from jaxmech.compat import check_compat
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_tokens
-from jaxmech.model import Params, norm, unembed
+from jaxmech.model import Params, label_logits, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.patching import examples_per_call, head_values
 from jaxmech.shared_prefix import SharedPrompts, shared_length
@@ -353,11 +353,8 @@ def _loss(
     mask: jax.Array,
 ) -> jax.Array:
     """The loss of a mask [L, N] on the examples of `batch` that are `present`, bool [E]."""
-    x = norm(config, weights["final_norm"], _patched_stream(config, weights, batch, 1 - mask, first))
-    # The target's logit alone: the row of the unembedding that belongs to it.
-    labels = batch.targets.labels
-    rows = weights["embed"][labels] if config.tie_embeddings else weights["unembed"][:, labels].T
-    target_logit = jnp.sum(x.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
+    x = _patched_stream(config, weights, batch, 1 - mask, first)
+    target_logit = label_logits(config, weights, x, batch.targets.labels)
     return -jnp.sum(target_logit * present) / present.sum() + lam * (1 - mask).sum()
 
 

@@ -68,18 +68,25 @@ def parameter_shapes(config: Config) -> dict[str, Any]:
         config.mlp_width,
     )
     blocks = {
-        "attn_norm": (L, D),
         "q": (L, D, N, H),
         "k": (L, D, K, H),
         "v": (L, D, K, H),
         "o": (L, N, H, D),
-        "mlp_norm": (L, D),
         "gate": (L, D, F),
         "up": (L, D, F),
         "down": (L, F, D),
     }
+    if config.pre_norm:
+        blocks |= {"attn_norm": (L, D), "mlp_norm": (L, D)}
+    if config.post_norm:
+        blocks |= {"attn_post_norm": (L, D), "mlp_post_norm": (L, D)}
+    if config.qk_norm != "none":
+        heads = config.qk_norm == "all"
+        blocks |= {"q_norm": (L, N, H) if heads else (L, H), "k_norm": (L, K, H) if heads else (L, H)}
     if config.attention_bias:
-        blocks |= {"q_bias": (L, N, H), "k_bias": (L, K, H), "v_bias": (L, K, H), "o_bias": (L, D)}
+        blocks |= {"q_bias": (L, N, H), "k_bias": (L, K, H), "v_bias": (L, K, H)}
+    if config.output_bias:
+        blocks |= {"o_bias": (L, D)}
     if config.mlp_bias:
         blocks |= {"gate_bias": (L, F), "up_bias": (L, F), "down_bias": (L, D)}
     top = {"embed": (config.vocab_size, D), "blocks": blocks, "final_norm": (D,)}
@@ -110,18 +117,19 @@ def check_params(config: Config, params: Any, *, dtypes: bool = True) -> None:
 
 
 def _init(key: jax.Array, shape: Any, config: Config) -> Any:
-    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in; `shape` may be a dictionary of shapes."""
+    """Norms scale by one, biases are zeros, matrices normal with variance 1 / fan-in; `shape` may be a dictionary."""
     if isinstance(shape, dict):
         keys = jax.random.split(key, len(shape))
-        return {n: _init_block(k, n, s, config.param_dtype) for k, (n, s) in zip(keys, shape.items(), strict=True)}
+        return {n: _init_block(k, n, s, config) for k, (n, s) in zip(keys, shape.items(), strict=True)}
     if len(shape) == 1:
-        return jnp.ones(shape, config.param_dtype)  # final_norm
+        return _init_block(key, "final_norm", shape, config)
     return jax.random.normal(key, shape, config.param_dtype) * config.width**-0.5  # embed, unembed
 
 
-def _init_block(key: jax.Array, name: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def _init_block(key: jax.Array, name: str, shape: tuple[int, ...], config: Config) -> jax.Array:
+    dtype = config.param_dtype
     if name.endswith("norm"):
-        return jnp.ones(shape, dtype)
+        return jnp.full(shape, 0 if config.norm_style == "gemma" else 1, dtype)
     if name.endswith("bias"):
         return jnp.zeros(shape, dtype)
     fan_in = shape[1] * shape[2] if name == "o" else shape[1]  # [L, N, H, D]; the others are [L, fan-in, ...]
@@ -153,12 +161,11 @@ def forward(
     interventions.check(config, tokens.shape)
     keep = _captor(config, check_capture(capture), capture_at)
     positions = jnp.arange(tokens.shape[1])
-    rotation = rope.angles(config, positions)
-    causal = positions[:, None, None] >= positions[None, None, :]  # [T, 1, S]
+    rotation = rope.angles(config, positions, length=tokens.shape[1])
 
     def layer(x, index_and_weights):
         index, weights = index_and_weights
-        x, sites = block(config, weights, x, rotation, causal, interventions, index)
+        x, sites = block(config, weights, x, rotation, interventions, index)
         return x, keep(sites)
 
     x = embed(config, params, tokens)
@@ -173,11 +180,10 @@ def block(
     weights: Params,
     x: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
-    causal: jax.Array,
     interventions: Interventions,
     index: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One decoder layer on x [B, T, D]: its output and the activation at every site, after patching."""
+    """Decoder layer `index` on x [B, T, D]: its output and the activation at every site, after patching."""
     sites: dict[str, jax.Array] = {}
 
     def site(name: str, activation: jax.Array) -> jax.Array:
@@ -190,45 +196,96 @@ def block(
         return activation
 
     x = site("resid_pre", x)
-    normed = norm(config, weights["attn_norm"], x)
+    normed = attention_input(config, weights, x)
     q, k, v = (site(name, project(config, weights, name, normed)) for name in ("q", "k", "v"))
     forbidden = knocked_out(interventions, index)
-    allowed = causal if forbidden is None else causal & ~forbidden
-    allowed = jnp.swapaxes(allowed, -3, -2)
+    position = jnp.arange(x.shape[-2])
+    allowed = visible(config, index, position, position)
+    if forbidden is not None:
+        allowed = allowed & ~jnp.swapaxes(forbidden, -3, -2)
     (pattern,) = attention_pattern(config, rope.rotate(q, *rotation), [(rope.rotate(k, *rotation), allowed)])
     if forbidden is not None:
         pattern = jnp.where(allowed, pattern, 0)  # a query with no key left attends to nothing, not to all alike
     pattern = jnp.swapaxes(site("pattern", jnp.swapaxes(pattern, -3, -2)), -3, -2)
     z = site("z", mix_values(config, [(pattern, v)]))
     x = site("resid_mid", x + site("attn_out", attention_output(config, weights, z)))
-    x = site("resid_post", x + site("mlp_out", mlp(config, weights, norm(config, weights["mlp_norm"], x))))
+    x = site("resid_post", x + site("mlp_out", mlp(config, weights, x)))
     return x, sites
 
 
 def embed(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
     """Token ids [...] to the residual stream [..., D]."""
-    return params["embed"][tokens].astype(config.compute_dtype)
+    x = params["embed"][tokens].astype(config.compute_dtype)
+    return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def unembed(config: Config, params: Params, x: jax.Array) -> jax.Array:
     """Residual stream after the last layer [..., D] to float32 logits [..., V]; includes the final norm."""
     x = norm(config, params["final_norm"], x)
     if config.tie_embeddings:
-        return einsum(config, "...d,vd->...v", x, params["embed"], out=jnp.float32)
-    return einsum(config, "...d,dv->...v", x, params["unembed"], out=jnp.float32)
+        return _logits(config, einsum(config, "...d,vd->...v", x, params["embed"], out=jnp.float32))
+    return _logits(config, einsum(config, "...d,dv->...v", x, params["unembed"], out=jnp.float32))
+
+
+def label_logits(config: Config, params: Params, x: jax.Array, labels: jax.Array) -> jax.Array:
+    """The float32 logits [...] of the tokens `labels` [...] alone: `unembed` without the rest of the vocabulary."""
+    x = norm(config, params["final_norm"], x)
+    rows = params["embed"][labels] if config.tie_embeddings else jnp.moveaxis(params["unembed"][:, labels], 0, -1)
+    return _logits(config, jnp.sum(x.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1))
+
+
+def _logits(config: Config, products: jax.Array) -> jax.Array:
+    return _capped(config.logit_cap, products / config.logit_divisor)
+
+
+def _capped(cap: float, x: jax.Array) -> jax.Array:
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def norm(config: Config, weight: jax.Array, x: jax.Array) -> jax.Array:
-    """RMSNorm of x [..., D]: normalised in float32, cast, then multiplied by the weight (HF `LlamaRMSNorm`)."""
+    """RMSNorm of x [..., D], normalised in float32; `config.norm_style` says where it is cast back.
+
+    HF `LlamaRMSNorm`, `Olmo2RMSNorm` and `GemmaRMSNorm`.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
-    return weight.astype(x.dtype) * x32.astype(x.dtype)
+    if config.norm_style == "llama":
+        return weight.astype(x.dtype) * x32.astype(x.dtype)
+    offset = 1 if config.norm_style == "gemma" else 0
+    return ((offset + weight.astype(jnp.float32)) * x32).astype(x.dtype)
+
+
+def attention_input(config: Config, weights: Params, x: jax.Array) -> jax.Array:
+    """What a layer's projections read of its residual stream resid_pre [..., D]."""
+    return norm(config, weights["attn_norm"], x) if config.pre_norm else x
 
 
 def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Array:
-    """q, k or v (before RoPE) of the normed stream x [..., T, D]: [..., T, N, H], or K heads for k and v."""
+    """q, k or v of the normed stream x [..., T, D]: [..., T, N, H], or K heads for k and v.
+
+    q and k are as attention takes them but for RoPE: where the family norms them, they are normed.
+    """
     y = einsum(config, "...td,dnh->...tnh", x, weights[site])
-    return y + weights[f"{site}_bias"].astype(y.dtype) if config.attention_bias else y
+    y = y + weights[f"{site}_bias"].astype(y.dtype) if config.attention_bias else y
+    if config.qk_norm == "none" or site == "v":
+        return y
+    weight = weights[f"{site}_norm"]
+    if config.qk_norm == "head":
+        return norm(config, weight, y)
+    return norm(config, weight.reshape(-1), y.reshape(*y.shape[:-2], -1)).reshape(y.shape)
+
+
+def visible(config: Config, layer: jax.Array | int, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Whether queries at positions `query` [..., T] may attend to keys at `key` [..., S]: bool [..., 1, T, S].
+
+    Keys behind the query are hidden, and those out of its window in a layer that has one. The 1 stands for the heads.
+    """
+    distance = (query[..., :, None] - key[..., None, :])[..., None, :, :]
+    seen = distance >= 0
+    if not config.window:
+        return seen
+    unlimited = jnp.isin(jnp.asarray(layer), jnp.asarray(config.full_layers, jnp.int32))
+    return seen & ((distance < config.window) | unlimited)
 
 
 def per_query_head(config: Config, x: jax.Array) -> jax.Array:
@@ -261,7 +318,8 @@ def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled dot products [..., N, T, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
     grouped = q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], config.head_dim)
     scores = einsum(config, "...tkgh,...skh->...kgts", grouped, k, out=jnp.float32)
-    return scores.reshape(*q.shape[:-3], q.shape[-2], *scores.shape[-2:]) * config.head_dim**-0.5
+    scores = scores.reshape(*q.shape[:-3], q.shape[-2], *scores.shape[-2:])
+    return _capped(config.score_cap, scores * (config.score_scale or config.head_dim**-0.5))
 
 
 def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -277,21 +335,35 @@ def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:
-    """attn_out [..., T, D] of all heads' z [..., T, N, H]."""
+    """attn_out [..., T, D], what all heads' z [..., T, N, H] add to the residual stream."""
+    return added(config, weights, "attn", heads_output(config, weights, z))
+
+
+def heads_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:
+    """The sum over heads of z W_O, [..., T, D], which is linear in z; `added` makes attn_out of it."""
     y = einsum(config, "...tnh,nhd->...td", z, weights["o"])
-    return y + weights["o_bias"].astype(y.dtype) if config.attention_bias else y
+    return y + weights["o_bias"].astype(y.dtype) if config.output_bias else y
+
+
+def added(config: Config, weights: Params, branch: str, y: jax.Array) -> jax.Array:
+    """What the branch "attn" or "mlp" adds to the residual stream if its last product is y [..., D]."""
+    if config.post_norm:
+        y = norm(config, weights[f"{branch}_post_norm"], y)
+    return y if config.residual_scale == 1 else (y.astype(jnp.float32) * config.residual_scale).astype(y.dtype)
 
 
 def mlp_half(config: Config, weights: Params, x: jax.Array) -> jax.Array:
     """The second half of a layer: resid_mid [..., D] to resid_post [..., D]."""
-    return x + mlp(config, weights, norm(config, weights["mlp_norm"], x))
+    return x + mlp(config, weights, x)
 
 
 def mlp(config: Config, weights: Params, x: jax.Array) -> jax.Array:
-    """mlp_out [..., D] of the normed stream x [..., D]: down(silu(gate(x)) * up(x))."""
-    gate = _linear(config, weights, "gate", "...d,df->...f", x)
-    up = _linear(config, weights, "up", "...d,df->...f", x)
-    return _linear(config, weights, "down", "...f,fd->...d", jax.nn.silu(gate) * up)
+    """mlp_out [..., D] of resid_mid x [..., D]: down(act(gate(normed)) * up(normed)), as added to the stream."""
+    normed = norm(config, weights["mlp_norm"], x) if config.pre_norm else x
+    gate = _linear(config, weights, "gate", "...d,df->...f", normed)
+    up = _linear(config, weights, "up", "...d,df->...f", normed)
+    hidden = (jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+    return added(config, weights, "mlp", _linear(config, weights, "down", "...f,fd->...d", hidden))
 
 
 def _linear(config: Config, weights: Params, name: str, spec: str, x: jax.Array) -> jax.Array:

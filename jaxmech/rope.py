@@ -4,6 +4,8 @@ Follows Hugging Face's convention, in which dimension i is paired with dimension
 (`transformers.models.llama.modeling_llama.rotate_half`, `transformers.modeling_rope_utils`).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +13,40 @@ import numpy as np
 from jaxmech.config import Config, Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: Rope, head_dim: int, length: int | None = None) -> np.ndarray:
     """Angle per token of each rotated pair of dimensions, float32 [H/2], radians.
+
+    Args:
+      length: tokens of the prompt, on which "dynamic" and "longrope" depend; None: within the original context.
 
     Source: `ROPE_INIT_FUNCTIONS` of `transformers.modeling_rope_utils`, with its operations in its order: the last bit
     of a frequency is an angle of 0.001 at position 16000.
     """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # PyTorch's float32 power is correctly rounded here, NumPy's is not; the float64 power, rounded, is.
-    power = (float(rope.theta) ** exponent.astype(np.float64)).astype(np.float32)
-    frequency = 1 / power
-    if rope.kind == "linear":
-        frequency = frequency / np.float32(rope.factor)
+    size = rope.rotated(head_dim)
+    if rope.kind == "longrope":
+        long = length is not None and length > rope.original_max_positions
+        return 1 / (np.float32(rope.long_factors if long else rope.short_factors) * _powers(rope.theta, size))
+    if rope.kind == "dynamic":
+        return 1 / _powers(_dynamic_theta(rope, size, length), size)
+    powers = _powers(rope.theta, size)
+    if rope.kind == "yarn":
+        return _yarn(rope, powers)
     if rope.kind == "llama3":
-        frequency = _llama3(rope, frequency)
-    return frequency
+        return _llama3(rope, 1 / powers)
+    return 1 / powers / np.float32(rope.factor if rope.kind == "linear" else 1)
+
+
+def _powers(theta: float, size: int) -> np.ndarray:
+    """theta to the power of 0, 2 / size, 4 / size, ..."""
+    exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    # PyTorch's float32 power is correctly rounded here, NumPy's is not; the float64 power, rounded, is.
+    return (float(theta) ** exponent.astype(np.float64)).astype(np.float32)
+
+
+def _dynamic_theta(rope: Rope, size: int, length: int | None) -> float:
+    """The base for a prompt of that length: the larger, the longer it is than the original context."""
+    longer = max(length or 0, rope.original_max_positions) / rope.original_max_positions
+    return rope.theta * (rope.factor * longer - (rope.factor - 1)) ** (size / (size - 2))
 
 
 def _llama3(rope: Rope, frequency: np.ndarray) -> np.ndarray:
@@ -36,18 +57,37 @@ def _llama3(rope: Rope, frequency: np.ndarray) -> np.ndarray:
     return (1 - keep) * frequency / rope.factor + keep * frequency
 
 
-def angles(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _yarn(rope: Rope, powers: np.ndarray) -> np.ndarray:
+    """As `_llama3`, with a band in dimensions instead of turns (`_compute_yarn_parameters`)."""
+    size = 2 * len(powers)
+
+    def dimension(turns: float) -> float:
+        """The dimension whose frequency turns so often within the original context."""
+        return size * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high += 0.001 if low == high else 0
+    stretch = np.clip((np.arange(len(powers), dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    keep = 1 - stretch
+    return (1 / (np.float32(rope.factor) * powers)) * (1 - keep) + (1 / powers) * keep
+
+
+def angles(config: Config, positions: jax.Array, length: int | None = None) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotation at `positions` [..., T], each in the compute dtype, [..., T, H/2].
 
-    Angles are float32: in bfloat16, positions over 256 could not be told apart.
+    Angles are float32: in bfloat16, positions over 256 could not be told apart. `length` as in `inverse_frequencies`.
     """
-    frequency = inverse_frequencies(config.rope, config.head_dim)
+    frequency, factor = inverse_frequencies(config.rope, config.head_dim, length), config.rope.attention_factor
     angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle).astype(config.compute_dtype), jnp.sin(angle).astype(config.compute_dtype)
+    return tuple((f(angle) * factor).astype(config.compute_dtype) for f in (jnp.cos, jnp.sin))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates queries or keys x [..., T, N, H] by the angles cos, sin [..., T, H/2]."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Rotates queries or keys x [..., T, N, H] by the angles cos, sin [..., T, R/2]; dimensions from R on stay."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[..., None, :], sin[..., None, :]  # one rotation for all heads
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

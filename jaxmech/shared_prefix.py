@@ -19,13 +19,15 @@ from jaxmech import rope
 from jaxmech.config import Config
 from jaxmech.model import (
     Params,
-    attention_output,
+    added,
+    attention_input,
     attention_pattern,
     embed,
+    heads_output,
     mix_values,
     mlp_half,
-    norm,
     project,
+    visible,
 )
 
 
@@ -80,43 +82,39 @@ def observe_prompts(
 
     Args:
       observe: a function from a layer's {site: activation [R, T, ...]}, for the sites resid_pre, k (rotated), v, z and
-        attn_out, k and v per kv head, to what is kept of it.
+        heads_out (see `jaxmech.model.heads_output`), k and v per kv head, to what is kept of it.
     """
     length, total = prompts.prefixes.shape[1], prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
-    cos, sin = rope.angles(config, jnp.arange(total))
-    token = jnp.arange(total)
-    causal = token[:, None] >= token  # [T, S]
-    own_prefix, own_suffix = causal[:length, :length], causal[length:, length:]
+    at_prefix, at_suffix = jnp.arange(length), jnp.arange(length, total)
 
-    def layer(streams, weights):
-        prefix, suffix = streams
-        prefix, before = _layer(config, weights, prefix, (cos[:length], sin[:length]), [], own_prefix)
-        shared = [(before["k"][prompts.owner], before["v"][prompts.owner])]
-        suffix, after = _layer(config, weights, suffix, (cos[length:], sin[length:]), shared, own_suffix)
+    def layer(streams, index_and_weights):
+        (prefix, suffix), (index, weights) = streams, index_and_weights
+        prefix, before = _layer(config, index, weights, prefix, at_prefix, [])
+        shared = [(before["k"][prompts.owner], before["v"][prompts.owner], at_prefix)]
+        suffix, after = _layer(config, index, weights, suffix, at_suffix, shared)
         return (prefix, suffix), observe(
             {site: jnp.concatenate([x[prompts.owner], after[site]], axis=1) for site, x in before.items()}
         )
 
     streams = embed(config, params, prompts.prefixes), embed(config, params, prompts.suffixes)
-    return jax.lax.scan(layer, streams, params["blocks"])[1]
+    return jax.lax.scan(layer, streams, (jnp.arange(config.num_layers), params["blocks"]))[1]
 
 
 def _layer(
     config: Config,
+    index: jax.Array,
     weights: Params,
     x: jax.Array,
-    rotation: tuple[jax.Array, jax.Array],
-    before: Sequence[tuple[jax.Array, jax.Array]],
-    causal: jax.Array,
+    position: jax.Array,
+    before: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One layer on x [R, T, D] that also attends to the (k, v) in `before`, and its sites."""
-    normed = norm(config, weights["attn_norm"], x)
+    """Layer `index` on x [R, T, D] at `position` [T] that also attends to the (k, v, position) `before`; its sites."""
+    normed, rotation = attention_input(config, weights, x), rope.angles(config, position)
     q, k, v = (project(config, weights, site, normed) for site in ("q", "k", "v"))
     q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
-    everywhere = jnp.ones((), bool)
-    patterns = attention_pattern(config, q, [*((keys, everywhere) for keys, _ in before), (k, causal)])
-    values = [*(values for _, values in before), v]
-    z = mix_values(config, list(zip(patterns, values, strict=True)))
-    attn_out = attention_output(config, weights, z)
-    sites = {"resid_pre": x, "k": k, "v": v, "z": z, "attn_out": attn_out}
-    return mlp_half(config, weights, x + attn_out), sites
+    blocks = [*before, (k, v, position)]
+    patterns = attention_pattern(config, q, [(keys, visible(config, index, position, at)) for keys, _, at in blocks])
+    z = mix_values(config, [(pattern, values) for pattern, (_, values, _) in zip(patterns, blocks, strict=True)])
+    heads_out = heads_output(config, weights, z)
+    sites = {"resid_pre": x, "k": k, "v": v, "z": z, "heads_out": heads_out}
+    return mlp_half(config, weights, x + added(config, weights, "attn", heads_out)), sites

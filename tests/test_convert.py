@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import convert
 import jaxmech as jm
-from convert import hf_tensors
+from convert import tensors
 from convert.__main__ import main
 from jaxmech.model import abstract_params
 
@@ -113,7 +113,7 @@ def test_rotary_buffers_of_old_checkpoints_are_left_out(tmp_path):
 
 def test_a_tensor_of_the_checkpoint_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
     hf_model().save_pretrained(tmp_path)
-    held, alive, read_tensor = [], [], hf_tensors._Tensors.read
+    held, alive, read_tensor = [], [], tensors.SafeTensors.read
 
     def spy(self, name):
         alive.append(sum(tensor() is not None for tensor in held))
@@ -121,7 +121,7 @@ def test_a_tensor_of_the_checkpoint_is_let_go_before_the_next_is_read(tmp_path, 
         held.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(hf_tensors._Tensors, "read", spy)
+    monkeypatch.setattr(tensors.SafeTensors, "read", spy)
     read(tmp_path)
     assert alive == [0] * (3 + 9 * SIZES["num_hidden_layers"])
 
