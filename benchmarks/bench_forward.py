@@ -9,7 +9,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import flops  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import machine, matmul_rate, timed  # noqa: E402
 
-import convert  # noqa: E402
 from jaxmech.accuracy import clean_logits  # noqa: E402
 
 
@@ -62,14 +60,10 @@ def main() -> None:
 def hugging_face(model, pairs):
     """A function that returns Hugging Face's logits at the last tokens, float32 [B, V]."""
     import torch
+    from to_torch import in_torch
     from torch_reference.hooks import indices, last_logits
-    from transformers import LlamaForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:
-        convert.write_hf(Path(folder), model.config, model.params)
-        dtype = getattr(torch, model.config.dtype)
-        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    theirs.to("cuda" if torch.cuda.is_available() else "cpu")
+    theirs = in_torch(model)
 
     def run() -> np.ndarray:
         with torch.inference_mode():

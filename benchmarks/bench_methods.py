@@ -21,7 +21,6 @@ import dataclasses
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 ROOT = Path(__file__).parent
@@ -38,7 +36,6 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 import shapes  # noqa: E402
 from bench_path_patching import machine, timed  # noqa: E402
 
-import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
 
 CIRCUITS = 32
@@ -93,7 +90,7 @@ def main() -> None:
     shape = shapes.SHAPES[options.shape]
     reference_runs = options.reference_runs if find_spec("torch") else 0
     models = shapes.random_model(shape.config), shapes.random_model(shape.config, seed=1)
-    work = Work(shape, *models, shapes.pairs(shape), tuple(map(in_torch, models)) if reference_runs else None)
+    work = Work(shape, *models, shapes.pairs(shape), twins(models) if reference_runs else None)
     result = {
         "shape": options.shape,
         "prompts": shape.prompts,
@@ -119,6 +116,13 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"Wrote {options.out}.")
+
+
+def twins(models: tuple[jm.Model, jm.Model]) -> tuple[Any, Any]:
+    """The models in PyTorch."""
+    from to_torch import in_torch
+
+    return in_torch(models[0]), in_torch(models[1])
 
 
 def run(bench: Bench, runs: int, reference_runs: int) -> dict:
@@ -267,19 +271,6 @@ def knockout(work: Work) -> Bench:
 
     layers = model.config.num_layers
     return Bench("knockout", "first layers", layers, layers, "logits", ours, theirs if work.torch else None)
-
-
-def in_torch(model: jm.Model) -> Any:
-    """The same model as Hugging Face's, on the device that JAX uses."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        convert.write_hf(Path(folder), model.config, model.params)
-        dtype = getattr(torch, model.config.dtype)
-        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    theirs.requires_grad_(False)
-    return theirs.to("cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,7 +34,6 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 import flops  # noqa: E402
 import shapes  # noqa: E402
 
-import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching as patching  # noqa: E402
 
@@ -149,16 +147,10 @@ def sweep_sizes(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage) -> flops.
 
 def comparisons(model: jm.Model, pairs: jm.Pairs, names: list[str]) -> dict[str, Callable]:
     """Functions from a stage to its scores [L, N, B], by the PyTorch implementations in `names`."""
-    import torch
+    from to_torch import in_torch
     from torch_reference import incremental, path_patching
-    from transformers import LlamaForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:
-        convert.write_hf(Path(folder), model.config, model.params)
-        dtype = getattr(torch, model.config.dtype)
-        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    theirs.requires_grad_(False)
-    theirs.to("cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu")
+    theirs = in_torch(model)
 
     def run(function: Callable, **options) -> Callable:
         def stage_scores(stage: shapes.Stage) -> np.ndarray:

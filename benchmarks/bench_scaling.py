@@ -3,8 +3,10 @@
     python benchmarks/bench_scaling.py --out out/scaling.json --chart out/scaling.png
 
 Stages 1 and 2 on a model of 4 layers x 256, one size varied at a time, random prompts that share nothing. jaxmech:
-median of 3 after a warm-up. The PyTorch reference with hooks: the better of two runs, and no larger size after one that
-took longer than --reference-limit.
+median of 3 after a warm-up, of the whole sweep and of its senders alone: what grows with the length of the prompts is
+above all the one forward pass of the clean and the corrupt prompts that every sweep begins with, which a large model's
+many heads share. The PyTorch reference with hooks: the better of two runs, and no larger size after one that took
+longer than --reference-limit.
 """
 
 import argparse
@@ -19,10 +21,12 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
+import jax  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import comparisons, machine, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
+from jaxmech import path_patching  # noqa: E402
 
 BASE = shapes.Shape(
     jm.Config(vocab_size=1024, width=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=704),
@@ -64,33 +68,54 @@ def varied(axis: str, value: int) -> shapes.Shape:
 
 
 def point(shape: shapes.Shape, slow: bool) -> dict:
-    """Seconds of stages 1 and 2 for jaxmech and for the reference (None if it is too slow here)."""
+    """Seconds of stages 1 and 2 for jaxmech, its senders alone and the reference (None if it is too slow here)."""
     model, pairs = shapes.random_model(shape.config), shapes.pairs(shape, boxes=False)
     stages = shapes.stages(shape.config)[:2]
-    row: dict = {"jaxmech": [], "hooks": []}
+    row: dict = {"jaxmech": [], "senders": [], "hooks": []}
     reference = None if slow else comparisons(model, pairs, ["hooks"])["hooks"]
     for stage in stages:
 
         def ours(stage=stage):
             return jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
 
-        ours()
-        row["jaxmech"].append(statistics.median(timed(ours, 3)))
+        for who, run in (("jaxmech", ours), ("senders", senders_alone(model, pairs, stage))):
+            run()
+            row[who].append(statistics.median(timed(run, 3)))
         row["hooks"].append(None if reference is None else min(timed(lambda stage=stage: reference(stage), 2)))
     return row
 
 
+def senders_alone(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage):
+    """A function that runs the senders of a sweep on clean and corrupt prompts that have been run before."""
+    plan = path_patching.plan(model, pairs, stage.sender, stage.receivers, stage.via)
+    receivers = plan.receivers
+    prepared = [
+        path_patching.prepare(model.config, model.weights, plan.batch(rows), live=receivers is not None)
+        for rows in plan.batches.rows
+    ]
+
+    def run():
+        arguments = [(inputs, call, receivers) for inputs in prepared for call in plan.calls]
+        found = [path_patching.senders(model.config, model.weights, *rest, via=stage.via) for rest in arguments]
+        return jax.device_get(found)
+
+    return run
+
+
 def chart(result: dict) -> Figure:
     """A panel per axis: seconds against size, both logarithmic."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.1), layout="constrained")
     panels = figure.subplots(1, len(result["axes"]), sharey=True)
-    styles = {"jaxmech": ("#0072b2", "o"), "hooks": ("#d55e00", "s")}
+    styles = {
+        "jaxmech": ("jaxmech", "#0072b2", "o"),
+        "senders": ("its senders alone", "#56b4e9", "^"),
+        "hooks": ("PyTorch hooks", "#d55e00", "s"),
+    }
     for panel, (axis, found) in zip(panels, result["axes"].items(), strict=True):
-        for who, (colour, marker) in styles.items():
+        for who, (name, colour, marker) in styles.items():
             for stage, line in ((0, "-"), (1, "--")):
                 seconds = [row[who][stage] for row in found["rows"]]
                 shown = [(x, y) for x, y in zip(found["values"], seconds, strict=True) if y is not None]
-                name = {"jaxmech": "jaxmech", "hooks": "PyTorch hooks"}[who]
                 panel.plot(
                     *zip(*shown, strict=True),
                     line,
@@ -105,7 +130,9 @@ def chart(result: dict) -> Figure:
         panel.set_xlabel(f"{axis} ({UNITS[axis]})" if axis == "prompt length" else axis)
         panel.grid(color="#e5e5e5", linewidth=0.6)
     panels[0].set_ylabel("seconds per sweep")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8
+    )
     return figure
 
 

@@ -52,7 +52,7 @@ def hf_tensors(config: Config, params: Any) -> dict[str, np.ndarray]:
         for name, layer in zip(target.names(config), layers, strict=True):
             parts.setdefault(name, {})[target.part] = target.to_theirs(config, layer)
     return {
-        name: np.concatenate([some[i] for i in sorted(some)]) if len(some) > 1 else some[0]
+        name: np.concatenate([some[i] for i in sorted(some)]) if len(some) > 1 else np.ascontiguousarray(some[0])
         for name, some in parts.items()
     }
 

@@ -8,8 +8,7 @@ the first axis into heads, then transpose.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from jaxmech.config import Config
 
@@ -52,19 +51,21 @@ class Source:
         start = sum(_size(config, axis) for axis in self.stacked[: self.part])
         return slice(start, start + _size(config, self.stacked[self.part]))
 
-    def to_ours(self, config: Config, tensor: np.ndarray) -> np.ndarray:
-        """Our part of the tensor with our axes, without copying it."""
-        sizes, letters = axis_sizes(config), self.theirs.replace(" ", "")
-        split = tensor.reshape([sizes[letter] for letter in letters])
-        ours = split.transpose([letters.index(letter) for letter in self.ours.replace(" ", "")])
-        return ours.reshape([_size(config, axis) for axis in self.ours.split()])
+    def in_their_axes(self, config: Config, value: Any) -> Any:
+        """Our parameter (of one layer), a NumPy or JAX array, with one axis for each letter of theirs.
 
-    def to_theirs(self, config: Config, value: np.ndarray) -> np.ndarray:
-        """Our parameter (of one layer) as our part of the checkpoint's tensor, contiguous."""
+        Of a NumPy array it is a view: what is written to it is written to the parameter.
+        """
         sizes, ours, theirs = axis_sizes(config), self.ours.replace(" ", ""), self.theirs.replace(" ", "")
-        split = value.reshape([sizes[letter] for letter in ours])
-        value = split.transpose([ours.index(letter) for letter in theirs])
-        return np.ascontiguousarray(value.reshape([_size(config, axis) for axis in self.theirs.split()]))
+        return value.reshape([sizes[letter] for letter in ours]).transpose([ours.index(letter) for letter in theirs])
+
+    def rows_per_step(self, config: Config) -> int:
+        """How many rows of the checkpoint's tensor one step along the first of those axes is."""
+        return _size(config, self.theirs.split()[0][1:])
+
+    def to_theirs(self, config: Config, value: Any) -> Any:
+        """Our parameter (of one layer), a NumPy or JAX array, as our part of the checkpoint's tensor."""
+        return self.in_their_axes(config, value).reshape([_size(config, axis) for axis in self.theirs.split()])
 
 
 def axis_sizes(config: Config) -> dict[str, int]:

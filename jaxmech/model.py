@@ -272,7 +272,7 @@ def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Arr
     weight = weights[f"{site}_norm"]
     if config.qk_norm == "head":
         return norm(config, weight, y)
-    return norm(config, weight.reshape(-1), y.reshape(*y.shape[:-2], -1)).reshape(y.shape)
+    return norm(config, weight.reshape(-1), y.reshape(*y.shape[:-2], weight.size)).reshape(y.shape)
 
 
 def visible(config: Config, layer: jax.Array | int, query: jax.Array, key: jax.Array) -> jax.Array:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxmech as jm
+from jaxmech.model import attention_output
 
 
 def path_patch(
@@ -25,12 +25,12 @@ def path_patch(
     p, corrupt_p, last = pairs.position(sender), pairs.corrupt_position(sender), pairs.position("last")
     logits, clean = model(pairs.clean, capture=("z", "attn_out"))
     _, corrupt = model(pairs.corrupt, capture=("z",))
-    delta_z = corrupt["z"][:, rows, corrupt_p] - clean["z"][:, rows, p]  # [L, B, N, H]
     probability = lambda logits: jax.nn.softmax(logits[rows, last])[rows, pairs.labels]  # noqa: E731
     scores = np.zeros((model.config.num_layers, model.config.num_heads, len(pairs)))
     for layer, head in np.ndindex(scores.shape[:2]):
-        delta = jnp.einsum("bh,hd->bd", delta_z[layer, :, head], model.weights["blocks"]["o"][layer, head])
-        frozen = jm.Interventions(attn_out=jm.Patch(1.0, clean["attn_out"].at[layer, rows, p].add(delta)))
+        z = clean["z"][layer].at[rows, p, head].set(corrupt["z"][layer, rows, corrupt_p, head])
+        changed = attention_output(model.config, {n: w[layer] for n, w in model.weights["blocks"].items()}, z)
+        frozen = jm.Interventions(attn_out=jm.Patch(1.0, clean["attn_out"].at[layer].set(changed)))
         patched, seen = model(pairs.clean, frozen, capture=() if via is None else (via,))
         if via is not None:
             value = seen[via][:, rows, p][:, :, None]  # [L, B, 1, N, H]

@@ -12,7 +12,7 @@ from jaxmech import path_patching
 
 MHA = {"num_kv_heads": 4}
 GQA = {"num_kv_heads": 2}
-MQA = {"num_kv_heads": 1, "attention_bias": True, "mlp_bias": True, "tie_embeddings": True}
+MQA = {"num_kv_heads": 1, "attention_bias": True, "output_bias": True, "mlp_bias": True, "tie_embeddings": True}
 LLAMA3 = {"num_kv_heads": 2, "rope": jm.Rope(kind="llama3", factor=8.0, original_max_positions=4)}
 RECEIVERS = [(2, 1), (2, 3), (4, 0)]  # heads of one group under GQA, a layer between, and the last layer
 

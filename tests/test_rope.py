@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import TOLERANCES, assert_close
 from hf_llama import LLAMA3, SIZES
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.phi3 import modeling_phi3
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 import convert
+import jaxmech as jm
 from jaxmech import Rope, rope
 
 KINDS = {
@@ -19,24 +22,50 @@ KINDS = {
     "Llama 3, default": {"rope_type": "default", "rope_theta": 500000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "llama3": LLAMA3,
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4096},
+    "yarn of DeepSeek": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.4,
+        "truncate": False,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": np.linspace(1, 2, 64).tolist(),
+        "long_factor": np.linspace(1, 40, 64).tolist(),
+        "original_max_position_embeddings": 4096,
+    },
 }
+LIMITS = {"dynamic": 2048}  # of the context, where not 131072
 POSITIONS = np.array([0, 1, 57, 4095, 4096, 5000, 8191, 16383])
 
 
 @pytest.fixture(params=KINDS)
 def both(request):
     """(transformers' rotary embedding, our config), head dim 128 as in the real models."""
-    fields = {**SIZES, "head_dim": 128, "max_position_embeddings": 131072}
+    fields = {**SIZES, "head_dim": 128, "max_position_embeddings": LIMITS.get(request.param, 131072)}
     hf = LlamaConfig(**fields, rope_parameters=dict(KINDS[request.param]))
     return LlamaRotaryEmbedding(hf), convert.config_from_hf(hf.to_dict())
 
 
-def test_inverse_frequencies_equal_those_of_transformers(both):
+@pytest.mark.parametrize("length", [None, 100, 5000, 16384])
+def test_inverse_frequencies_equal_those_of_transformers(both, length):
     theirs, config = both
-    found = rope.inverse_frequencies(config.rope, config.head_dim)
+    found = rope.inverse_frequencies(config.rope, config.head_dim, length)
     assert found.dtype == np.float32
+    if length:
+        theirs(torch.zeros(1), torch.arange(length)[None])  # some types change with the prompt's length
     expected = theirs.inv_freq.numpy()
-    np.testing.assert_allclose(found, expected, rtol=TOLERANCES.rope, atol=0)  # each: they span many magnitudes
+    # Each: they span many magnitudes. The base of "dynamic" is a float32 in PyTorch, a float64 here and in the paper.
+    tolerance = TOLERANCES.rope * (8 if config.rope.kind == "dynamic" else 1)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=0)
 
 
 def test_llama3_keeps_divides_and_interpolates():
@@ -52,7 +81,7 @@ def test_llama3_keeps_divides_and_interpolates():
 def test_angles_beyond_4096_equal_those_of_transformers(both):
     theirs, config = both
     expected = theirs(torch.zeros(1), torch.tensor(POSITIONS)[None])
-    for found, reference in zip(rope.angles(config, jnp.asarray(POSITIONS)), expected, strict=True):
+    for found, reference in zip(rope.angles(config, jnp.asarray(POSITIONS), 16384), expected, strict=True):
         assert_close(found, reference[0, :, :64].numpy(), TOLERANCES.angle)
 
 
@@ -62,7 +91,7 @@ def test_a_query_rotated_beyond_4096_equals_that_of_transformers(both):
     cos, sin = theirs(torch.zeros(1), torch.tensor(POSITIONS)[None])
     q = torch.tensor(x).transpose(0, 1)[None]  # [1, N, T, H]
     expected, _ = apply_rotary_pos_emb(q, q, cos, sin)
-    found = rope.rotate(jnp.asarray(x), *rope.angles(config, jnp.asarray(POSITIONS)))
+    found = rope.rotate(jnp.asarray(x), *rope.angles(config, jnp.asarray(POSITIONS), 16384))
     assert_close(found, expected[0].transpose(0, 1).numpy(), TOLERANCES.angle)
 
 
@@ -84,3 +113,28 @@ def test_only_the_difference_of_positions_matters(both):
 
     assert abs(score(9, 4) - score(109, 104)) < 1e-3
     assert abs(score(9, 4) - score(109, 4)) > 0.1
+
+
+def test_a_part_of_each_head_is_rotated_as_in_phi3():
+    config = Phi3Config(
+        **SIZES | {"hidden_size": 64},
+        pad_token_id=0,
+        rope_parameters=KINDS["default"] | {"partial_rotary_factor": 0.75},
+    )
+    theirs, ours = Phi3RotaryEmbedding(config), convert.config_from_hf(config.to_dict())
+    x = np.random.default_rng(0).normal(size=(len(POSITIONS), 2, 16)).astype(np.float32)
+    q = torch.tensor(x).transpose(0, 1)[None]
+    expected, _ = modeling_phi3.apply_rotary_pos_emb(q, q, *theirs(torch.zeros(1), torch.tensor(POSITIONS)[None]))
+    found = rope.rotate(jnp.asarray(x), *rope.angles(ours, jnp.asarray(POSITIONS)))
+    assert_close(found, expected[0].transpose(0, 1).numpy(), TOLERANCES.angle)
+    np.testing.assert_array_equal(found[..., 12:], x[..., 12:])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_methods_refuse_prompts_whose_frequencies_depend_on_their_length(random_model, random_pairs, kind):
+    factors = {"short_factors": (1.0,) * 4, "long_factors": (2.0,) * 4} if kind == "longrope" else {}
+    model = random_model(rope=Rope(kind=kind, factor=2.0, original_max_positions=11, **factors))
+    pairs = random_pairs(model)
+    model(pairs.clean)
+    with pytest.raises(ValueError, match=rf"12 tokens.*{kind}.*over 11 tokens.*shorten"):
+        jm.path_patch(model, pairs)

@@ -15,6 +15,7 @@ from jaxmech.model import forward
 
 torch = pytest.importorskip("torch")
 
+from hf_families import family_model  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from benchmarks.torch_reference import (  # noqa: E402
@@ -118,6 +119,25 @@ SWEEPS = {
     "v at an earlier token": ("early", RECEIVERS, "v"),
     "k at an earlier token": ("early", RECEIVERS, "k"),
 }
+
+
+@pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma2"])
+def family_twins(request, tmp_path_factory) -> Twins:
+    """Models with windows, q/k norms, soft-caps and post-norms, in which heads matter."""
+    model = family_model(request.param, noise=0.3, initializer_range=0.4).requires_grad_(False)
+    return convert(model, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("sweep", ["logits", "q", "v at query_box", "k at an earlier token"])
+def test_path_patching_of_other_families_equals_that_of_pytorch(family_twins, random_pairs, sweep):
+    sender, _, via = SWEEPS[sweep]
+    receivers = None if via is None else [(1, 3), (2, 0), (2, 1)]
+    pairs = random_pairs(family_twins.jax)
+    found = jm.path_patch(family_twins.jax, pairs, sender, receivers, via)
+    inputs = sweep_inputs(pairs, sender)
+    expected = path_patching.path_patch(family_twins.torch, *inputs, receivers, via, frozen="hooks")
+    assert expected.abs().max() > 0.02
+    assert_close(found.per_example, expected, TOLERANCES.cone)
 
 
 @pytest.mark.parametrize("sweep", SWEEPS.values(), ids=SWEEPS)

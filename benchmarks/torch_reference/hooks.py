@@ -1,10 +1,11 @@
 """Reading and changing the activations of a Hugging Face Llama by forward hooks.
 
-Owns the sites and where each lies in `transformers.models.llama.modeling_llama`. Knows no method.
+Owns the sites and where each lies in `transformers.models.llama.modeling_llama`, and in families whose modules have the
+same names: Mistral, Qwen2, Qwen3, Gemma 1 and 2. Knows no method.
 
 Sites, q, k and v before RoPE:
   z          input of o_proj        [B, T, N, H]
-  q, k, v    output of *_proj       [B, T, N, H]; k and v [B, T, K, H], or N heads while edited
+  q, k, v    output of *_proj, or of *_norm (Qwen3)  [B, T, N, H]; k and v [B, T, K, H], or N heads while edited
   attn_out   output of self_attn    [B, T, D]
   resid_pre  input of the layer     [B, T, D]
 """
@@ -103,7 +104,26 @@ def indices(model: LlamaForCausalLM, values) -> Tensor:
 def last_logits(model: LlamaForCausalLM, tokens: Tensor, last: Tensor) -> Tensor:
     """Logits of a forward pass at `last` [B] only, float32 [B, V]; the unembedding sees one token per prompt."""
     hidden = model.model(tokens, use_cache=False).last_hidden_state
-    return model.lm_head(at(hidden, last)).float()
+    return unembed(model, at(hidden, last))
+
+
+def unembed(model: LlamaForCausalLM, normed: Tensor) -> Tensor:
+    """Logits, float32 [..., V], of the stream [..., D] after the final norm."""
+    logits = model.lm_head(normed).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def project(attention: nn.Module, site: str, normed: Tensor) -> Tensor:
+    """q, k or v [..., N or K, H] of the normed stream [..., D]."""
+    x = _heads(attention, getattr(attention, f"{site}_proj")(normed))
+    norm = getattr(attention, f"{site}_norm", None)
+    return x if norm is None else norm(x)
+
+
+def maker(attention: nn.Module, site: str) -> nn.Module:
+    """The module whose output is q, k or v."""
+    return getattr(attention, f"{site}_norm", None) or getattr(attention, f"{site}_proj")
 
 
 def _watch(layer: nn.Module, site: str, see: Callable[[Tensor], None]):
@@ -115,19 +135,18 @@ def _watch(layer: nn.Module, site: str, see: Callable[[Tensor], None]):
     _check_site(site)
     if site == "z":
         return attention.o_proj.register_forward_pre_hook(lambda module, args: see(_heads(attention, args[0])))
-    projection = getattr(attention, f"{site}_proj")
-    return projection.register_forward_hook(lambda module, args, output: see(_heads(attention, output)))
+    return maker(attention, site).register_forward_hook(lambda module, args, output: see(_heads(attention, output)))
 
 
 def _change(attention: nn.Module, site: str, function: Edit):
     _check_site(site)
 
     def change(x: Tensor) -> Tensor:
-        return function(_heads(attention, x)).flatten(-2)
+        return function(_heads(attention, x)).reshape(x.shape)
 
     if site == "z":
         return attention.o_proj.register_forward_pre_hook(lambda module, args: (change(args[0]),))
-    return getattr(attention, f"{site}_proj").register_forward_hook(lambda module, args, output: change(output))
+    return maker(attention, site).register_forward_hook(lambda module, args, output: change(output))
 
 
 @contextmanager
@@ -149,7 +168,8 @@ def _unshared(attention: nn.Module) -> Iterator[None]:
 
 
 def _heads(attention: nn.Module, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, attention.head_dim))
+    """Activations [B, T, N H], or with the heads on an axis already, as [B, T, N, H]."""
+    return x.reshape(*x.shape[:2], -1, attention.head_dim)
 
 
 def _check_site(site: str) -> None:

@@ -21,7 +21,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from .hooks import at, by_layer, capture, edited, indices, last_logits, per_query_head, replace
+from .hooks import (
+    at,
+    by_layer,
+    capture,
+    edited,
+    indices,
+    last_logits,
+    maker,
+    per_query_head,
+    project,
+    replace,
+    unembed,
+)
 
 Head = tuple[int, int]
 
@@ -109,7 +121,7 @@ def check_receivers(
 
 def unembed_probability(model: LlamaForCausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
     """Probability of `labels` [B], float32 [B, ...], from the residual stream after the last layer [B, ..., D]."""
-    probability = model.lm_head(model.model.norm(hidden)).float().softmax(-1)
+    probability = unembed(model, model.model.norm(hidden)).softmax(-1)
     index = labels.view(-1, *[1] * (hidden.ndim - 1)).expand(*hidden.shape[:-1], 1)
     return probability.gather(-1, index).squeeze(-1)
 
@@ -175,7 +187,7 @@ def _frozen_pass(
     for index, layer in enumerate(model.model.layers):
         if index in reads:
             normed = layer.input_layernorm(at(hidden, prompts.position))
-            value = getattr(layer.self_attn, f"{via}_proj")(normed).unflatten(-1, (-1, layer.self_attn.head_dim))
+            value = project(layer.self_attn, via, normed[:, None])[:, 0]
             recorded[index] = per_query_head(model, value)[:, reads[index]]
             if len(recorded) == len(reads):
                 break
@@ -210,7 +222,7 @@ def _hooked_frozen_pass(
 
     def record(index: int):
         def hook(module, args, output):
-            value = at(output, prompts.position).unflatten(-1, (-1, model.model.layers[index].self_attn.head_dim))
+            value = at(output, prompts.position).reshape(len(rows), -1, model.model.layers[index].self_attn.head_dim)
             recorded[index] = per_query_head(model, value)[:, reads[index]]
 
         return hook
@@ -222,8 +234,7 @@ def _hooked_frozen_pass(
         for index, layer in enumerate(model.model.layers):
             stack.callback(layer.self_attn.register_forward_hook(freeze(index)).remove)
             if index in reads:
-                projection = getattr(layer.self_attn, f"{via}_proj")
-                stack.callback(projection.register_forward_hook(record(index)).remove)
+                stack.callback(maker(layer.self_attn, via).register_forward_hook(record(index)).remove)
         stack.callback(model.model.layers[-1].register_forward_hook(keep).remove)
         model.model(prompts.clean, use_cache=False)
     return seen["hidden"], recorded
