@@ -54,6 +54,7 @@ class Bench:
       ours: the method; returns its results as a NumPy array.
       theirs: the same in PyTorch, or None; returns the results of its units.
       shared: the units of ours that theirs has, as an index.
+      check: returns what is compared instead of the results of `ours`, where those would be too large; not timed.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Bench:
     ours: Callable[[], np.ndarray]
     theirs: Callable[[], np.ndarray] | None
     shared: Any = ...
+    check: Callable[[], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def run(bench: Bench, runs: int, reference_runs: int) -> dict:
     first = time.perf_counter() - started
     expected = None if bench.theirs is None else bench.theirs()
     times = timed(bench.ours, runs)
+    found = found[bench.shared] if bench.check is None else bench.check()
     row = {
         **{name: getattr(bench, name) for name in ("name", "unit", "units", "compared")},
         "seconds": statistics.median(times),
@@ -140,7 +143,7 @@ def run(bench: Bench, runs: int, reference_runs: int) -> dict:
         "reference": None,
     }
     if bench.theirs is not None and expected is not None:
-        difference = np.abs(found[bench.shared] - expected).max() / np.abs(expected).max()
+        difference = np.abs(found - expected).max() / np.abs(expected).max()
         measured = timed(bench.theirs, reference_runs)
         seconds = statistics.median(measured) * bench.units / bench.reference_units
         row["reference"] = {
@@ -153,16 +156,23 @@ def run(bench: Bench, runs: int, reference_runs: int) -> dict:
     return row
 
 
-def circuit_evaluation(work: Work) -> Bench:
-    """Random circuits in which a head is at each role with probability 0.3; ours and theirs return logits [C, B, V]."""
+def circuit_evaluation(work: Work, count: int = CIRCUITS, sample: int | None = None) -> Bench:
+    """Random circuits in which a head is at each role with probability 0.3.
+
+    Ours returns accuracies [C]; its logits, and theirs of the first `sample` circuits, [sample, B, V] are compared.
+    """
+    sample = min(sample or count, count)
     model, pairs = work.model, work.pairs
     means = jm.mean_activations(model, pairs.clean)
     rng, shape = np.random.default_rng(0), (model.config.num_layers, model.config.num_heads)
     roles = ("last", "query_box", "prev_query_box")
-    circuits = [{role: np.argwhere(rng.random(shape) < 0.3).tolist() for role in roles} for _ in range(CIRCUITS)]
+    circuits = [{role: np.argwhere(rng.random(shape) < 0.3).tolist() for role in roles} for _ in range(count)]
 
     def ours() -> np.ndarray:
-        logits = jm.evaluate(model, pairs, circuits, means).logits
+        return jm.evaluate(model, pairs, circuits, means, keep_logits=False).accuracy
+
+    def check() -> np.ndarray:
+        logits = jm.evaluate(model, pairs, circuits[:sample], means).logits
         assert logits is not None
         return logits
 
@@ -172,19 +182,25 @@ def circuit_evaluation(work: Work) -> Bench:
 
         assert work.torch is not None
         inputs = work.torch[0], pairs.clean, pairs.positions
-        return np.stack([evaluate(*inputs, circuit, torch.tensor(means)).cpu().numpy() for circuit in circuits])
+        found = [evaluate(*inputs, circuit, torch.tensor(means)) for circuit in circuits[:sample]]
+        return torch.stack(found).float().cpu().numpy()
 
-    return Bench("circuit evaluation", "circuits", CIRCUITS, CIRCUITS, "logits", ours, theirs if work.torch else None)
+    reference = theirs if work.torch else None
+    return Bench("circuit evaluation", "circuits", count, sample, "logits", ours, reference, check=check)
 
 
-def dcm(work: Work, prompts: int, lams: list[float]) -> Bench:
-    """A mask over 8 heads in the upper half of the layers; ours and theirs return the mask of every step, [R, S, n]."""
+def dcm(work: Work, prompts: int, lams: list[float], batch: int = DCM_BATCH, sample: int | None = None) -> Bench:
+    """A mask over 8 heads in the upper half of the layers; ours and theirs return the mask of every step, [R, S, n].
+
+    Theirs takes the first `sample` steps.
+    """
     model = work.model
     pairs = shapes.pairs(dataclasses.replace(work.shape, prompts=prompts), boxes=False)
-    config, steps = model.config, DCM_EPOCHS * -(-prompts // DCM_BATCH)
+    config, steps = model.config, DCM_EPOCHS * -(-prompts // batch)
+    sample = min(sample or steps, steps)
     layers = np.linspace(config.num_layers // 2, config.num_layers - 1, DCM_HEADS).round().astype(int)
     heads = [(int(layer), i % config.num_heads) for i, layer in enumerate(layers)]
-    options = {"epochs": DCM_EPOCHS, "batch_size": DCM_BATCH}
+    options = {"epochs": DCM_EPOCHS, "batch_size": batch}
 
     def ours() -> np.ndarray:
         runs = jm.dcm.train_many(model, {"": pairs}, {"": heads}, "last", lams=lams, **options)
@@ -197,17 +213,42 @@ def dcm(work: Work, prompts: int, lams: list[float]) -> Bench:
         assert work.torch is not None
         mask = new_mask(work.torch[0], heads)
         adam, masks = torch.optim.Adam([mask], lr=0.1), []
-        for start in list(range(0, prompts, DCM_BATCH)) * DCM_EPOCHS:
-            batch = pairs[start : start + DCM_BATCH]
-            positions = batch.position("last"), batch.corrupt_position("last"), batch.position("last")
-            inputs = batch.clean, batch.corrupt, batch.labels, *positions
+        for start in (list(range(0, prompts, batch)) * DCM_EPOCHS)[:sample]:
+            part = pairs[start : start + batch]
+            positions = part.position("last"), part.corrupt_position("last"), part.position("last")
+            inputs = part.clean, part.corrupt, part.labels, *positions
             step(work.torch[0], *inputs, heads, mask, adam, lam=lams[0])
             masks.append(mask.detach().cpu().numpy().copy())
         return np.stack(masks)[None]
 
     name = "DCM" if len(lams) == 1 else f"DCM, {len(lams)} lambdas"
     reference = theirs if work.torch else None
-    return Bench(name, "steps", steps * len(lams), steps, "masks", ours, reference, slice(1))
+    shared = (slice(1), slice(sample))
+    return Bench(name, "steps", steps * len(lams), sample, "masks", ours, reference, shared)
+
+
+def cmap_groups(work: Work) -> Bench:
+    """Four groups of eight heads, at the paper's roles, each patched alone; ours and theirs return logits [4, B, V]."""
+    model, pairs, config = work.model, work.pairs, work.model.config
+    groups = []
+    for role, low in (("last", 0.5), ("last", 0.45), ("query_box", 0.35), ("prev_query_box", 0.1)):
+        layers = np.linspace(low * config.num_layers, config.num_layers - 1, DCM_HEADS).round().astype(int)
+        groups.append({role: sorted({(int(layer), i % config.num_heads) for i, layer in enumerate(layers)})})
+
+    def ours() -> np.ndarray:
+        found = [jm.cmap(model, work.tuned, pairs, heads).logits for heads in groups]
+        return np.stack([logits for logits in found if logits is not None])
+
+    def theirs() -> np.ndarray:
+        import torch
+        from torch_reference.cmap import cmap
+
+        assert work.torch is not None
+        inputs = *work.torch, pairs.clean, pairs.positions
+        return torch.stack([cmap(*inputs, heads) for heads in groups]).float().cpu().numpy()
+
+    reference = theirs if work.torch else None
+    return Bench("CMAP of groups", "groups", len(groups), len(groups), "logits", ours, reference)
 
 
 def cmap(work: Work, sample: int) -> Bench:
@@ -253,9 +294,11 @@ def cmap_by_hooks(work: Work, heads: list[tuple[int, int]]) -> Callable[[], np.n
     return theirs
 
 
-def knockout(work: Work) -> Bench:
-    """Ours and theirs return logits [L, B, V]."""
+def knockout(work: Work, sample: int | None = None) -> Bench:
+    """Ours and theirs return logits [L, B, V], theirs of a sample of first layers."""
     model, pairs = work.model, work.pairs
+    layers = model.config.num_layers
+    starts = np.unique(np.linspace(0, layers - 1, min(sample or layers, layers)).round().astype(int))
     positions = [pairs.position(role) for role in ("last", "query_box", "last")]
 
     def ours() -> np.ndarray:
@@ -267,10 +310,11 @@ def knockout(work: Work) -> Bench:
         from torch_reference.knockout import knockout
 
         assert work.torch is not None
-        return knockout(work.torch[0], pairs.clean, pairs.labels, *positions)[1].cpu().numpy()
+        found = knockout(work.torch[0], pairs.clean, pairs.labels, *positions, starts=starts.tolist())
+        return found[1].float().cpu().numpy()
 
-    layers = model.config.num_layers
-    return Bench("knockout", "first layers", layers, layers, "logits", ours, theirs if work.torch else None)
+    reference = theirs if work.torch else None
+    return Bench("knockout", "first layers", layers, len(starts), "logits", ours, reference, starts)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,31 @@ def methods_table(result: dict) -> str:
     return f"{model_line(result)}; {prompts}; {machine_line(result)}; {runs}.\n\n" + "\n".join(lines)
 
 
+def gpu_table(result: dict) -> str:
+    """The result of `gpu_7b.py` as Markdown: a line on the conditions and a table for each shape."""
+    parts = []
+    for shape, found in result["shapes"].items():
+        rows = [["work", "jaxmech", "PyTorch hooks", "compilation", "peak memory", "cone, PFLOP", "of matmul rate"]]
+        rows.append(["---"] + ["---:"] * 6)
+        for row in found["rows"]:
+            if row["seconds"] is None:
+                continue
+            unit = f", {row['units']} {row['unit']}" if "units" in row else ""
+            theirs = row["reference"]
+            note = f"; from {theirs['units']}" if theirs else ""
+            rows.append(
+                [row["name"] + unit, f"{row['seconds']:.3g} s"]
+                + [f"{theirs['seconds']:.3g} s ({floor(theirs['ratio'])}x{note})" if theirs else "-"]
+                + [f"{row['compile_seconds']:.1f} s", f"{(row['peak_bytes'] or 0) / 2**30:.3g} GiB"]
+                + [f"{row['cone_flops'] / 1e15:.3g}" if "cone_flops" in row else "-"]
+                + [f"{int(100 * row['matmul_fraction'])} %" if "matmul_fraction" in row else "-"]
+            )
+        rate = f"matmul rate {found['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s"
+        line = f"{model_line({'shape': shape, 'config': found['config']})}; {machine_line(result)}; {rate}."
+        parts.append(line + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join(parts)
+
+
 def _reference(method: dict) -> str:
     theirs = method["reference"]
     sampled = theirs["units"] < method["units"]

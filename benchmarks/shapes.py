@@ -1,4 +1,7 @@
-"""The shapes that benchmarks run, and the work of the four stages on them."""
+"""The shapes that benchmarks run, and the work of the four stages on them.
+
+`1b`, `7b` and `8b` are those of Llama-3.2-1B, Llama-7B and Llama-3.1-8B (their config.json on Hugging Face).
+"""
 
 from dataclasses import dataclass
 
@@ -35,6 +38,7 @@ SHAPES = {
     "small": Shape(_config(32000, 512, 8, 8, 8, 1376, "float32"), prompts=16, tokens=57),
     "1b": Shape(_config(128256, 2048, 16, 32, 8, 8192, "bfloat16"), prompts=300, tokens=57),
     "7b": Shape(_config(32000, 4096, 32, 32, 32, 11008, "bfloat16"), prompts=300, tokens=57),
+    "8b": Shape(_config(128256, 4096, 32, 32, 8, 14336, "bfloat16"), prompts=300, tokens=57),
 }
 
 

@@ -1,5 +1,6 @@
 """Attention knockout (Geva et al. 2023, arXiv:2304.14767): a role may not attend to another, from a layer upwards."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -10,7 +11,9 @@ from .hooks import edited, indices, last_logits
 
 
 @torch.inference_mode()
-def knockout(model: LlamaForCausalLM, tokens, labels, source, target, last) -> tuple[Tensor, Tensor]:
+def knockout(
+    model: LlamaForCausalLM, tokens, labels, source, target, last, starts: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Accuracy when queries at `source` may not attend to keys at `target`, for every first layer.
 
     One forward pass for each l: layers below l run as ever, layers >= l get a 4D additive mask. A query that is left
@@ -22,13 +25,15 @@ def knockout(model: LlamaForCausalLM, tokens, labels, source, target, last) -> t
       source: int [B], position of the query.
       target: int [B], position of the key.
       last: int [B], the last token of each prompt.
+      starts: first layers, for timing a sample of a large model; all L by default.
 
     Returns:
-      accuracy float32 [L] and logits float32 [L, B, V] at `last`; entry l forbids attention in layers >= l.
+      accuracy float32 [L] and logits float32 [L, B, V] at `last`; entry l forbids attention in layers >= l (or >=
+      starts[l]).
     """
     tokens, labels, last = (indices(model, x) for x in (tokens, labels, last))
     allowed = _allowed(tokens, indices(model, source), indices(model, target))
-    starts = range(model.config.num_hidden_layers)
+    starts = range(model.config.num_hidden_layers) if starts is None else starts
     logits = torch.stack([_logits(model, tokens, last, allowed, start) for start in starts])
     return (logits.argmax(-1) == labels).float().mean(-1), logits
 
