@@ -22,7 +22,8 @@ class Options:
     """Convert a Llama-family checkpoint of Hugging Face to an Orbax checkpoint that `jaxmech.load` reads."""
 
     model: Path
-    """Hugging Face directory: config.json, *.safetensors and, if there is one, the tokenizer."""
+    """Hugging Face directory (config.json, *.safetensors or PyTorch's *.bin and, if there is one, the tokenizer),
+    Meta's (params.json, consolidated.*.pth), or the name of a model on the Hugging Face Hub."""
     out: Path
     """Directory to write; it must not exist, unless --overwrite is given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -49,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     """Reads `options.model` and writes `options.out`. Raises what `read_config`, `read_params` and `save` raise."""
     checkpoint.check_output(options.out, overwrite=options.overwrite)
-    config = convert.read_config(options.model, dtype=options.dtype, param_dtype=options.dtype)
-    tokenizer = convert.read_tokenizer(options.model, config)
+    model = convert.local_path(options.model)
+    config = convert.read_config(model, dtype=options.dtype, param_dtype=options.dtype)
+    tokenizer = convert.read_tokenizer(model, config)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         reading = bars.add_task("reading", total=None)
         params = convert.read_params(
-            options.model, config, lambda done, total: bars.update(reading, completed=done, total=total)
+            model, config, lambda done, total: bars.update(reading, completed=done, total=total)
         )
         writing = bars.add_task("writing", total=None)
         checkpoint.save(options.out, config, params, tokenizer, overwrite=options.overwrite)

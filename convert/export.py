@@ -51,10 +51,11 @@ def hf_tensors(config: Config, params: Any) -> dict[str, np.ndarray]:
         layers = np.asarray(value) if target.per_layer else np.asarray(value)[None]
         for name, layer in zip(target.names(config), layers, strict=True):
             parts.setdefault(name, {})[target.part] = target.to_theirs(config, layer)
-    return {
-        name: np.concatenate([some[i] for i in sorted(some)]) if len(some) > 1 else np.ascontiguousarray(some[0])
+    whole = {
+        name: np.concatenate([some[i] for i in sorted(some)]) if len(some) > 1 else some[0]
         for name, some in parts.items()
     }
+    return {name: np.ascontiguousarray(x) for name, x in whole.items()}  # safetensors writes what lies in memory
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

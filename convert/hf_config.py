@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert import meta
 from jaxmech.config import Config, Rope
 
 Fields = Mapping[str, Any]
@@ -165,7 +166,10 @@ FAMILIES = {
 
 
 def read_config(path: Path, **changes: Any) -> Config:
-    """The `Config` of the checkpoint directory `path`; `changes` set fields such as dtype.
+    """The `Config` of the checkpoint directory `path`, Meta's params.json where there is no config.json.
+
+    Args:
+      changes: fields to set, such as dtype.
 
     Raises:
       FileNotFoundError: no such directory, or no config.json in it.
@@ -177,9 +181,11 @@ def read_config(path: Path, **changes: Any) -> Config:
             f"No checkpoint directory at {path}. Give a local directory that holds config.json and *.safetensors."
         )
     file = path / "config.json"
+    if not file.is_file() and (path / meta.PARAMS).is_file():
+        return meta.read_config(path).replace(**changes)
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{path} holds no config.json (found: {found}); is it a Hugging Face checkpoint?")
+        raise FileNotFoundError(f"{path} holds no config.json and no params.json (found: {found}); is it a checkpoint?")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

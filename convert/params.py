@@ -1,87 +1,160 @@
-"""The tensors of a checkpoint to the Flax parameter tree, one stacked tensor at a time."""
+"""The tensors of a checkpoint to the Flax parameter tree, one stacked parameter at a time.
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+Owns the way of every number: read, checked, cast and put in its place, in pieces, by several threads. Beside the
+parameters themselves, the host holds one stacked parameter, where the device has a memory of its own, and a few pieces.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert.families import IGNORED_SUFFIXES, TABLES, Source, source
+from convert import floats
+from convert.families import IGNORED_SUFFIXES, META, TABLES, Source, source
+from convert.meta import MetaTensors
 from convert.tensors import FLOATS, Tensors, open_tensors
 from jaxmech.config import Config
 from jaxmech.model import check_params, parameter_shapes
 
+PIECE = 1 << 20  # numbers: few enough to stay in a processor's cache on their way
+THREADS = min(8, 2 * (os.cpu_count() or 1))  # more than processors: some wait for the disk
+ALIGNMENT = 64  # bytes; JAX takes an array on the CPU over as it is, if it starts at a multiple of it
 
-def read_params(path: Path, config: Config, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+Progress = Callable[[int, int], None]
+
+
+def read_params(
+    path: Path,
+    config: Config,
+    progress: Progress | None = None,
+    *,
+    shardings: Any = None,
+) -> dict[str, Any]:
     """The parameters of the checkpoint directory `path`, {"params": tree}, in `config.param_dtype`.
-
-    Files are memory-mapped and read tensor by tensor: beside the parameters themselves, the host holds one stacked
-    tensor and one tensor of the checkpoint at a time.
 
     Args:
       progress: called with (tensors read, tensors in all) after each.
+      shardings: where the parameters go, a tree as that under "params"; without, to the default device.
 
     Raises:
-      FileNotFoundError: no safetensors, or a shard named in the index is missing.
-      ValueError: a file is damaged; a tensor is missing, left over, of a wrong shape, not of floats or not finite; the
-        tree is not the model's.
+      FileNotFoundError: no weights, or a shard named in the index is missing.
+      ValueError: a file is damaged or holds code; a tensor is missing, left over, of a wrong shape, not of floats, not
+        finite, or too large for the parameter dtype; the tree is not the model's.
     """
     shapes = cast(dict[tuple[str, ...], tuple[int, ...]], flatten_dict(parameter_shapes(config)))
-    table = TABLES[config.family]
+    tensors = open_tensors(Path(path))
+    table = META if isinstance(tensors, MetaTensors) else TABLES[config.family]
+    _check_tensors(config, tensors, table)
     sources = {keys: source(keys, table) for keys in shapes}
-    with ExitStack() as stack:
-        tensors = open_tensors(Path(path), stack)
-        _check_tensors(config, tensors, sources.values(), unembed=table["unembed"].name, embed=table["embed"].name)
-        read = _counted(tensors.read, sum(len(s.names(config)) for s in sources.values()), progress)
-        leaves = {}
-        for keys, shape in shapes.items():  # waits for each copy to the device, so that only one is on the host
-            leaves[keys] = jnp.asarray(_stacked(config, sources[keys], shape, tensors, read)).block_until_ready()
+    count = _counter(sum(len(s.names(config)) for s in sources.values()), progress)
+    places = {} if shardings is None else flatten_dict(shardings)
+    leaves = {}
+    with ThreadPoolExecutor(THREADS) as threads:
+        stacked = partial(_stacked, config, tensors, threads, count)
+        for keys, shape in shapes.items():  # the array has no name here, so it is let go once it is on its devices
+            leaves[keys] = _placed(stacked(sources[keys], shape), places.get(keys))
     params = {"params": unflatten_dict(leaves)}
     check_params(config, params)
     return params
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a tensor, and where they go.
+
+    Attributes:
+      out: the place in the parameter, with one axis for each letter of the tensor's axes.
+      last: whether they are the tensor's last.
+    """
+
+    tensor: str
+    rows: slice
+    out: np.ndarray
+    last: bool
+
+
 def _stacked(
     config: Config,
+    tensors: Tensors,
+    threads: ThreadPoolExecutor,
+    count: Callable[[], None],
     source: Source,
     shape: tuple[int, ...],
-    tensors: Tensors,
-    read: Callable[[str, slice | None], np.ndarray],
 ) -> np.ndarray:
-    """The parameter of that shape: the source's tensors in our axes, one a layer, cast to the parameter dtype."""
-    stacked = np.empty(shape, jnp.dtype(config.param_dtype))
-    layers = stacked if source.per_layer else stacked[None]
-    for layer, name in zip(layers, source.names(config), strict=True):
-        tensor = read(name, source.rows(config))
-        if not np.isfinite(tensor).all():
-            raise ValueError(
-                f"{tensors.file(name)}: tensor {name} holds numbers that are not finite (NaN or infinity). The file is "
-                "damaged, or training diverged; copy or download it again, or choose an earlier checkpoint."
-            )
-        layer[...] = source.to_ours(config, tensor)
-    return stacked
+    """One parameter, all layers of it; calls `count` after each tensor of the checkpoint."""
+    array = _empty(shape, jnp.dtype(config.param_dtype))
+    pieces = list(_pieces(config, source, array))
+    for piece, _ in zip(pieces, threads.map(partial(_read, tensors), pieces), strict=True):
+        if piece.last:
+            count()
+    return array
 
 
-def _counted(read: Callable, total: int, progress: Callable[[int, int], None] | None) -> Callable:
-    """`read`, reporting after each call how many there were."""
-    if progress is None:
-        return read
+def _pieces(config: Config, source: Source, array: np.ndarray) -> Iterator[_Piece]:
+    """All pieces of one parameter, `array`, one tensor of the checkpoint after the other."""
+    start, rows = (source.rows(config) or slice(0, None)).start, source.rows_per_step(config)
+    for name, layer in zip(source.names(config), array if source.per_layer else array[None], strict=True):
+        out = source.in_their_axes(config, layer)
+        step = max(1, PIECE // math.prod(out.shape[1:]))
+        for i in range(0, len(out), step):
+            part = out[i : i + step]
+            first = start + i * rows
+            yield _Piece(name, slice(first, first + len(part) * rows), part, i + step >= len(out))
+
+
+def _read(tensors: Tensors, piece: _Piece) -> None:
+    """Reads the piece into its place. ValueError if it holds a number that is not finite, there or in the file."""
+    values = tensors.read(piece.tensor, piece.rows).reshape(piece.out.shape)
+    where = f"{tensors.file(piece.tensor)}: tensor {piece.tensor} holds numbers that are"
+    if not floats.is_finite(values):
+        raise ValueError(
+            f"{where} not finite (NaN or infinity). The file is damaged, or training diverged; copy or download it "
+            "again, or choose an earlier checkpoint."
+        )
+    written = floats.put(values, piece.out)
+    if floats.is_narrower(written.dtype, than=values.dtype) and not floats.is_finite(written):
+        raise ValueError(f"{where} too large for {piece.out.dtype}; choose float32 or bfloat16.")
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of any content, aligned for JAX."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
+    """The array on its devices, without a copy if that is one CPU; waits, so that only one is on the host."""
+    return jax.device_put(array, sharding).block_until_ready()
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
+    """A function that reports how often it was called."""
     done = 0
 
-    def counted(name: str, rows: slice | None) -> np.ndarray:
+    def count() -> None:
         nonlocal done
-        tensor, done = read(name, rows), done + 1
-        progress(done, total)
-        return tensor
+        done += 1
+        if progress is not None:
+            progress(done, total)
 
-    return counted
+    return count
 
 
-def _check_tensors(config: Config, tensors: Tensors, sources: Iterable[Source], *, embed: str, unembed: str) -> None:
+def _check_tensors(config: Config, tensors: Tensors, table: Mapping[str, Source]) -> None:
     """Every tensor is mapped or refused, and has its shape and a dtype of floats, before anything is read."""
+    embed, unembed = table["embed"].name, table["unembed"].name
+    sources = [source(keys, table) for keys in flatten_dict(parameter_shapes(config))]
     expected = {name: source.shape(config) for source in sources for name in source.names(config)}
     found = {name for name in tensors.names if not name.endswith(IGNORED_SUFFIXES)}
     if config.tie_embeddings and unembed in found:
@@ -89,19 +162,19 @@ def _check_tensors(config: Config, tensors: Tensors, sources: Iterable[Source], 
         found.remove(unembed)
     if missing := sorted(expected.keys() - found):
         raise ValueError(
-            f"{tensors.path} lacks {len(missing)} tensors that its config.json calls for: {_list(missing)}. Copy all "
-            "files of the checkpoint, or its original config.json."
+            f"{tensors.path} lacks {len(missing)} tensors that its config calls for: {_list(missing)}. Copy all files "
+            "of the checkpoint, or its original config."
         )
     if extra := sorted(found - expected.keys()):
         raise ValueError(
-            f"{tensors.path} has {len(extra)} tensors that its config.json does not call for: {_list(extra)}. "
-            "They would be ignored silently, so they are refused; is config.json the model's own?"
+            f"{tensors.path} has {len(extra)} tensors that its config does not call for: {_list(extra)}. They would be "
+            "ignored silently, so they are refused; is the config the model's own?"
         )
     for name, shape in expected.items():
         where = f"{tensors.file(name)}: tensor {name} has"
         if tensors.shape(name) != shape:
             raise ValueError(
-                f"{where} shape {tensors.shape(name)}; config.json calls for {shape}. They belong to different models."
+                f"{where} shape {tensors.shape(name)}; the config calls for {shape}. They belong to different models."
             )
         if tensors.dtype(name) not in FLOATS:
             raise ValueError(
@@ -111,11 +184,21 @@ def _check_tensors(config: Config, tensors: Tensors, sources: Iterable[Source], 
 
 def _check_tied(tensors: Tensors, embed: str, unembed: str) -> None:
     """Some checkpoints of tied models carry the unembedding as well; it must be the embedding."""
-    if embed in tensors.names and not np.array_equal(tensors.read(embed), tensors.read(unembed)):
+    if embed in tensors.names and not _equal(tensors, embed, unembed):
         raise ValueError(
             f"{tensors.file(unembed)}: config.json says tie_word_embeddings, but {unembed} differs from {embed}. "
             "Set tie_word_embeddings to false if the unembedding was trained."
         )
+
+
+def _equal(tensors: Tensors, name: str, other: str) -> bool:
+    """Whether two tensors are equal; reads some rows of each at a time."""
+    shape = tensors.shape(name)
+    step = max(1, PIECE // math.prod(shape[1:]))
+    parts = (slice(i, i + step) for i in range(0, shape[0], step))
+    return shape == tensors.shape(other) and all(
+        np.array_equal(tensors.read(name, rows), tensors.read(other, rows)) for rows in parts
+    )
 
 
 def _list(names: list[str], most: int = 4) -> str:

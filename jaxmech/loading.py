@@ -79,10 +79,11 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray) -> np.ndarray:
 def load(
     path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, *, precision: str = "default"
 ) -> Model:
-    """Loads a Hugging Face checkpoint directory or an Orbax directory written by `python -m convert`.
+    """Loads a Hugging Face checkpoint (safetensors or PyTorch's files), Meta's, or one that `python -m convert` wrote.
 
     Args:
-      path: local directory.
+      path: local directory, or name of a model on the Hugging Face Hub ("organisation/model"), which is downloaded to
+        its cache, without any code; a directory that exists is preferred.
       dtype: dtype of parameters and activations, "float32", "bfloat16" or "float16".
       adapter: a LoRA adapter directory; not supported yet.
       precision: precision of matmuls, "default", "high" or "highest".
@@ -91,10 +92,11 @@ def load(
       The model; `tokenizer` is None if the directory holds none.
 
     Raises:
-      FileNotFoundError: the directory or a file in it is missing.
+      FileNotFoundError: the directory or a file in it is missing, or the Hub has no such model.
+      OSError: the Hub cannot be reached.
       ValueError: the checkpoint is damaged or describes a model that is not supported.
     """
-    path = Path(path)
+    path = convert.local_path(path)
     if adapter is not None:
         raise ValueError(f"adapter={str(adapter)!r}: adapters are not supported yet; merge it into the model first.")
     changes = {"dtype": dtype, "param_dtype": dtype, "precision": precision}

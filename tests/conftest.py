@@ -20,6 +20,7 @@ NEEDS_TORCH = (
     "test_bad_checkpoints.py",
     "test_checkpoint.py",
     "test_convert.py",
+    "test_formats.py",
     "test_parity.py",
     "test_peers.py",
     "test_rope.py",

@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hf_llama import hf_model, word_tokenizer
 from orbax.checkpoint import v1 as ocp
+from other_formats import META_SIZES, save_bin, save_meta
 from safetensors.numpy import load_file, save_file
 
 import jaxmech as jm
@@ -14,30 +16,40 @@ from jaxmech import checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PART = "consolidated.01.pth"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Folders `single`, `sharded`, `tied` and `orbax` of good checkpoints."""
+    """Folders `single`, `sharded`, `tied`, `orbax`, `bin`, `bin-sharded` and `meta` (two parts) of good checkpoints."""
     root = tmp_path_factory.mktemp("checkpoints")
     hf_model().save_pretrained(root / "single")
     hf_model().save_pretrained(root / "sharded", max_shard_size="20KB")
     hf_model(tie_word_embeddings=True).save_pretrained(root / "tied")
     model = jm.load(root / "single")
     checkpoint.save(root / "orbax", model.config, model.params)
+    save_bin(hf_model(), root / "bin")
+    save_bin(hf_model(), root / "bin-sharded", shards=3)
+    save_meta(hf_model(**META_SIZES), root / "meta", parts=2)
     return root
 
 
-def config(remove=(), **changes):
-    """Spoils config.json."""
+def config(remove=(), file="config.json", **changes):
+    """Spoils config.json, or another file like it."""
 
     def spoil(path):
-        fields = json.loads((path / "config.json").read_text())
+        fields = json.loads((path / file).read_text())
         kept = {name: value for name, value in fields.items() if name not in remove}
-        (path / "config.json").write_text(json.dumps(kept | changes))
+        (path / file).write_text(json.dumps(kept | changes))
 
     return spoil
+
+
+def params(remove=(), **changes):
+    """Spoils Meta's params.json."""
+    return config(remove, "params.json", **changes)
 
 
 def text(name, content):
@@ -55,6 +67,17 @@ def tensors(change):
         held = load_file(path / WEIGHTS)
         change(held)
         save_file(held, path / WEIGHTS, metadata={"format": "pt"})
+
+    return spoil
+
+
+def torch_tensors(change, name=BIN):
+    """Spoils what a file of PyTorch holds; `change` gets {name: tensor} and edits it."""
+
+    def spoil(path):
+        held = torch.load(path / name)
+        change(held)
+        torch.save(held, path / name)
 
     return spoil
 
@@ -78,6 +101,10 @@ def remove_a_shard(path):
     sorted(path.glob("*-00002-of-*.safetensors"))[0].unlink()
 
 
+def infinite(held):
+    held[UP][3, 2] = -np.inf
+
+
 def truncate_orbax(path):
     for data in (path / "state").rglob("d/*"):
         data.write_bytes(data.read_bytes()[:100])
@@ -95,7 +122,6 @@ def without_jaxmech(path):
     ocp.save(str(path), {"w": np.ones(3)})
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}
 
 # checkpoint, how it is spoilt, words that the message must hold: what was found, where, what to do
@@ -122,7 +148,11 @@ BAD = {
         ["config.json", "hidden_size=33", "num_attention_heads=4", "head_dim"],
     ),
     "unsupported activation": ("single", config(hidden_act="gelu"), ["config.json", "hidden_act='gelu'", "'silu'"]),
-    "unsupported RoPE": ("single", config(rope_parameters=YARN), ["config.json", "'yarn'", "default, linear, llama3"]),
+    "unsupported RoPE": (
+        "single",
+        config(rope_parameters={"rope_type": "mrope", "rope_theta": 10000.0}),
+        ["config.json", "'mrope'", "default, linear, dynamic, llama3"],
+    ),
     "RoPE lacks a field": (
         "single",
         config(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0}),
@@ -161,6 +191,13 @@ BAD = {
         tensors(lambda held: held.update({UP: held[UP].astype(np.int8)})),
         [WEIGHTS, UP, "I8", "BF16", "unquantised"],
     ),
+    "NaN": ("single", tensors(lambda held: held[UP].fill(np.nan)), [WEIGHTS, UP, "NaN", "choose an earlier"]),
+    "one infinity": ("single", tensors(infinite), [WEIGHTS, UP, "infinity", "choose an earlier"]),
+    "too large for float32": (
+        "single",
+        tensors(lambda held: held.update({UP: 1e300 * held[UP].astype(np.float64)})),
+        [WEIGHTS, UP, "too large for float32"],
+    ),
     "tied, but trained unembedding": (
         "tied",
         tensors(lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"] + 1})),
@@ -178,6 +215,72 @@ BAD = {
     "index without a map": ("sharded", text(INDEX, "{}"), [INDEX, "weight_map", "download it again"]),
     "index not an object": ("sharded", text(INDEX, '["weight_map"]'), [INDEX, "weight_map", "download it again"]),
     "index names the wrong shard": ("sharded", move_in_index, [INDEX, UP, "different versions"]),
+    "pickle with code": (
+        "bin",
+        torch_tensors(lambda held: held.update(run=shutil.rmtree)),
+        [BIN, "more than tensors (shutil.rmtree)", "could run code", "save_pretrained"],
+    ),
+    "truncated .bin": ("bin", truncate(BIN), [BIN, "not a whole file of torch.save", "download it again"]),
+    ".bin of before PyTorch 1.6": (
+        "bin",
+        lambda path: torch.save(torch.load(path / BIN), path / BIN, _use_new_zipfile_serialization=False),
+        [BIN, "not a whole file of torch.save, PyTorch 1.6 or later"],
+    ),
+    ".bin is not PyTorch's": ("bin", text(BIN, "version https://git-lfs"), [BIN, "not a whole file of torch.save"]),
+    ".bin with more than tensors": (
+        "bin",
+        torch_tensors(lambda held: held.update(step=3)),
+        [BIN, "holds a int at 'step'", "expected tensors only", "state_dict()"],
+    ),
+    ".bin without names": (
+        "bin",
+        lambda path: torch.save([torch.ones(3)], path / BIN),
+        [BIN, "holds a list", "expected a dictionary", "state_dict()"],
+    ),
+    "quantised tensor in .bin": (
+        "bin",
+        torch_tensors(lambda held: held.update({UP: held[UP].to(torch.int8)})),
+        [BIN, UP, "torch.int8", "BF16", "unquantised"],
+    ),
+    "NaN in .bin": ("bin", torch_tensors(lambda held: held[UP].fill_(np.nan)), [BIN, UP, "NaN", "choose an earlier"]),
+    "missing .bin shard": (
+        "bin-sharded",
+        lambda path: sorted(path.glob("*.bin"))[1].unlink(),
+        [BIN_INDEX, "pytorch_model-00002-of-00003.bin", "Copy them too"],
+    ),
+    "Meta: unknown field": ("meta", params(vision_chunk_size=448), ["params.json", "vision_chunk_size=448", "remove"]),
+    "Meta: missing field": ("meta", params(["dim"]), ["params.json", "'dim' is missing", "copy"]),
+    "Meta: size not a number": ("meta", params(n_layers="3"), ["params.json", "n_layers='3'", "positive integer"]),
+    "Meta: width not a multiple of heads": ("meta", params(n_heads=5), ["params.json", "dim=32", "n_heads=5"]),
+    "Meta: MLP of no width": ("meta", params(ffn_dim_multiplier=0), ["params.json", "multiplier=0", "positive number"]),
+    "Meta: params.json not JSON": ("meta", text("params.json", "{"), ["params.json is not valid JSON", "line 1"]),
+    "Meta: missing part": ("meta", remove(PART.replace("1", "0")), ["lacks consolidated.00.pth", "Copy all parts"]),
+    "Meta: missing last part": (
+        "meta",
+        remove(PART),
+        ["consolidated.00.pth", "in each of 1 parts", "params.json calls for", "part is missing"],
+    ),
+    "Meta: parts of other models": (
+        "meta",
+        torch_tensors(lambda held: held.update({"output.weight": held["output.weight"][:-1].clone()}), PART),
+        [PART, "output.weight", "(23, 32)", "(24, 32)", "different models"],
+    ),
+    "Meta: parts with other norms": (
+        "meta",
+        torch_tensors(lambda held: held["norm.weight"].add_(1), PART),
+        ["norm.weight differs between the parts", "different models"],
+    ),
+    "Meta: another width in params.json": (
+        "meta",
+        params(multiple_of=7, vocab_size=48),
+        ["feed_forward.w1.weight", "(44, 32)", "2 parts", "(91, 32)"],
+    ),
+    "Meta: no weights to read the vocabulary off": (
+        "meta",
+        lambda path: [file.unlink() for file in path.glob("*.pth")],
+        ["params.json has no vocab_size", "consolidated.*.pth", "Copy the weights"],
+    ),
+    "Meta: truncated part": ("meta", truncate(PART), [PART, "not a whole file of torch.save", "download it again"]),
     "Orbax without a jaxmech config": ("orbax", without_jaxmech, ["orbax", "without a jaxmech config", "convert"]),
     "Orbax with an unknown config field": ("orbax", edit_orbax_config, ["orbax", "sliding_window", "newer jaxmech"]),
     "damaged Orbax": ("orbax", truncate_orbax, ["orbax is damaged", "python -m convert"]),
@@ -196,7 +299,7 @@ def test_bad_checkpoints_are_refused_with_a_message_that_helps(checkpoints, tmp_
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["single", "sharded", "tied", "orbax"])
+@pytest.mark.parametrize("kind", ["single", "sharded", "tied", "orbax", "bin", "bin-sharded", "meta"])
 def test_the_same_checkpoints_load_when_they_are_whole(checkpoints, kind):
     logits, _ = jm.load(checkpoints / kind)(np.array([[1, 2, 3]]))
     assert np.isfinite(logits).all()

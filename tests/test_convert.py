@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import convert
 import jaxmech as jm
-from convert import tensors
+from convert import params
 from convert.__main__ import main
 from jaxmech.model import abstract_params
 
@@ -111,19 +111,60 @@ def test_rotary_buffers_of_old_checkpoints_are_left_out(tmp_path):
     assert_identical(read(tmp_path), expected)
 
 
-def test_a_tensor_of_the_checkpoint_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
+def test_a_stacked_parameter_is_let_go_before_the_next_is_made(tmp_path, monkeypatch):
+    """Where the device has a memory of its own; on the CPU it takes the array over."""
     hf_model().save_pretrained(tmp_path)
-    held, alive, read_tensor = [], [], tensors.SafeTensors.read
+    held, alive, empty, placed = [], [], params._empty, params._placed
 
-    def spy(self, name):
-        alive.append(sum(tensor() is not None for tensor in held))
-        tensor = read_tensor(self, name).copy()  # owns its data, so that views keep it alive
-        held.append(weakref.ref(tensor))
-        return tensor
+    def spy(shape, dtype):
+        alive.append(sum(memory() is not None for memory in held))
+        array = empty(shape, dtype)
+        held.append(weakref.ref(array.base))  # what all views of it keep
+        return array
 
-    monkeypatch.setattr(tensors.SafeTensors, "read", spy)
+    monkeypatch.setattr(params, "_empty", spy)
+    monkeypatch.setattr(params, "_placed", lambda array, sharding: placed(array.copy(), sharding))
     read(tmp_path)
-    assert alive == [0] * (3 + 9 * SIZES["num_hidden_layers"])
+    assert alive == [0] * (3 + 9)
+
+
+def test_parameters_on_the_cpu_are_the_memory_that_was_read_into(tmp_path, monkeypatch):
+    hf_model().save_pretrained(tmp_path)
+    arrays, empty = [], params._empty
+    monkeypatch.setattr(params, "_empty", lambda *args: arrays.append(empty(*args)) or arrays[-1])
+    found = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(read(tmp_path))}
+    assert found == {array.ctypes.data for array in arrays}
+
+
+@pytest.mark.parametrize("family", ["GQA", "tied embeddings"])
+def test_tensors_read_in_many_pieces_are_those_read_in_one(tmp_path, monkeypatch, family):
+    hf_model(**FAMILIES[family]).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held["lm_head.weight"] = held.get("lm_head.weight", held["model.embed_tokens.weight"]).copy()
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected, calls = read(tmp_path), []
+    monkeypatch.setattr(params, "PIECE", 100)  # numbers: three rows of most matrices, one head of q, k and v
+    config = convert.read_config(tmp_path)
+    assert_identical(convert.read_params(tmp_path, config, lambda *counts: calls.append(counts)), expected)
+    assert calls == [(done, len(calls)) for done in range(1, len(calls) + 1)]
+    held["lm_head.weight"][-1, -1] += 1
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if config.tie_embeddings:
+        with pytest.raises(ValueError, match=r"lm_head.weight differs"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 65504.0), ("bfloat16", 3.3895314e38)])
+def test_numbers_too_large_for_the_parameter_dtype_are_refused(tmp_path, dtype, largest):
+    hf_model().save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held["model.norm.weight"][5] = largest
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert read(tmp_path, param_dtype=dtype)["params"]["final_norm"].max() == largest
+    held["model.norm.weight"][5] = 1.003 * largest
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.norm.weight holds numbers that are too large for {dtype}"):
+        read(tmp_path, param_dtype=dtype)
 
 
 def test_progress_counts_the_tensors(tmp_path):

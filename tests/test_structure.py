@@ -27,6 +27,8 @@ ROWS = (
     ("jaxmech.checkpoint",),
     ("jaxmech.model", "jaxmech.rope", "jaxmech.interventions", "jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
 )
+# They read files that PyTorch wrote; all else runs where it is not installed.
+IMPORT_TORCH_WHEN_CALLED = ("convert.torch_files",)
 SOURCES = sorted(path for top in ("jaxmech", "convert") for path in (ROOT / top).rglob("*.py"))
 
 
@@ -68,8 +70,15 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_torch_stays_out_and_orbax_in_one_place(path):
     tops = {name.split(".")[0] for name in imports(path)}
-    assert "torch" not in tops
+    assert "torch" not in tops or module_name(path) in IMPORT_TORCH_WHEN_CALLED
     assert "orbax" not in tops or module_name(path) == "jaxmech.checkpoint"
+
+
+@pytest.mark.parametrize("module", IMPORT_TORCH_WHEN_CALLED)
+def test_modules_that_need_torch_import_it_when_they_are_called(module):
+    lines = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text().splitlines()
+    found = [line for line in lines if re.match(r"\s*(import|from) torch\b", line)]
+    assert found and all(line.startswith("    ") for line in found)
 
 
 def test_every_module_says_what_it_owns():
