@@ -106,7 +106,12 @@ def unrolled_scan(body, carry, xs):
 
 @pytest.mark.parametrize(
     ("sender", "receivers", "via"),
-    [("last", None, None), ("last", [(2, 0), (3, 1)], "q"), ("query_box", [(1, 0), (2, 5)], "v")],
+    [
+        ("last", None, None),
+        ("last", [(2, 0), (3, 1)], "q"),
+        ("query_box", [(1, 0), (2, 5)], "v"),
+        ("prev_query_box", [(1, 0), (2, 5)], "v"),
+    ],
 )
 def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, receivers, via):
     """XLA counts a loop's body once, so loops are unrolled here; with many heads, the clean row hardly counts."""
