@@ -4,10 +4,11 @@
 checkpoint from it. `write_hf` is the way back. PyTorch is imported only to read the files that it wrote.
 """
 
+from convert.adapters import is_adapter
 from convert.export import write_hf
 from convert.hf_config import config_from_hf, read_config
 from convert.hub import local_path
 from convert.params import read_params
 from convert.tokenizer import read_tokenizer
 
-__all__ = ["config_from_hf", "local_path", "read_config", "read_params", "read_tokenizer", "write_hf"]
+__all__ = ["config_from_hf", "is_adapter", "local_path", "read_config", "read_params", "read_tokenizer", "write_hf"]

@@ -26,6 +26,8 @@ class Options:
     Meta's (params.json, consolidated.*.pth), or the name of a model on the Hugging Face Hub."""
     out: Path
     """Directory to write; it must not exist, unless --overwrite is given."""
+    adapter: Path | None = None
+    """LoRA adapter of --model that PEFT saved (adapter_config.json, adapter_model.safetensors), to merge in."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype in which parameters are stored. float32 loses nothing, whatever dtype the checkpoint has, and
     `jaxmech.load` casts to any other; bfloat16 and float16 take half the space."""
@@ -51,13 +53,14 @@ def run(options: Options) -> None:
     """Reads `options.model` and writes `options.out`. Raises what `read_config`, `read_params` and `save` raise."""
     checkpoint.check_output(options.out, overwrite=options.overwrite)
     model = convert.local_path(options.model)
-    config = convert.read_config(model, dtype=options.dtype, param_dtype=options.dtype)
-    tokenizer = convert.read_tokenizer(model, config)
+    adapter = None if options.adapter is None else convert.local_path(options.adapter)
+    config = convert.read_config(model, adapter, dtype=options.dtype, param_dtype=options.dtype)
+    tokenizer = convert.read_tokenizer(model, config, adapter)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         reading = bars.add_task("reading", total=None)
         params = convert.read_params(
-            model, config, lambda done, total: bars.update(reading, completed=done, total=total)
+            model, config, lambda done, total: bars.update(reading, completed=done, total=total), adapter
         )
         writing = bars.add_task("writing", total=None)
         checkpoint.save(options.out, config, params, tokenizer, overwrite=options.overwrite)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import meta
+from convert.adapters import Adapter, is_adapter
 from jaxmech.config import Config, Rope
 
 Fields = Mapping[str, Any]
@@ -165,27 +166,37 @@ FAMILIES = {
 }
 
 
-def read_config(path: Path, **changes: Any) -> Config:
+def read_config(path: Path, adapter: Path | None = None, **changes: Any) -> Config:
     """The `Config` of the checkpoint directory `path`, Meta's params.json where there is no config.json.
 
     Args:
+      adapter: directory of an adapter; it may bring another vocabulary, or set embeddings apart that were tied.
       changes: fields to set, such as dtype.
 
     Raises:
       FileNotFoundError: no such directory, or no config.json in it.
-      ValueError: config.json is not JSON or describes a model that is not supported.
+      ValueError: config.json is not JSON or describes a model that is not supported; so for the adapter's config.
     """
-    path = Path(path)
+    config = _read_config(Path(path))
+    if adapter is not None:
+        config = Adapter.open(adapter).adapted(config)
+    return config.replace(**changes)
+
+
+def _read_config(path: Path) -> Config:
     if not path.is_dir():
         raise FileNotFoundError(
             f"No checkpoint directory at {path}. Give a local directory that holds config.json and *.safetensors."
         )
     file = path / "config.json"
     if not file.is_file() and (path / meta.PARAMS).is_file():
-        return meta.read_config(path).replace(**changes)
+        return meta.read_config(path)
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{path} holds no config.json and no params.json (found: {found}); is it a checkpoint?")
+        advice = "is it a checkpoint?"
+        if is_adapter(path):
+            advice = "it is an adapter: give the model that it was trained on, and this as the adapter."
+        raise FileNotFoundError(f"{path} holds no config.json and no params.json (found: {found}); {advice}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -193,10 +204,9 @@ def read_config(path: Path, **changes: Any) -> Config:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds {type(fields).__name__} {fields!r}; expected a JSON object.")
     try:
-        config = config_from_hf(fields)
+        return config_from_hf(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return config.replace(**changes)
 
 
 def config_from_hf(fields: Fields) -> Config:

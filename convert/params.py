@@ -19,7 +19,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert import floats
+from convert.adapters import AdaptedTensors, Adapter
 from convert.families import IGNORED_SUFFIXES, META, TABLES, Source, source
+from convert.hf_config import read_config
 from convert.meta import MetaTensors
 from convert.tensors import FLOATS, Tensors, open_tensors
 from jaxmech.config import Config
@@ -36,6 +38,7 @@ def read_params(
     path: Path,
     config: Config,
     progress: Progress | None = None,
+    adapter: Path | None = None,
     *,
     shardings: Any = None,
 ) -> dict[str, Any]:
@@ -43,16 +46,19 @@ def read_params(
 
     Args:
       progress: called with (tensors read, tensors in all) after each.
+      adapter: directory of a LoRA adapter to merge in, in float32; `config` must be read with it, too.
       shardings: where the parameters go, a tree as that under "params"; without, to the default device.
 
     Raises:
       FileNotFoundError: no weights, or a shard named in the index is missing.
       ValueError: a file is damaged or holds code; a tensor is missing, left over, of a wrong shape, not of floats, not
-        finite, or too large for the parameter dtype; the tree is not the model's.
+        finite, or too large for the parameter dtype; the tree is not the model's; the adapter does not fit.
     """
     shapes = cast(dict[tuple[str, ...], tuple[int, ...]], flatten_dict(parameter_shapes(config)))
     tensors = open_tensors(Path(path))
     table = META if isinstance(tensors, MetaTensors) else TABLES[config.family]
+    if adapter is not None:
+        tensors = _adapted(path, tensors, table, adapter, config)
     _check_tensors(config, tensors, table)
     sources = {keys: source(keys, table) for keys in shapes}
     count = _counter(sum(len(s.names(config)) for s in sources.values()), progress)
@@ -149,6 +155,20 @@ def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
             progress(done, total)
 
     return count
+
+
+def _adapted(path: Path, tensors: Tensors, table: Mapping[str, Source], adapter: Path, config: Config) -> Tensors:
+    """The tensors with the adapter merged in. The base is checked first, so that errors say whose they are."""
+    base, opened = read_config(path), Adapter.open(adapter)
+    _check_tensors(base, tensors, table)
+    expected = opened.adapted(base)
+    for name in ("vocab_size", "tie_embeddings"):
+        if getattr(config, name) != getattr(expected, name):
+            raise ValueError(
+                f"config has {name}={getattr(config, name)}; expected {getattr(expected, name)} with the adapter "
+                f"{adapter}. Read it with the adapter: convert.read_config(path, adapter)."
+            )
+    return AdaptedTensors(tensors, base, opened)
 
 
 def _check_tensors(config: Config, tensors: Tensors, table: Mapping[str, Source]) -> None:

@@ -46,7 +46,7 @@ class StudyCommand:
     base: Path
     """Checkpoint of the base model: a Hugging Face directory, or an Orbax directory written by `python -m convert`."""
     tuned: tyro.conf.UseAppendAction[tuple[Path, ...]]
-    """Checkpoint of a fine-tuned descendant; give it once for each."""
+    """Checkpoint of a fine-tuned descendant, or a LoRA adapter of --base; give it once for each."""
     out: Path
     """Folder for results.json, report.html and figures."""
     only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -111,6 +111,8 @@ class Discover:
     """Checkpoint: a Hugging Face directory, or an Orbax directory written by `python -m convert`."""
     out: Path
     """Folder for config.json, scores.npz, circuit.json and one heat map per stage."""
+    adapter: Path | None = None
+    """LoRA adapter of --model to merge in; --model then is a Hugging Face directory."""
     data: Path | None = None
     """JSONL file of examples (key "sentence"); without it, scenes are made."""
     scenes: int = 50
@@ -248,7 +250,7 @@ def run_discover(options: Discover) -> None:
     else:
         examples = jm.boxes.read(options.data)
     chain = PAPER_CHAIN if options.chain is None else read_chain(options.chain)
-    model = jm.load(options.model, options.dtype, precision=options.precision)
+    model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision)
     if model.tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
     with _warnings_printed():
@@ -257,12 +259,13 @@ def run_discover(options: Discover) -> None:
         )
     sources = {
         "model_files": fingerprint(options.model),
+        "adapter_files": None if options.adapter is None else fingerprint(options.adapter),
         "examples": text_hash(example.sentence for example in examples),
     }
     run = RunFolder.open(options.out, _settings(options, chain) | sources, overwrite=options.overwrite)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
-    _print_accuracies({options.model.name: model}, pairs)
+    _print_accuracies({(options.adapter or options.model).name: model}, pairs)
     _discover_into(run, model, pairs, chain, k=options.k, min_effect=options.min_effect, batch_size=options.batch_size)
 
 

@@ -85,7 +85,8 @@ def load(
       path: local directory, or name of a model on the Hugging Face Hub ("organisation/model"), which is downloaded to
         its cache, without any code; a directory that exists is preferred.
       dtype: dtype of parameters and activations, "float32", "bfloat16" or "float16".
-      adapter: a LoRA adapter directory; not supported yet.
+      adapter: directory, or name on the Hub, of a LoRA adapter that PEFT saved, for a Hugging Face directory; it is
+        merged in, in float32, before parameters are cast. If it holds a tokenizer, that is the model's.
       precision: precision of matmuls, "default", "high" or "highest".
 
     Returns:
@@ -94,16 +95,20 @@ def load(
     Raises:
       FileNotFoundError: the directory or a file in it is missing, or the Hub has no such model.
       OSError: the Hub cannot be reached.
-      ValueError: the checkpoint is damaged or describes a model that is not supported.
+      ValueError: the checkpoint is damaged or describes a model that is not supported, or the adapter does not
+        fit it.
     """
-    path = convert.local_path(path)
-    if adapter is not None:
-        raise ValueError(f"adapter={str(adapter)!r}: adapters are not supported yet; merge it into the model first.")
+    path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
     changes = {"dtype": dtype, "param_dtype": dtype, "precision": precision}
     if checkpoint.is_checkpoint(path):
+        if adapter is not None:
+            raise ValueError(
+                f"{path} is an Orbax checkpoint, adapter {adapter} is for one of Hugging Face. Merge it when that is "
+                "converted: python -m convert --model BASE --adapter DIR --out OUT."
+            )
         config = checkpoint.read_config(path).replace(**changes)
         tokenizer = convert.read_tokenizer(path / checkpoint.TOKENIZER, config)
         return Model(config, checkpoint.read_params(path, config), tokenizer)
-    config = convert.read_config(path, **changes)
-    tokenizer = convert.read_tokenizer(path, config)  # before the parameters: what is refused is refused at once
-    return Model(config, convert.read_params(path, config), tokenizer)
+    config = convert.read_config(path, adapter, **changes)
+    tokenizer = convert.read_tokenizer(path, config, adapter)  # first: what is refused is refused at once
+    return Model(config, convert.read_params(path, config, adapter=adapter), tokenizer)

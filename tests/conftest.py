@@ -17,6 +17,7 @@ import jaxmech as jm  # noqa: E402
 from jaxmech.model import abstract_params  # noqa: E402
 
 NEEDS_TORCH = (
+    "test_adapters.py",
     "test_bad_checkpoints.py",
     "test_checkpoint.py",
     "test_convert.py",

@@ -308,7 +308,6 @@ def test_the_same_checkpoints_load_when_they_are_whole(checkpoints, kind):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"adapter": "lora"}, ["'lora'", "not supported", "merge"]),
         ({"dtype": "int8"}, ["'int8'", "float32, bfloat16, float16"]),
         ({"precision": "best"}, ["'best'", "highest"]),
     ],

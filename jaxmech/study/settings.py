@@ -25,7 +25,7 @@ class Settings:
 
     Attributes:
       base: checkpoint folder of the base model.
-      tuned: checkpoint folders of its fine-tuned descendants.
+      tuned: checkpoint folders of its fine-tuned descendants, or folders of LoRA adapters of the base.
       chain: the sweeps of circuit discovery.
       k: {group: number of heads}, in place of the chain's own.
       min_effect: see `discover`.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import convert
 from jaxmech import dcm
 from jaxmech.accuracy import clean_logits
 from jaxmech.boxes import POSITION_VARIANTS
@@ -55,7 +56,8 @@ class Study:
 
     def _load(self, name: str) -> Model:
         path = self.settings.paths[name]
-        model = load(path, self.settings.dtype, precision=self.settings.precision)
+        source, adapter = (self.settings.base, path) if convert.is_adapter(path) else (path, None)
+        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision)
         if model.tokenizer is None:
             raise ValueError(f"{path} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
         if name != self.settings.names[0]:
