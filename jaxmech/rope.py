@@ -25,7 +25,8 @@ def inverse_frequencies(rope: Rope, head_dim: int, length: int | None = None) ->
     size = rope.rotated(head_dim)
     if rope.kind == "longrope":
         long = length is not None and length > rope.original_max_positions
-        return 1 / (np.float32(rope.long_factors if long else rope.short_factors) * _powers(rope.theta, size))
+        factors = np.array(rope.long_factors if long else rope.short_factors, np.float32)
+        return 1 / (factors * _powers(rope.theta, size))
     if rope.kind == "dynamic":
         return 1 / _powers(_dynamic_theta(rope, size, length), size)
     powers = _powers(rope.theta, size)
@@ -82,7 +83,8 @@ def angles(config: Config, positions: jax.Array, length: int | None = None) -> t
     """
     frequency, factor = inverse_frequencies(config.rope, config.head_dim, length), config.rope.attention_factor
     angle = positions[..., None].astype(jnp.float32) * frequency
-    return tuple((f(angle) * factor).astype(config.compute_dtype) for f in (jnp.cos, jnp.sin))
+    cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
+    return cos.astype(config.compute_dtype), sin.astype(config.compute_dtype)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
