@@ -9,6 +9,16 @@ from convert.export import write_hf
 from convert.hf_config import config_from_hf, read_config
 from convert.hub import local_path
 from convert.params import read_params
+from convert.source_files import source_files
 from convert.tokenizer import read_tokenizer
 
-__all__ = ["config_from_hf", "is_adapter", "local_path", "read_config", "read_params", "read_tokenizer", "write_hf"]
+__all__ = [
+    "config_from_hf",
+    "is_adapter",
+    "local_path",
+    "read_config",
+    "read_params",
+    "read_tokenizer",
+    "source_files",
+    "write_hf",
+]

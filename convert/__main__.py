@@ -1,7 +1,7 @@
 """`python -m convert`: a Hugging Face checkpoint directory to an Orbax checkpoint with config and tokenizer inside."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import convert
 from jaxmech import checkpoint
+from jaxmech.provenance import Provenance, hashing
 
 console = Console(stderr=True)
 
@@ -57,18 +58,23 @@ def run(options: Options) -> None:
     config = convert.read_config(model, adapter, dtype=options.dtype, param_dtype=options.dtype)
     tokenizer = convert.read_tokenizer(model, config, adapter)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        reading = bars.add_task("reading", total=None)
-        params = convert.read_params(
-            model, config, lambda done, total: bars.update(reading, completed=done, total=total), adapter
-        )
-        writing = bars.add_task("writing", total=None)
-        checkpoint.save(options.out, config, params, tokenizer, overwrite=options.overwrite)
-        bars.update(writing, completed=1, total=1)
+    files = convert.source_files(model, adapter)
+    with Progress(*columns, console=console) as bars, hashing(files, _bar(bars, "hashing")) as hashes:
+        params = convert.read_params(model, config, _bar(bars, "reading"), adapter)
+        source = Provenance(str(options.model), str(options.adapter or ""), hashes.result())
+        written = _bar(bars, "writing")
+        checkpoint.save(options.out, config, params, tokenizer, overwrite=options.overwrite, provenance=source)
+        written(1, 1)
     without = (
         "" if tokenizer is not None else f" {options.model} holds no tokenizer, so the checkpoint has none either."
     )
     console.print(f"Wrote {options.out} ({options.dtype}).{without}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _bar(bars: Progress, description: str) -> Callable[[int, int], None]:
+    """A bar of its own, as a function that is called with (steps done, steps in all)."""
+    task = bars.add_task(description, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from convert.families import IGNORED_SUFFIXES, META, TABLES, Source, source
 from convert.hf_config import read_config
 from convert.meta import MetaTensors
 from convert.tensors import FLOATS, Tensors, open_tensors
+from jaxmech import host_arrays
 from jaxmech.config import Config
 from jaxmech.model import check_params, parameter_shapes
 
 PIECE = 1 << 20  # numbers: few enough to stay in a processor's cache on their way
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # more than processors: some wait for the disk
-ALIGNMENT = 64  # bytes; JAX takes an array on the CPU over as it is, if it starts at a multiple of it
 
 Progress = Callable[[int, int], None]
 
@@ -97,7 +97,7 @@ def _stacked(
     shape: tuple[int, ...],
 ) -> np.ndarray:
     """One parameter, all layers of it; calls `count` after each tensor of the checkpoint."""
-    array = _empty(shape, jnp.dtype(config.param_dtype))
+    array = host_arrays.empty(shape, jnp.dtype(config.param_dtype))
     pieces = list(_pieces(config, source, array))
     for piece, _ in zip(pieces, threads.map(partial(_read, tensors), pieces), strict=True):
         if piece.last:
@@ -129,14 +129,6 @@ def _read(tensors: Tensors, piece: _Piece) -> None:
     written = floats.put(values, piece.out)
     if floats.is_narrower(written.dtype, than=values.dtype) and not floats.is_finite(written):
         raise ValueError(f"{where} too large for {piece.out.dtype}; choose float32 or bfloat16.")
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array of any content, aligned for JAX."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _placed(array: np.ndarray, sharding: Any) -> jax.Array:

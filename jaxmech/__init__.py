@@ -25,6 +25,7 @@ from jaxmech.patching import patch_activations
 from jaxmech.path_patching import path_patch
 from jaxmech.predictions import Predictions
 from jaxmech.scores import PathScores
+from jaxmech.sharding import make_mesh, parameter_shardings
 
 __all__ = [
     "PAPER_CHAIN",
@@ -58,9 +59,11 @@ __all__ = [
     "head_weights",
     "knockout",
     "load",
+    "make_mesh",
     "mean_activations",
     "minimality",
     "overlap",
+    "parameter_shardings",
     "patch_activations",
     "path_patch",
     "random_circuit",

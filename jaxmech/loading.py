@@ -14,6 +14,7 @@ from jaxmech import checkpoint
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions
 from jaxmech.model import Llama, Params, check_capture, forward
+from jaxmech.sharding import parameter_shardings
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,12 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def load(
-    path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, *, precision: str = "default"
+    path: str | Path,
+    dtype: str = "float32",
+    adapter: str | Path | None = None,
+    *,
+    precision: str = "default",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint (safetensors or PyTorch's files), Meta's, or one that `python -m convert` wrote.
 
@@ -88,6 +94,8 @@ def load(
       adapter: directory, or name on the Hub, of a LoRA adapter that PEFT saved, for a Hugging Face directory; it is
         merged in, in float32, before parameters are cast. If it holds a tokenizer, that is the model's.
       precision: precision of matmuls, "default", "high" or "highest".
+      mesh: devices over which parameters are split as they are read (see `jaxmech.sharding`), so that the model need
+        not fit on one; all methods then run on these. Make it with `jaxmech.make_mesh`. None: one device.
 
     Returns:
       The model; `tokenizer` is None if the directory holds none.
@@ -95,8 +103,8 @@ def load(
     Raises:
       FileNotFoundError: the directory or a file in it is missing, or the Hub has no such model.
       OSError: the Hub cannot be reached.
-      ValueError: the checkpoint is damaged or describes a model that is not supported, or the adapter does not
-        fit it.
+      ValueError: the checkpoint is damaged or describes a model that is not supported, the adapter does not fit it, or
+        the mesh has no axis "model".
     """
     path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
     changes = {"dtype": dtype, "param_dtype": dtype, "precision": precision}
@@ -108,7 +116,12 @@ def load(
             )
         config = checkpoint.read_config(path).replace(**changes)
         tokenizer = convert.read_tokenizer(path / checkpoint.TOKENIZER, config)
-        return Model(config, checkpoint.read_params(path, config), tokenizer)
+        return Model(config, checkpoint.read_params(path, config, _shardings(config, mesh)), tokenizer)
     config = convert.read_config(path, adapter, **changes)
     tokenizer = convert.read_tokenizer(path, config, adapter)  # first: what is refused is refused at once
-    return Model(config, convert.read_params(path, config, adapter=adapter), tokenizer)
+    params = convert.read_params(path, config, adapter=adapter, shardings=_shardings(config, mesh))
+    return Model(config, params, tokenizer)
+
+
+def _shardings(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
+    return None if mesh is None else parameter_shardings(config, mesh)

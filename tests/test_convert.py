@@ -20,6 +20,7 @@ import convert
 import jaxmech as jm
 from convert import params
 from convert.__main__ import main
+from jaxmech import host_arrays
 from jaxmech.model import abstract_params
 
 TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 7))
@@ -114,7 +115,7 @@ def test_rotary_buffers_of_old_checkpoints_are_left_out(tmp_path):
 def test_a_stacked_parameter_is_let_go_before_the_next_is_made(tmp_path, monkeypatch):
     """Where the device has a memory of its own; on the CPU it takes the array over."""
     hf_model().save_pretrained(tmp_path)
-    held, alive, empty, placed = [], [], params._empty, params._placed
+    held, alive, empty, placed = [], [], host_arrays.empty, params._placed
 
     def spy(shape, dtype):
         alive.append(sum(memory() is not None for memory in held))
@@ -122,7 +123,7 @@ def test_a_stacked_parameter_is_let_go_before_the_next_is_made(tmp_path, monkeyp
         held.append(weakref.ref(array.base))  # what all views of it keep
         return array
 
-    monkeypatch.setattr(params, "_empty", spy)
+    monkeypatch.setattr(host_arrays, "empty", spy)
     monkeypatch.setattr(params, "_placed", lambda array, sharding: placed(array.copy(), sharding))
     read(tmp_path)
     assert alive == [0] * (3 + 9)
@@ -130,8 +131,8 @@ def test_a_stacked_parameter_is_let_go_before_the_next_is_made(tmp_path, monkeyp
 
 def test_parameters_on_the_cpu_are_the_memory_that_was_read_into(tmp_path, monkeypatch):
     hf_model().save_pretrained(tmp_path)
-    arrays, empty = [], params._empty
-    monkeypatch.setattr(params, "_empty", lambda *args: arrays.append(empty(*args)) or arrays[-1])
+    arrays, empty = [], host_arrays.empty
+    monkeypatch.setattr(host_arrays, "empty", lambda *args: arrays.append(empty(*args)) or arrays[-1])
     found = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(read(tmp_path))}
     assert found == {array.ctypes.data for array in arrays}
 
