@@ -1,5 +1,6 @@
-"""The command line: `jaxmech demo`, `study`, `discover` and `data`. Only commands print and show progress."""
+"""The command line: `jaxmech demo`, `study`, `discover`, `data` and `verify`. Only commands print and show progress."""
 
+import json
 import sys
 import time
 import warnings
@@ -15,10 +16,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import jaxmech as jm
 from jaxmech.discovery import PAPER_CHAIN, Stage, discover, read_chain
-from jaxmech.report import accuracy_table, circuit_table, heat_map, save_figure, study_tables, write_report
+from jaxmech.files import write_text
+from jaxmech.report import (
+    accuracy_table,
+    circuit_table,
+    deviation_tables,
+    heat_map,
+    save_figure,
+    study_tables,
+    write_report,
+)
 from jaxmech.run_folder import RunFolder, fingerprint, text_hash
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, run
+from jaxmech.verify import verify
 
 console = Console()
 # More heads than the chain's own numbers: with those the circuit is easy to read, with these it does the task.
@@ -153,19 +164,42 @@ class Data:
     """Seed of the scenes."""
 
 
+@dataclass(frozen=True)
+class Verify:
+    """Compare a model with transformers' own, site by site and layer by layer. Exit status 1 if one deviates."""
+
+    model: Path
+    """Checkpoint: a Hugging Face directory, or an Orbax directory written by `python -m convert`."""
+    against: Path | None = None
+    """Hugging Face directory of the same model; without it, --model itself if that is one."""
+    adapter: Path | None = None
+    """LoRA adapter of --model to merge in; --against then is the merged model."""
+    prompts: int = 2
+    """Prompts of random tokens."""
+    length: int = 64
+    """Tokens of each."""
+    seed: int = 0
+    """Seed of the tokens."""
+    text: str | None = None
+    """Prompt to take instead of random tokens."""
+    out: Path | None = None
+    """JSON file for all numbers."""
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[StudyCommand, tyro.conf.subcommand("study")]
     | Annotated[Discover, tyro.conf.subcommand("discover")]
     | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. Exit status 2 for bad input, 130 when interrupted."""
+    """Runs one command. Exit status 1 if `verify` finds a deviation, 2 for bad input, 130 when interrupted."""
     options = tyro.cli(Command, prog="jaxmech", description=jm.__doc__, args=arguments)  # pyright: ignore
     try:
-        {Demo: run_demo, StudyCommand: run_study, Discover: run_discover, Data: run_data}[type(options)](options)
+        _COMMANDS[type(options)](options)
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -179,6 +213,25 @@ def run_data(options: Data) -> None:
     examples = jm.boxes.make(options.scenes, options.boxes, options.seed)
     jm.boxes.write(options.out, examples)
     console.print(f"Wrote {len(examples)} examples to {options.out}; the first: {examples[0].sentence}")
+
+
+def run_verify(options: Verify) -> None:
+    """`jaxmech verify`."""
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    path, out = values.pop("model"), values.pop("out")
+    report = verify(path, **values)
+    for check in report.checks:
+        line = f"{check.name}: {'' if check.ok else 'NO, '}{check.detail}"
+        console.print(line, style=None if check.ok else "red", markup=False, highlight=False, soft_wrap=True)
+    for table in deviation_tables(report):
+        console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        write_text(out, json.dumps(_settings(options) | report.to_dict(), indent=2) + "\n")
+    console.print(report.verdict, style="bold" if report.ok else "bold red", highlight=False, soft_wrap=True)
+    if not report.ok:
+        sys.exit(1)
 
 
 def run_demo(options: Demo) -> None:
@@ -262,7 +315,8 @@ def run_discover(options: Discover) -> None:
         "adapter_files": None if options.adapter is None else fingerprint(options.adapter),
         "examples": text_hash(example.sentence for example in examples),
     }
-    run = RunFolder.open(options.out, _settings(options, chain) | sources, overwrite=options.overwrite)
+    settings = _settings(options) | {"stages": [asdict(stage) for stage in chain]}
+    run = RunFolder.open(options.out, settings | sources, overwrite=options.overwrite)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
     _print_accuracies({(options.adapter or options.model).name: model}, pairs)
@@ -288,10 +342,10 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
     console.print(f"Results are in {run.path}: circuit.json, scores.npz, config.json and a heat map (PNG) per stage.")
 
 
-def _settings(options: Any, chain: Sequence[Stage]) -> dict[str, Any]:
+def _settings(options: Any) -> dict[str, Any]:
     """What a run's results depend on, as JSON values: the options but for those that only say where and whether."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    return {k: v for k, v in values.items() if k not in ("out", "overwrite")} | {"stages": [asdict(s) for s in chain]}
+    return {name: value for name, value in values.items() if name not in ("out", "overwrite")}
 
 
 def _print_accuracies(models: Mapping[str, jm.Model], pairs: jm.Pairs) -> None:
@@ -323,6 +377,14 @@ def _warnings_printed() -> Iterator[None]:
         if issubclass(warning.category, UserWarning):
             console.print(f"note: {warning.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
+
+_COMMANDS: dict[type, Any] = {
+    Demo: run_demo,
+    StudyCommand: run_study,
+    Discover: run_discover,
+    Data: run_data,
+    Verify: run_verify,
+}
 
 if __name__ == "__main__":
     main()

@@ -22,13 +22,14 @@ ROWS = (
     ("jaxmech.boxes",),
     ("jaxmech.cone", "jaxmech.batches", "jaxmech.metrics", "jaxmech.scores", "jaxmech.memory", "jaxmech.compat"),
     ("jaxmech.predictions", "jaxmech.bootstrap", "jaxmech.shared_prefix", "jaxmech.suffixes"),
-    ("jaxmech.loading",),
+    ("jaxmech.verify",),
+    ("jaxmech.loading", "jaxmech.deviations", "jaxmech.hf_sites"),
     ("convert",),
     ("jaxmech.checkpoint", "jaxmech.sharding", "jaxmech.provenance", "jaxmech.host_arrays"),
     ("jaxmech.model", "jaxmech.rope", "jaxmech.interventions", "jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
 )
-# They read files that PyTorch wrote; all else runs where it is not installed.
-IMPORT_TORCH_WHEN_CALLED = ("convert.torch_files",)
+# They read what PyTorch wrote, or run transformers' models; all else runs where it is not installed.
+IMPORT_TORCH_WHEN_CALLED = ("jaxmech.hf_sites", "convert.torch_files")
 SOURCES = sorted(path for top in ("jaxmech", "convert") for path in (ROOT / top).rglob("*.py"))
 
 

@@ -14,6 +14,14 @@ tables.py     tables for the terminal
 from jaxmech.report.figures import heat_map
 from jaxmech.report.html import write_report
 from jaxmech.report.style import save_figure
-from jaxmech.report.tables import accuracy_table, circuit_table, study_tables
+from jaxmech.report.tables import accuracy_table, circuit_table, deviation_tables, study_tables
 
-__all__ = ["accuracy_table", "circuit_table", "heat_map", "save_figure", "study_tables", "write_report"]
+__all__ = [
+    "accuracy_table",
+    "circuit_table",
+    "deviation_tables",
+    "heat_map",
+    "save_figure",
+    "study_tables",
+    "write_report",
+]

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from jaxmech.discovery import Circuit, Stage
+from jaxmech.verify import Report
 
 
 def accuracy_table(accuracies: Mapping[str, float], count: int) -> Table:
@@ -61,6 +62,27 @@ def study_tables(results: Mapping[str, Any]) -> list[Table]:
         for group in groups:
             cells = [by_group.get(group) for by_group in found["groups"].values()]
             table.add_row(group, *(_percent(cell["accuracy"]) if cell else "-" for cell in cells))
+        tables.append(table)
+    return tables
+
+
+def deviation_tables(report: Report) -> list[Table]:
+    """How far each site is from transformers' own at most, a table for each dtype."""
+    measures = {
+        "float32": "float32: largest deviation, relative to the largest value",
+        "bfloat16": "bfloat16: root mean square deviation from transformers' float32, relative",
+    }
+    tables = []
+    for dtype, title in measures.items():
+        if not (worst := report.worst(dtype)):
+            continue
+        table = Table(title=title, min_width=len(title))
+        for column in ("site", "worst layer", "deviation", "allowed", "ok"):
+            table.add_column(column, justify="left" if column == "site" else "right")
+        for found in worst:
+            layer = "-" if found.layer is None else str(found.layer)
+            verdict = "yes" if found.ok else "[red]NO[/red]"
+            table.add_row(found.site, layer, f"{found.deviation:.2g}", f"{found.allowed:.2g}", verdict)
         tables.append(table)
     return tables
 
