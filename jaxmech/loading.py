@@ -53,7 +53,7 @@ class Model:
         Raises:
           ValueError: ids outside the vocabulary, an unknown site, or an intervention that fails its check.
         """
-        tokens = check_tokens(self.config, tokens)
+        tokens = check_tokens(self.config, tokens, any_length=True)
         if interventions is not None:
             interventions.check(self.config, tokens.shape)  # values are concrete here, inside jit they are not
         return _apply(self.config, self.weights, tokens, interventions, capture=check_capture(capture))
@@ -64,8 +64,16 @@ def _apply(config: Config, weights: Params, tokens: jax.Array, interventions: In
     return forward(config, weights, tokens, interventions, capture=capture)
 
 
-def check_tokens(config: Config, tokens: jax.Array | np.ndarray) -> np.ndarray:
-    """Token ids [B, T] as int32. ValueError if the rank is wrong or an id lies outside the vocabulary."""
+def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: bool = False) -> np.ndarray:
+    """Token ids [B, T] as int32.
+
+    Args:
+      any_length: allow prompts so long that their RoPE frequencies depend on their length ("dynamic", "longrope"); the
+        methods, in which prompts of different lengths share one cache, do not.
+
+    Raises:
+      ValueError: the rank is wrong, an id lies outside the vocabulary, or the prompts are too long.
+    """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens has shape {tokens.shape} and dtype {tokens.dtype}; expected integers [B, T].")
@@ -73,6 +81,11 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray) -> np.ndarray:
         raise ValueError(
             f"token ids reach from {tokens.min()} to {tokens.max()}; this model's vocabulary has ids "
             f"0..{config.vocab_size - 1}. Were the prompts made with another tokenizer?"
+        )
+    if not any_length and tokens.shape[1] > config.rope.longest:
+        raise ValueError(
+            f"The prompts have {tokens.shape[1]} tokens. This model's RoPE ({config.rope.kind}) depends on the length "
+            f"of prompts over {config.rope.longest} tokens, and the methods do not support that; shorten the prompts."
         )
     return tokens.astype(np.int32)
 

@@ -265,8 +265,7 @@ def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Arr
 
     q and k are as attention takes them but for RoPE: where the family norms them, they are normed.
     """
-    y = einsum(config, "...td,dnh->...tnh", x, weights[site])
-    y = y + weights[f"{site}_bias"].astype(y.dtype) if config.attention_bias else y
+    y = _affine(config, "...td,dnh->...tnh", x, weights[site], weights.get(f"{site}_bias"))
     if config.qk_norm == "none" or site == "v":
         return y
     weight = weights[f"{site}_norm"]
@@ -341,8 +340,7 @@ def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array
 
 def heads_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:
     """The sum over heads of z W_O, [..., T, D], which is linear in z; `added` makes attn_out of it."""
-    y = einsum(config, "...tnh,nhd->...td", z, weights["o"])
-    return y + weights["o_bias"].astype(y.dtype) if config.output_bias else y
+    return _affine(config, "...tnh,nhd->...td", z, weights["o"], weights.get("o_bias"))
 
 
 def added(config: Config, weights: Params, branch: str, y: jax.Array) -> jax.Array:
@@ -360,15 +358,18 @@ def mlp_half(config: Config, weights: Params, x: jax.Array) -> jax.Array:
 def mlp(config: Config, weights: Params, x: jax.Array) -> jax.Array:
     """mlp_out [..., D] of resid_mid x [..., D]: down(act(gate(normed)) * up(normed)), as added to the stream."""
     normed = norm(config, weights["mlp_norm"], x) if config.pre_norm else x
-    gate = _linear(config, weights, "gate", "...d,df->...f", normed)
-    up = _linear(config, weights, "up", "...d,df->...f", normed)
+    gate = _affine(config, "...d,df->...f", normed, weights["gate"], weights.get("gate_bias"))
+    up = _affine(config, "...d,df->...f", normed, weights["up"], weights.get("up_bias"))
     hidden = (jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
-    return added(config, weights, "mlp", _linear(config, weights, "down", "...f,fd->...d", hidden))
+    down = _affine(config, "...f,fd->...d", hidden, weights["down"], weights.get("down_bias"))
+    return added(config, weights, "mlp", down)
 
 
-def _linear(config: Config, weights: Params, name: str, spec: str, x: jax.Array) -> jax.Array:
-    y = einsum(config, spec, x, weights[name])
-    return y + weights[f"{name}_bias"].astype(y.dtype) if config.mlp_bias else y
+def _affine(config: Config, spec: str, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """einsum and, if there is one, the bias, which is added before the sum is rounded to the compute dtype."""
+    if bias is None:
+        return einsum(config, spec, x, w)
+    return (einsum(config, spec, x, w, out=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def einsum(config: Config, spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
