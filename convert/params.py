@@ -28,7 +28,7 @@ from jaxmech import host_arrays
 from jaxmech.config import Config
 from jaxmech.model import check_params, parameter_shapes
 
-PIECE = 1 << 20  # numbers: few enough to stay in a processor's cache on their way
+PIECE = 1 << 19  # numbers: few enough to stay in a processor's cache on their way
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # more than processors: some wait for the disk
 
 Progress = Callable[[int, int], None]

@@ -59,7 +59,7 @@ def save(
     """Writes `params` ({"params": tree}) with `config` and, if given, a Hugging Face tokenizer to `path`.
 
     Everything is written to a folder beside `path` that is renamed at the end, so that an interrupted save leaves no
-    half checkpoint.
+    half checkpoint. Beside `params`, the host holds about twice as much as the largest of them.
 
     Args:
       params: they may lie on several devices; what is written can be read onto any others.
@@ -78,6 +78,8 @@ def save(
     # Weights hardly compress; to try takes most of the time and holds a second copy of the model in memory.
     context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = _one_chunk_a_layer
+    # Its chunks are copies: without a limit they are a second model, too. It must exceed the largest parameter.
+    context.memory.write_concurrent_bytes = 1 + max(x.nbytes for x in jax.tree.leaves(params))
     with context:
         ocp.save(str(unfinished), params, checkpointable_name=PARAMS, custom_metadata=metadata, overwrite=True)
     if tokenizer is not None:
