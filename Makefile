@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Options of the demo (make demo DEMO=--quick).
 DEMO ?=
+# Options of both benchmarks (make bench BENCH=--reference-runs=1).
+BENCH ?=
 # Another Python (make test PYTHON=python3.12) has an environment of its own.
 VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
@@ -16,8 +18,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/bench_path_patching.py --shape small --out out/bench_small.json
-	$(BIN)/python benchmarks/bench_methods.py --shape small --out out/bench_methods_small.json
+	$(BIN)/python benchmarks/bench_path_patching.py --shape small --out out/bench_small.json $(BENCH)
+	$(BIN)/python benchmarks/bench_methods.py --shape small --out out/bench_methods_small.json $(BENCH)
 	$(BIN)/python benchmarks/report.py out/bench_small.json --chart out/bench_small.png
 	$(BIN)/python benchmarks/report.py out/bench_methods_small.json
 
