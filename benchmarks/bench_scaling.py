@@ -44,9 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--reference-limit", type=float, default=20.0, help="no larger points after one that took longer"
     )
+    parser.add_argument("--axes", default=",".join(POINTS), help="comma-separated")
     options = parser.parse_args()
     result = {"machine": machine(), "axes": {}}
     for axis, values in POINTS.items():
+        if axis not in options.axes.split(","):
+            continue
         rows, slow = [], False
         for value in values:
             rows.append(point(varied(axis, value), slow))
@@ -105,7 +108,7 @@ def senders_alone(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage):
 def chart(result: dict) -> Figure:
     """A panel per axis: seconds against size, both logarithmic."""
     figure = Figure(figsize=(10, 4.1), layout="constrained")
-    panels = figure.subplots(1, len(result["axes"]), sharey=True)
+    panels = figure.subplots(1, len(result["axes"]), sharey=True, squeeze=False)[0]
     styles = {
         "jaxmech": ("jaxmech", "#0072b2", "o"),
         "senders": ("its senders alone", "#56b4e9", "^"),
