@@ -117,17 +117,19 @@ QWEN3 = LLAMA | {
     "q_norm": Source(_ATTENTION + "q_norm.weight", "H", "H"),
     "k_norm": Source(_ATTENTION + "k_norm.weight", "H", "H"),
 }
-GEMMA2 = LLAMA | {
-    "attn_post_norm": Source(_LAYER + "post_attention_layernorm.weight", "D", "D"),
-    "mlp_norm": Source(_LAYER + "pre_feedforward_layernorm.weight", "D", "D"),
-    "mlp_post_norm": Source(_LAYER + "post_feedforward_layernorm.weight", "D", "D"),
-}
-OLMO2 = LLAMA | {
-    "q_norm": Source(_ATTENTION + "q_norm.weight", "NH", "N H"),
-    "k_norm": Source(_ATTENTION + "k_norm.weight", "KH", "K H"),
+_POST_NORMS = {
     "attn_post_norm": Source(_LAYER + "post_attention_layernorm.weight", "D", "D"),
     "mlp_post_norm": Source(_LAYER + "post_feedforward_layernorm.weight", "D", "D"),
 }
+GEMMA2 = LLAMA | _POST_NORMS | {"mlp_norm": Source(_LAYER + "pre_feedforward_layernorm.weight", "D", "D")}
+OLMO2 = (
+    LLAMA
+    | _POST_NORMS
+    | {
+        "q_norm": Source(_ATTENTION + "q_norm.weight", "NH", "N H"),
+        "k_norm": Source(_ATTENTION + "k_norm.weight", "KH", "K H"),
+    }
+)
 _QKV, _GATE_UP = ("NH", "KH", "KH"), ("F", "F")
 PHI3 = LLAMA | {
     "q": Source(_ATTENTION + "qkv_proj.weight", "NH D", "D N H", _QKV, 0),

@@ -6,18 +6,16 @@ Reads the layout of transformers 5 (`rope_parameters`, `dtype`) and the older on
 What a family computes is said once, here, in the fields of `Config`; where its tensors are, in `convert.families`.
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert import meta
 from convert.adapters import Adapter, is_adapter
+from convert.json_files import Fields, read_fields, refuse_unknown
 from jaxmech.config import Config, Rope
-
-Fields = Mapping[str, Any]
 
 # Fields without effect on a forward pass: bookkeeping, token ids, training and generation settings.
 IGNORED = frozenset(
@@ -95,7 +93,7 @@ def _gemma2(fields: Fields) -> dict[str, Any]:
         **_gemma(fields),
         **_windows(fields, True, lambda i, _: i % 2 == 1),
         "post_norm": True,
-        "score_scale": fields["query_pre_attn_scalar"] ** -0.5,
+        "score_scale": _number(fields, "query_pre_attn_scalar") ** -0.5,
         "score_cap": fields.get("attn_logit_softcapping") or 0.0,
         "logit_cap": fields.get("final_logit_softcapping") or 0.0,
     }
@@ -108,10 +106,10 @@ def _olmo2(fields: Fields) -> dict[str, Any]:
 def _granite(fields: Fields) -> dict[str, Any]:
     return {
         **_llama(fields),
-        "embed_scale": fields["embedding_multiplier"],
-        "residual_scale": fields["residual_multiplier"],
-        "score_scale": fields["attention_multiplier"],
-        "logit_divisor": fields["logits_scaling"],
+        "embed_scale": _number(fields, "embedding_multiplier"),
+        "residual_scale": _number(fields, "residual_multiplier"),
+        "score_scale": _number(fields, "attention_multiplier"),
+        "logit_divisor": _number(fields, "logits_scaling"),
     }
 
 
@@ -127,6 +125,8 @@ def _windows(fields: Fields, used: Any, is_full: Callable[[int, int], bool]) -> 
         return {}
     full, sliding = LAYER_TYPES
     first = fields.get("max_window_layers", 0)
+    if type(first) is not int or first < 0:
+        raise ValueError(f"max_window_layers={first!r}; expected a number of layers.")
     types = fields.get("layer_types") or [full if is_full(i, first) else sliding for i in range(layers)]
     if len(types) != layers or set(types) - set(LAYER_TYPES):
         raise ValueError(f"layer_types={types}; expected {layers} of {', '.join(map(repr, LAYER_TYPES))}.")
@@ -197,12 +197,7 @@ def _read_config(path: Path) -> Config:
         if is_adapter(path):
             advice = "it is an adapter: give the model that it was trained on, and this as the adapter."
         raise FileNotFoundError(f"{path} holds no config.json and no params.json (found: {found}); {advice}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy or download it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds {type(fields).__name__} {fields!r}; expected a JSON object.")
+    fields = read_fields(file)
     try:
         return config_from_hf(fields)
     except ValueError as error:
@@ -212,13 +207,8 @@ def _read_config(path: Path) -> Config:
 def config_from_hf(fields: Fields) -> Config:
     """A `Config` from the fields of config.json. ValueError names whatever is unknown or unsupported."""
     family = _family(fields)
-    known = READ | IGNORED | UNUSED.keys() | set(family.fields)
-    unknown = sorted(name for name in fields if name not in known and not name.startswith("_"))
-    if unknown:
-        raise ValueError(
-            f"unknown fields {', '.join(f'{name}={fields[name]!r}' for name in unknown)}. They might change what the "
-            "model computes, so they are refused; remove those that do not."
-        )
+    private = {name for name in fields if name.startswith("_")}
+    refuse_unknown(fields, READ | IGNORED | UNUSED.keys() | set(family.fields) | private)
     if used := [name for name, value in UNUSED.items() if fields.get(name) not in (None, value)]:
         raise ValueError(f"{used[0]}={fields[used[0]]!r} is not supported; expected {UNUSED[used[0]]!r}.")
     fields = {**family.defaults, **fields}
@@ -285,6 +275,14 @@ def _size(fields: Fields, name: str, default: int | None = None) -> int:
     return value
 
 
+def _number(fields: Fields, name: str) -> float:
+    """The positive number at `name`."""
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name}={value!r}; expected a positive number.")
+    return value
+
+
 def _rope(fields: Fields) -> Rope:
     """Either layout: `rope_parameters` {rope_theta, rope_type, ...}, or `rope_theta` beside `rope_scaling`.
 
@@ -304,19 +302,25 @@ def _rope(fields: Fields) -> Rope:
             f"rope_type={kind!r} is not supported; choose a checkpoint with one of {', '.join(ROPE_FIELDS)}."
         )
     needed, optional = (names.split() for names in ROPE_FIELDS[kind])
-    if missing := [name for name in needed if name not in parameters]:
+    given = {name: value for name, value in parameters.items() if value is not None}
+    # yarn may say that its factor is null: then it follows from the two context lengths.
+    if missing := [name for name in needed if name not in (parameters if kind == "yarn" else given)]:
         raise ValueError(f"rope_type={kind!r} lacks {', '.join(missing)}; copy the model's original config.json.")
     if unknown := sorted(set(parameters) - {*needed, *optional}):
         raise ValueError(
             f"rope_type={kind!r} has unknown fields {', '.join(unknown)}; remove those that change nothing."
         )
-    given = {name: value for name, value in parameters.items() if value is not None}
+    lists = ("short_factor", "long_factor")
+    for name in given.keys() - {"truncate", *lists}:
+        _number(given, name)
+    if wrong := [name for name in lists if name in given and not isinstance(given[name], list)]:
+        raise ValueError(f"{wrong[0]}={given[wrong[0]]!r}; expected a list of numbers, one for each frequency.")
     if kind in ("default", "linear"):
         return Rope(theta=theta, kind=kind, fraction=fraction, factor=given.get("factor", 1.0))
     limit = _size(fields, "max_position_embeddings", default=2048)
     original = given.pop("original_max_position_embeddings", limit)
-    if kind != "dynamic":
-        original = fields.get("original_max_position_embeddings") or original
+    if kind != "dynamic" and fields.get("original_max_position_embeddings") is not None:
+        original = _size(fields, "original_max_position_embeddings")
     factor = given.setdefault("factor", limit / original)
     if kind in ("yarn", "longrope"):
         scale = _attention_factor(kind, given, factor, original)

@@ -5,7 +5,6 @@ Source: `ModelArgs` and `Transformer` of https://github.com/meta-llama/llama-mod
 `convert_llama_weights_to_hf.py`.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.families import META
+from convert.json_files import read_fields, refuse_unknown
 from convert.torch_files import MappedFiles
 from jaxmech.config import Config, Rope
 
@@ -43,12 +43,7 @@ def read_config(path: Path) -> Config:
       FileNotFoundError: vocab_size is to be read off the embedding, and there are no weights.
     """
     file = path / PARAMS
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy or download it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds {type(fields).__name__} {fields!r}; expected a JSON object.")
+    fields = read_fields(file)
     try:
         _check_fields(fields)
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -60,11 +55,7 @@ def read_config(path: Path) -> Config:
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
-    if unknown := sorted(fields.keys() - READ - IGNORED):
-        raise ValueError(
-            f"unknown fields {', '.join(f'{name}={fields[name]!r}' for name in unknown)}. They might change what the "
-            "model computes, so they are refused; remove those that do not."
-        )
+    refuse_unknown(fields, READ | IGNORED)
     for name in ("dim", "n_layers", "n_heads"):
         if fields.get(name) is None:
             raise ValueError(f"{name!r} is missing; copy the model's original {PARAMS}.")

@@ -163,6 +163,37 @@ BAD = {
         config(rope_parameters={"rope_type": "default", "beta_fast": 32}),
         ["config.json", "unknown fields beta_fast"],
     ),
+    "RoPE with a factor that is null": (
+        "single",
+        config(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": None}),
+        ["config.json", "'linear' lacks factor"],
+    ),
+    "RoPE with a factor that is no number": (
+        "single",
+        config(rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": "4"}),
+        ["config.json", "factor='4'", "positive number"],
+    ),
+    "longrope with one factor for all": (
+        "single",
+        config(rope_parameters={"rope_type": "longrope", "rope_theta": 1.0, "short_factor": 1.0, "long_factor": [1.0]}),
+        ["config.json", "short_factor", "each"],
+    ),
+    "Gemma 2 without a scale of scores": (
+        "single",
+        config(model_type="gemma2", architectures=["Gemma2ForCausalLM"], query_pre_attn_scalar=None),
+        ["config.json", "query_pre_attn_scalar=None", "positive number"],
+    ),
+    "Qwen with windows from no layer": (
+        "single",
+        config(
+            ["attention_bias", "mlp_bias"],
+            model_type="qwen2",
+            architectures=["Qwen2ForCausalLM"],
+            use_sliding_window=True,
+            max_window_layers="2",
+        ),
+        ["config.json", "max_window_layers='2'", "number of layers"],
+    ),
     "RoPE on a part of the head": ("single", config(partial_rotary_factor=0.5), ["config.json", "0.5", "expected 1.0"]),
     "RoPE band of no width": (
         "single",

@@ -3,7 +3,6 @@
 Every field of the file is read, known to have no effect on inference, or refused by name.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-Fields = Mapping[str, Any]
+from convert.json_files import Fields, read_fields, refuse_unknown
+
 Names = tuple[str, ...] | str  # ends of modules' names, or one regular expression of whole names
 T = TypeVar("T")
 
@@ -119,12 +119,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
         raise FileNotFoundError(f"{path} holds no {FILE} (found: {found}); is it an adapter that PEFT saved?")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy or download it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds {type(fields).__name__} {fields!r}; expected a JSON object.")
+    fields = read_fields(file)
     try:
         return adapter_config(fields)
     except ValueError as error:
@@ -164,11 +159,7 @@ def _check_supported(fields: Fields) -> None:
         raise ValueError(
             f"task_type={fields['task_type']!r} is not supported; choose an adapter that was trained for 'CAUSAL_LM'."
         )
-    if unknown := sorted(fields.keys() - READ - IGNORED - UNSUPPORTED):
-        raise ValueError(
-            f"unknown fields {', '.join(f'{name}={fields[name]!r}' for name in unknown)}. They might change what the "
-            "adapter computes, so they are refused; remove those that do not."
-        )
+    refuse_unknown(fields, READ | IGNORED | UNSUPPORTED, what="adapter")
     for name in sorted(UNSUPPORTED & fields.keys()):
         if fields[name]:
             raise ValueError(f"{name}={fields[name]!r} is not supported; expected null or false. {MERGE}")
