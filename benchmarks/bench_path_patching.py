@@ -88,14 +88,13 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
     scores = ours()
     first = time.perf_counter() - started
     times = timed(ours, runs)
-    memory = peak_memory(ours)
     work = sweep_sizes(model, pairs, stage)
     row = {
         **asdict(stage),
         "seconds": statistics.median(times),
         "all_seconds": times,
         "compile_seconds": max(0.0, first - statistics.median(times)),
-        "peak_bytes": memory,
+        "peak_bytes": peak_memory(),
         "compilations": patching.senders._cache_size() - before,
         "cone_flops": flops.cone(model.config, work),
         "naive_flops": flops.naive(model.config, work),
@@ -127,9 +126,8 @@ def timed(run: Callable[[], np.ndarray], runs: int) -> list[float]:
     return times
 
 
-def peak_memory(run: Callable[[], np.ndarray]) -> int | None:
-    """The most bytes that JAX has held on the device once `run` is done; None where the device does not say (CPUs)."""
-    run()
+def peak_memory() -> int | None:
+    """The most bytes that JAX has held on the device so far; None where the device does not say (CPUs)."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

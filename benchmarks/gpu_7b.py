@@ -111,7 +111,7 @@ def rows(shape: shapes.Shape, options: argparse.Namespace, rate: float):
         for make in makers if part in parts else []:
             bench = make()
             row = bench_methods.run(bench, options.runs, 1 if options.sample else 0)
-            yield row | {"peak_bytes": peak_memory(lambda: np.zeros(0))}
+            yield row | {"peak_bytes": peak_memory()}
 
 
 def check(shape: shapes.Shape) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def bench_stage(
         "seconds": seconds,
         "all_seconds": times,
         "compile_seconds": max(0.0, first - seconds),
-        "peak_bytes": peak_memory(lambda: scores),
+        "peak_bytes": peak_memory(),
         "cone_flops": cone,
         "naive_flops": flops.naive(model.config, work),
         "matmul_fraction": cone / seconds / rate,
