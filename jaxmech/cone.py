@@ -48,8 +48,8 @@ class CleanCache:
 
     resid_pre: jax.Array  # [L, C, D], at the suffix tokens
     heads_out: jax.Array | None = None  # [L, B, D], the sum of all heads at p, for a frozen stream
-    k: jax.Array | None = None  # [L, B, T, K, H], rotated, for a live stream
-    v: jax.Array | None = None  # [L, B, T, K, H]
+    k: jax.Array | None = None  # [L, B, K, T, H], rotated, for a live stream; heads first, as products over them want
+    v: jax.Array | None = None  # [L, B, K, T, H]
     first: int = field(default=0, metadata={"static": True})  # layer of the first entries, here and in a `HeadPatch`
 
 
@@ -100,7 +100,7 @@ def clean_cache(
         at_p = {site: sites[site][row, p] for site in ("heads_out", "z")}
         kept = {"heads_out": at_p["heads_out"][:count], "delta_z": at_p["z"][count:] - at_p["z"][:count]}
         kept["resid_pre"] = sites["resid_pre"][suffixes.example, suffixes.position]
-        return kept | {site: sites[site][:count] for site in ("k", "v") if live}
+        return kept | {site: jnp.swapaxes(sites[site][:count], 1, 2) for site in ("k", "v") if live}
 
     kept = observe_prompts(config, weights, prompts, observe)
     delta_z = kept.pop("delta_z")
@@ -113,7 +113,7 @@ def live_cache(
     """Runs the B clean prompts once and keeps what a live stream needs from layer `first` on."""
 
     def observe(sites):
-        kept = {site: sites[site] for site in ("k", "v")}
+        kept = {site: jnp.swapaxes(sites[site], 1, 2) for site in ("k", "v")}
         return kept | {"resid_pre": sites["resid_pre"][suffixes.example, suffixes.position]}
 
     kept = observe_prompts(config, weights, prompts, observe)
@@ -329,7 +329,8 @@ def _attend(
     """
     assert clean.k is not None and clean.v is not None
     span, entry = bucket.span, i - clean.first
-    prefix_k, prefix_v = (x[entry, span.start : span.stop, : span.prefix] for x in (clean.k, clean.v))
+    of_bucket = slice(span.start, span.stop), slice(None), slice(span.prefix)
+    prefix_k, prefix_v = (jnp.swapaxes(x[entry][of_bucket], 1, 2) for x in (clean.k, clean.v))  # [b, P, K, H]
     token, allowed = jnp.arange(span.prefix), queries.allowed
     prefix = token < bucket.position[:, None, None, None]  # [b, 1, 1, P]
     if config.window:

@@ -225,8 +225,8 @@ class _Base(NamedTuple):
     """What is computed once of base prompts: layers from the group's first on, tokens from the role on."""
 
     resid_pre: Array  # [B, W, D] at the first layer, of the suffix, padded with copies of its last token's
-    k: Array  # [B, L, T, K, H], rotated
-    v: Array  # [B, L, T, K, H]
+    k: Array  # [B, L, K, T, H], rotated
+    v: Array  # [B, L, K, T, H]
     p: Array  # [B]
     last: Array  # [B]
 
@@ -362,7 +362,7 @@ def _patched_stream(config: Config, weights: Params, batch: _Batch, weight: jax.
     """resid_post of the last layer at `last`, [B, D], with every head patched by its weight [L, N]."""
     base = batch.base
     count, width, _ = base.resid_pre.shape
-    suffixes = Suffixes.padded(base.p, base.last, width=width, prefix=base.k.shape[2])
+    suffixes = Suffixes.padded(base.p, base.last, width=width, prefix=base.k.shape[3])
     resid_pre = base.resid_pre.reshape(1, count * width, -1)  # of the first layer alone: no other is read
     k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, batch.targets.z))
     clean = cone.CleanCache(resid_pre=resid_pre, k=k, v=v, first=first)

@@ -8,7 +8,7 @@ from conftest import TOLERANCES, assert_close
 from full_forward import path_patch as full_path_patch
 
 import jaxmech as jm
-from jaxmech import path_patching
+from jaxmech import batches, path_patching
 
 MHA = {"num_kv_heads": 4}
 GQA = {"num_kv_heads": 2}
@@ -54,6 +54,20 @@ def test_a_sweep_of_several_calls_equals_full_forwards(
     found = jm.path_patch(model, pairs, sender, receivers, via, progress=lambda done, total: calls.append(total))
     assert 1 < len(calls) == calls[-1]
     assert_close(found.per_example, full_path_patch(model, pairs, sender, receivers, via), TOLERANCES.cone)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("via", ["k", "v"])
+def test_sizes_rounded_up_as_on_accelerators_change_nothing(random_model, random_pairs, monkeypatch, via, step):
+    model = random_model(num_layers=5, **GQA)
+    pairs = random_pairs(model)
+    exact = path_patching.plan(model, pairs, "early", RECEIVERS, via, batch_size=3).batches
+    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), step)
+    rounded = path_patching.plan(model, pairs, "early", RECEIVERS, via, batch_size=3).batches
+    assert rounded.capacity > exact.capacity or rounded.spans != exact.spans
+    assert all(size % step == 0 for size in (rounded.capacity, *(span.width for span in rounded.spans)))
+    found = jm.path_patch(model, pairs, "early", RECEIVERS, via, batch_size=3)
+    assert_close(found.per_example, full_path_patch(model, pairs, "early", RECEIVERS, via), TOLERANCES.cone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])

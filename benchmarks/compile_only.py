@@ -1,0 +1,224 @@
+"""Compiles every kernel of every method for a GPU or TPU that need not be there: memory, work, compilation time.
+
+    python benchmarks/compile_only.py --target h200 --shapes 7b,8b --out out/compile_only.json
+    python benchmarks/compile_only.py --target v5p --shapes 7b --parts stages
+
+Runs the methods as `gpu_7b.py` does, with weights that have a shape but no data, and catches the compiled functions that
+they call: instead of running, each is compiled once for the target (`benchmarks/targets.py`) and answers with zeros.
+Calls are split as they would be on that device beside two models. For each kernel:
+
+  calls        how often it would run
+  arguments, temporaries
+               XLA's plan of the device's memory
+  bodies       of the program and of each of its loops and branches: operations of the matrix products, bytes that
+               everything else moves (`benchmarks/hlo.py`), and the share of the products in the time of both at the
+               rates --rate and --bandwidth
+
+Nothing is timed but the compilation. DCM is planned for few prompts: what it keeps of all prompts is data, which grows
+with them, and a step's is not.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import bench_methods  # noqa: E402
+import flops  # noqa: E402
+import hlo  # noqa: E402
+import shapes  # noqa: E402
+from bench_path_patching import sweep_sizes  # noqa: E402
+from targets import GIB, TARGETS, Target  # noqa: E402
+
+import jaxmech as jm  # noqa: E402
+from jaxmech import batches, memory  # noqa: E402
+from jaxmech.model import abstract_params  # noqa: E402
+
+PARTS = ("stages", "circuits", "DCM", "CMAP", "knockout")
+TWO_MODELS_BESIDE = 0.6  # of the device's memory is JAX's in gpu_7b.py; the rest is PyTorch's
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, default="h200")
+    parser.add_argument("--shapes", default="7b,8b", help="comma-separated, of " + ", ".join(shapes.SHAPES))
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--prompts", type=int, default=300, help="of the stages, CMAP and knockout")
+    parser.add_argument("--circuit-prompts", type=int, default=500)
+    parser.add_argument("--circuits", type=int, default=100)
+    parser.add_argument("--dcm-prompts", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=750e12, help="operations a second of large matrix products")
+    parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second of the device's memory")
+    parser.add_argument("--hlo", type=Path, help="folder for the compiled programs' text")
+    parser.add_argument("--out", type=Path, default=Path("out/compile_only.json"))
+    options = parser.parse_args()
+    result: dict[str, Any] = {"target": options.target, "jax": jax.__version__, "shapes": {}}
+    for name in options.shapes.split(","):
+        found = result["shapes"][name] = {"config": shapes.SHAPES[name].config.to_dict(), "kernels": []}
+        for row in kernels(name, options):
+            found["kernels"].append(row)
+            print(line(row), flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of each part, at the shape of that name."""
+    target, parts = TARGETS[options.target], options.parts.split(",")
+    shape = dataclasses.replace(shapes.SHAPES[name], prompts=options.prompts)
+    weights = abstract_params(shape.config)
+    size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    memory.CPU_BUDGET = int(memory.DEVICE_FRACTION * (TWO_MODELS_BESIDE * target.memory - 2 * size))
+    if memory.CPU_BUDGET < GIB:
+        raise SystemExit(f"{options.target} has {target.memory / GIB:.0f} GiB; two models of {name} do not fit.")
+    batches.ALIGNMENT["cpu"] = batches.ALIGNMENT["gpu"]  # what is planned here is for the target
+    model = jm.Model(shape.config, weights)
+    work = bench_methods.Work(shape, model, model, shapes.pairs(shape), None)
+    many = dataclasses.replace(shape, prompts=options.circuit_prompts)
+    circuits = dataclasses.replace(work, shape=many, pairs=shapes.pairs(many))
+
+    def sweep(stage: shapes.Stage) -> Any:
+        return jm.path_patch(model, work.pairs, stage.sender, stage.receivers, stage.via)
+
+    runs: dict[str, list[tuple[str, Callable[[], Any]]]] = {
+        "stages": [(f"stage {stage.name}", lambda stage=stage: sweep(stage)) for stage in shapes.stages(shape.config)],
+        "circuits": [("circuits", lambda: bench_methods.circuit_evaluation(circuits, options.circuits).ours())],
+        "DCM": [("DCM", lambda: bench_methods.dcm(work, options.dcm_prompts, [0.01], batch=32).ours())],
+        "CMAP": [
+            ("CMAP of groups", lambda: bench_methods.cmap_groups(work).ours()),
+            ("CMAP of heads", lambda: bench_methods.cmap(work, 1).ours()),
+        ],
+        "knockout": [("knockout", lambda: bench_methods.knockout(work).ours())],
+    }
+    cone = {
+        f"stage {s.name}": flops.cone(shape.config, sweep_sizes(model, work.pairs, s))
+        for s in shapes.stages(shape.config)
+    }
+    for part in parts:
+        for label, run in runs[part]:
+            with recorded(target) as record:
+                run()
+            for kernel in record.kernels.values():
+                yield {"work": label, "cone_flops": cone.get(label), **_row(kernel, options, f"{name} {label}")}
+
+
+@dataclasses.dataclass
+class Kernel:
+    """A compiled function at one set of shapes."""
+
+    name: str
+    compiled: Any
+    seconds: float
+    answer: Any
+    calls: int = 0
+
+
+class Record:
+    """What was called instead of run: `kernels` by name and shapes."""
+
+    def __init__(self, target: Target) -> None:
+        self.sharding = SingleDeviceSharding(target.device())
+        self.compiler_options = target.compiler_options
+        self.kernels: dict[Any, Kernel] = {}
+
+    def instead(self, name: str, function: Any) -> Callable[..., Any]:
+        """A function that compiles `function` for the target and returns zeros of its results' shapes."""
+
+        def call(config, *arguments, **static):
+            arguments = jax.tree.map(self._abstract, arguments)
+            key = name, jax.tree.structure(arguments), tuple(jax.tree.leaves(arguments)), tuple(static.items())
+            if key not in self.kernels:
+                lowered = function.lower(config, *arguments, **static)
+                started = time.perf_counter()
+                compiled = lowered.compile(self.compiler_options)
+                seconds = time.perf_counter() - started
+                answer = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), lowered.out_info)
+                self.kernels[key] = Kernel(name, compiled, seconds, answer)
+            self.kernels[key].calls += 1
+            return self.kernels[key].answer
+
+        return call
+
+    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+        dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+        return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(dtype), sharding=self.sharding)
+
+
+@contextmanager
+def recorded(target: Target) -> Iterator[Record]:
+    """Within, the jit-compiled functions of jaxmech are compiled for the target instead of run."""
+    record, replaced = Record(target), []
+    for module in [module for name, module in sys.modules.items() if name.startswith("jaxmech.")]:
+        for name, value in list(vars(module).items()):
+            instead: Any = None
+            if isinstance(value, jax.stages.Wrapped):
+                instead = record.instead(name, value)
+            elif isinstance(value, tuple) and any(isinstance(x, jax.stages.Wrapped) for x in value):
+                instead = type(value)(*(record.instead(x.__name__, x) for x in value))
+            if instead is not None:
+                replaced.append((module, name, value))
+                setattr(module, name, instead)
+    try:
+        yield record
+    finally:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+
+
+def _row(kernel: Kernel, options: argparse.Namespace, label: str) -> dict[str, Any]:
+    text, plan = kernel.compiled.as_text(), kernel.compiled.memory_analysis()
+    if options.hlo:
+        options.hlo.mkdir(parents=True, exist_ok=True)
+        (options.hlo / f"{label} {kernel.name}.txt".replace(" ", "_")).write_text(text)
+    bodies = []
+    for cost in hlo.costs(text):
+        products, rest = cost.flops / options.rate, cost.bytes_moved / options.bandwidth
+        if products + rest > 1e-4:
+            largest = [{"bytes": count, "name": x.name, "source": x.source} for count, x in cost.moved[:5]]
+            bodies.append(
+                {
+                    "name": cost.name,
+                    "flops": cost.flops,
+                    "bytes_moved": cost.bytes_moved,
+                    "share_of_products": products / (products + rest),
+                    "largest": largest,
+                }
+            )
+    return {
+        "kernel": kernel.name,
+        "calls": kernel.calls,
+        "compile_seconds": kernel.seconds,
+        "argument_bytes": plan.argument_size_in_bytes,
+        "temporary_bytes": plan.temp_size_in_bytes,
+        "bodies": bodies,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    head = (
+        f"{row['work']}: {row['kernel']} x {row['calls']}, compiled in {row['compile_seconds']:.1f} s, arguments "
+        f"{row['argument_bytes'] / GIB:.1f} GiB, temporaries {row['temporary_bytes'] / GIB:.1f} GiB"
+    )
+    bodies = [
+        f"  {x['flops'] / 1e12:8.2f} TFLOP, {x['bytes_moved'] / 1e9:6.1f} GB moved, products "
+        f"{100 * x['share_of_products']:3.0f} %  {x['name']}"
+        for x in row["bodies"]
+    ]
+    return "\n".join([head, *bodies])
+
+
+if __name__ == "__main__":
+    main()
