@@ -1,10 +1,23 @@
 """What all tests share: JAX settings, the tolerance table and small models with random weights."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 
-import jax
+# Most of the time of the tests is compilation of programs that run once: as little optimization as XLA offers, and the
+# emitters that compile fastest, which only jaxlib 0.10 still has. Processes that tests start inherit this. XLA_FLAGS
+# in the environment replaces it; the empty string tests what users run.
+FAST_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
+if version("jaxlib").startswith("0.10."):
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
