@@ -15,7 +15,7 @@ demo: $(VENV)/.run
 	$(BIN)/jaxmech demo --out out/demo $(DEMO)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_path_patching.py --shape small --out out/bench_small.json $(BENCH)

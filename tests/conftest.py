@@ -50,6 +50,11 @@ def pytest_report_header() -> str:
     return f"PyTorch is not installed; left out: {', '.join(NEEDS_TORCH)}" if collect_ignore else "with PyTorch"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first: pytest-xdist gives a process whole files, and all should end at the same time."""
+    items.sort(key=lambda item: item.path.name not in ("test_cli.py", "test_study.py"))
+
+
 @dataclass(frozen=True)
 class Tolerances:
     """Largest difference allowed, relative to the largest value compared."""
