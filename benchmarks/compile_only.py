@@ -3,9 +3,9 @@
     python benchmarks/compile_only.py --target h200 --shapes 7b,8b --out out/compile_only.json
     python benchmarks/compile_only.py --target v5p --shapes 7b --parts stages
 
-Runs the methods as `gpu_7b.py` does, with weights that have a shape but no data, and catches the compiled functions that
-they call: instead of running, each is compiled once for the target (`benchmarks/targets.py`) and answers with zeros.
-Calls are split as they would be on that device beside two models. For each kernel:
+Runs the methods as `gpu_7b.py` does, with weights that have a shape but no data, and catches the compiled functions
+that they call: instead of running, each is compiled once for the target (`benchmarks/targets.py`) and answers with
+zeros. Calls are split as they would be on that device beside two models. For each kernel:
 
   calls        how often it would run
   arguments, temporaries

@@ -14,8 +14,8 @@ from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Span, Suffixes
 
 BUCKETS = 4  # parts of a batch that attend together, padded to the longest suffix and prefix in it
-# Packed tokens, widths of suffixes and lengths of prefixes are multiples of this where that adds little: the matrix units
-# of GPUs and TPUs take no others, and where sizes are not, XLA copies the operands of every product into padded ones.
+# Packed tokens, widths of suffixes and lengths of prefixes are multiples of this where that adds little: the matrix
+# units of GPUs and TPUs take no others, and where sizes are not, XLA copies the operands of every product.
 ALIGNMENT = {"cpu": 1, "gpu": 8, "tpu": 8}
 
 
