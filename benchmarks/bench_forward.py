@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import flops  # noqa: E402
 import shapes  # noqa: E402
-from bench_path_patching import machine, matmul_rate, timed  # noqa: E402
+from measuring import machine, matmul_rate, timed  # noqa: E402
 
 from jaxmech.accuracy import clean_logits  # noqa: E402
 

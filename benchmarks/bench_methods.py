@@ -34,10 +34,11 @@ ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import shapes  # noqa: E402
-from bench_path_patching import machine, timed  # noqa: E402
+from measuring import comma_separated, machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 
+METHODS = ("circuit", "DCM", "CMAP", "knockout")  # how the names of the rows start
 CIRCUITS = 32
 LAMBDAS = [0.01 * 2**i for i in range(8)]
 DCM_HEADS, DCM_BATCH, DCM_EPOCHS = 8, 16, 2
@@ -87,12 +88,14 @@ def main() -> None:
     parser.add_argument("--reference-runs", type=int, default=3, help="timed runs of PyTorch, after a warm-up")
     parser.add_argument("--dcm-prompts", type=int, default=128)
     parser.add_argument("--cmap-heads", type=int, default=8, help="heads that PyTorch runs; its time is extrapolated")
-    parser.add_argument("--methods", default="circuit,DCM,CMAP,knockout", help="comma-separated starts of their names")
+    parser.add_argument(
+        "--methods", type=comma_separated(METHODS), default=",".join(METHODS), help="comma-separated starts of names"
+    )
     options = parser.parse_args()
     shape = shapes.SHAPES[options.shape]
     reference_runs = options.reference_runs if find_spec("torch") else 0
     models = shapes.random_model(shape.config), shapes.random_model(shape.config, seed=1)
-    work = Work(shape, *models, shapes.pairs(shape), twins(models) if reference_runs else None)
+    work = Work(shape, *models, shapes.pairs(shape), twins(*models) if reference_runs else None)
     result = {
         "shape": options.shape,
         "prompts": shape.prompts,
@@ -112,19 +115,19 @@ def main() -> None:
         knockout(work),
     ]
     for bench in benches:
-        if bench.name.startswith(tuple(options.methods.split(","))):
+        if bench.name.startswith(tuple(options.methods)):
             result["methods"].append(run(bench, options.runs, reference_runs))
             print(json.dumps(result["methods"][-1]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            save(options.out, result)
     print(f"Wrote {options.out}.")
 
 
-def twins(models: tuple[jm.Model, jm.Model]) -> tuple[Any, Any]:
-    """The models in PyTorch."""
+def twins(model: jm.Model, tuned: jm.Model) -> tuple[Any, Any]:
+    """The two models in PyTorch; one, twice, if they are the same."""
     from to_torch import in_torch
 
-    return in_torch(models[0]), in_torch(models[1])
+    theirs = in_torch(model)
+    return theirs, theirs if tuned is model else in_torch(tuned)
 
 
 def run(bench: Bench, runs: int, reference_runs: int) -> dict:

@@ -14,18 +14,13 @@ jaxmech and torch do; without torch, or with --comparisons "", jaxmech is timed 
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).parent
@@ -33,16 +28,25 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import flops  # noqa: E402
 import shapes  # noqa: E402
+from measuring import comma_separated, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching as patching  # noqa: E402
+
+EVERY_STAGE = ("hooks", "reachable", "lean")
+COMPARISONS = (*EVERY_STAGE, "incremental", "transformer_lens", "nnsight")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
-    parser.add_argument("--comparisons", default="hooks,incremental", help="comma-separated; empty for none")
+    parser.add_argument(
+        "--comparisons",
+        type=comma_separated(COMPARISONS),
+        default="hooks,incremental",
+        help=f"comma-separated, of {', '.join(COMPARISONS)}; empty for none",
+    )
     parser.add_argument("--runs", type=int, default=5, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--reference-runs", type=int, default=5, help="timed runs of each comparison, after a warm-up")
     parser.add_argument("--stages", default="1234", help="digits of the stages to run")
@@ -51,8 +55,7 @@ def main() -> None:
     shape = shapes.SHAPES[options.shape]
     model = shapes.random_model(shape.config)
     pairs = shapes.pairs(shape, boxes=not options.random_prompts)
-    wanted = [name for name in options.comparisons.split(",") if name]
-    compare = comparisons(model, pairs, wanted) if wanted else {}
+    compare = comparisons(model, pairs, options.comparisons) if options.comparisons else {}
     result = {
         "shape": options.shape,
         "shared_prefixes": not options.random_prompts,
@@ -72,8 +75,7 @@ def main() -> None:
         row["matmul_fraction"] = row["cone_flops"] / row["seconds"] / result["matmul_flops_per_s"]
         result["stages"].append(row)
         print(json.dumps(row), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.out, result)
     print(f"Wrote {options.out}.")
 
 
@@ -101,7 +103,7 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
         "comparisons": {},
     }
     for name, run in compare.items():
-        if name not in ("hooks", "reachable", "lean") and (stage.sender != "last" or stage.via not in (None, "q")):
+        if name not in EVERY_STAGE and (stage.sender != "last" or stage.via not in (None, "q")):
             continue
         theirs = run(stage)
         difference = float(np.abs(theirs - scores).max() / np.abs(theirs).max())
@@ -114,21 +116,6 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
             "largest_relative_difference": difference,
         }
     return row
-
-
-def timed(run: Callable[[], np.ndarray], runs: int) -> list[float]:
-    """Seconds of each run; `run` returns a NumPy array, so that nothing is left in flight."""
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return times
-
-
-def peak_memory() -> int | None:
-    """The most bytes that JAX has held on the device so far; None where the device does not say (CPUs)."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def sweep_sizes(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage) -> flops.Sweep:
@@ -178,37 +165,6 @@ def peers(model, run: Callable) -> dict[str, Callable]:
         return run(lambda model, *arguments: module.path_patch(loaded, *arguments))
 
     return {"transformer_lens": sweep(transformer_lens_sweep), "nnsight": sweep(nnsight_sweep)}
-
-
-def matmul_rate(dtype, size: int | None = None) -> float:
-    """FLOP/s of square matrix products of this dtype on the first device, the best of ten."""
-    size = size or (8192 if jax.default_backend() == "gpu" else 2048)
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(x, x))
-    times = timed(lambda: jax.block_until_ready(product(x, x)), 10)
-    return 2.0 * size**3 / min(times)
-
-
-def machine() -> dict:
-    """What the numbers depend on besides the code."""
-    packages = ("jaxmech", "jax", "jaxlib", "flax", "numpy", "transformers")
-    versions = {name: version(name) for name in packages}
-    try:
-        import torch
-
-        versions["torch"], threads = torch.__version__, torch.get_num_threads()
-    except ImportError:
-        threads = None
-    return {
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch_threads": threads,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file  # noqa: E402
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
-from bench_path_patching import machine  # noqa: E402
+from measuring import machine  # noqa: E402
 
 import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402

@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import jax  # noqa: E402
 import shapes  # noqa: E402
-from bench_path_patching import comparisons, machine, timed  # noqa: E402
+from bench_path_patching import comparisons  # noqa: E402
+from measuring import comma_separated, machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching  # noqa: E402
@@ -44,11 +45,11 @@ def main() -> None:
     parser.add_argument(
         "--reference-limit", type=float, default=20.0, help="no larger points after one that took longer"
     )
-    parser.add_argument("--axes", default=",".join(POINTS), help="comma-separated")
+    parser.add_argument("--axes", type=comma_separated(POINTS), default=",".join(POINTS), help="comma-separated")
     options = parser.parse_args()
     result = {"machine": machine(), "axes": {}}
     for axis, values in POINTS.items():
-        if axis not in options.axes.split(","):
+        if axis not in options.axes:
             continue
         rows, slow = [], False
         for value in values:
@@ -56,8 +57,7 @@ def main() -> None:
             slow = slow or max(x or 0 for x in rows[-1]["hooks"]) > options.reference_limit
             print(axis, value, json.dumps(rows[-1]), flush=True)
         result["axes"][axis] = {"values": values, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.out, result)
     chart(result).savefig(options.chart, dpi=160)
 
 

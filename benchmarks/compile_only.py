@@ -20,7 +20,6 @@ with them, and a step's is not.
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ import flops  # noqa: E402
 import hlo  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import sweep_sizes  # noqa: E402
+from measuring import comma_separated, save  # noqa: E402
 from targets import GIB, TARGETS, Target  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
@@ -53,8 +53,13 @@ TWO_MODELS_BESIDE = 0.6  # of the device's memory is JAX's in gpu_7b.py; the res
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, default="h200")
-    parser.add_argument("--shapes", default="7b,8b", help="comma-separated, of " + ", ".join(shapes.SHAPES))
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument(
+        "--shapes",
+        type=comma_separated(shapes.SHAPES),
+        default="7b,8b",
+        help="comma-separated, of " + ", ".join(shapes.SHAPES),
+    )
+    parser.add_argument("--parts", type=comma_separated(PARTS), default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--prompts", type=int, default=300, help="of the stages, CMAP and knockout")
     parser.add_argument("--circuit-prompts", type=int, default=500)
     parser.add_argument("--circuits", type=int, default=100)
@@ -65,18 +70,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/compile_only.json"))
     options = parser.parse_args()
     result: dict[str, Any] = {"target": options.target, "jax": jax.__version__, "shapes": {}}
-    for name in options.shapes.split(","):
+    for name in options.shapes:
         found = result["shapes"][name] = {"config": shapes.SHAPES[name].config.to_dict(), "kernels": []}
         for row in kernels(name, options):
             found["kernels"].append(row)
             print(line(row), flush=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+            save(options.out, result)
 
 
 def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each kernel of each part, at the shape of that name."""
-    target, parts = TARGETS[options.target], options.parts.split(",")
+    target = TARGETS[options.target]
     shape = dataclasses.replace(shapes.SHAPES[name], prompts=options.prompts)
     weights = abstract_params(shape.config)
     size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
@@ -106,7 +110,7 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         f"stage {s.name}": flops.cone(shape.config, sweep_sizes(model, work.pairs, s))
         for s in shapes.stages(shape.config)
     }
-    for part in parts:
+    for part in options.parts:
         for label, run in runs[part]:
             with recorded(target) as record:
                 run()

@@ -1,9 +1,9 @@
 """Times every method at the shapes of Llama-7B and Llama-3.1-8B on one large GPU, against PyTorch on the same GPU.
 
     python benchmarks/gpu_7b.py --out out/gpu_7b.json              # on the GPU; no network
-    python benchmarks/gpu_7b.py --dry-run                          # anywhere: compiles, counts, plans; runs nothing
 
-For each shape, in bfloat16 with random weights that are made on the device:
+`compile_only.py` compiles the same work for such a GPU without having one. This script, for each shape, in bfloat16
+with random weights that are made on the device:
 
   check      four layers of the shape in float32: scores of the causal cone equal those of full forward passes
   stages     the paper's four stages, 300 prompts of 57 tokens
@@ -29,7 +29,6 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # the rest is for PyTorch's copy of the weights
 
-import jax
 import numpy as np
 
 ROOT = Path(__file__).parent
@@ -39,19 +38,23 @@ import bench_methods  # noqa: E402
 import flops  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
-from bench_path_patching import machine, matmul_rate, peak_memory, sweep_sizes, timed  # noqa: E402
+from bench_path_patching import sweep_sizes  # noqa: E402
+from measuring import comma_separated, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
-from jaxmech import memory, path_patching  # noqa: E402
-from jaxmech.model import abstract_params  # noqa: E402
 
 PARTS = ("check", "stages", "circuits", "DCM", "CMAP", "knockout")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="7b,8b", help="comma-separated, of " + ", ".join(shapes.SHAPES))
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument(
+        "--shapes",
+        type=comma_separated(shapes.SHAPES),
+        default="7b,8b",
+        help="comma-separated, of " + ", ".join(shapes.SHAPES),
+    )
+    parser.add_argument("--parts", type=comma_separated(PARTS), default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("out/gpu_7b.json"))
     parser.add_argument("--runs", type=int, default=3, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--sample", type=int, default=8, help="units that PyTorch runs of each; 0: no PyTorch")
@@ -59,15 +62,10 @@ def main() -> None:
     parser.add_argument("--circuit-prompts", type=int, default=500)
     parser.add_argument("--circuits", type=int, default=100)
     parser.add_argument("--dcm-prompts", type=int, default=1000)
-    parser.add_argument("--dry-run", action="store_true", help="compile for this machine's device; run nothing")
-    parser.add_argument("--memory", type=float, default=139.0, help="GiB of the GPU that a dry run plans for")
     options = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "options": _plain(options), "shapes": {}}
-    for name in options.shapes.split(","):
+    for name in options.shapes:
         shape = dataclasses.replace(shapes.SHAPES[name], prompts=options.prompts)
-        if options.dry_run:
-            result["shapes"][name] = dry_run(shape, options.memory)
-            continue
         rate = matmul_rate(shape.config.compute_dtype)
         found: dict[str, Any] = {"config": shape.config.to_dict(), "matmul_flops_per_s": rate, "rows": []}
         result["shapes"][name] = found
@@ -76,26 +74,21 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             save(options.out, result)
     save(options.out, result)
-    if not options.dry_run:
-        print(report.gpu_table(result))
+    print(report.gpu_table(result))
 
 
 def rows(shape: shapes.Shape, options: argparse.Namespace, rate: float):
     """The rows of the table, one after another."""
-    parts = options.parts.split(",")
-    if "check" in parts:
+    if "check" in options.parts:
         yield check(shape)
-    models = shapes.random_model(shape.config), None
-    needs_tuned = "CMAP" in parts
-    if needs_tuned:
-        models = models[0], shapes.random_model(shape.config, seed=1)
-    torch_models = in_torch(models) if options.sample else None
+    model = shapes.random_model(shape.config)
+    tuned = shapes.random_model(shape.config, seed=1) if "CMAP" in options.parts else model
+    torch_models = bench_methods.twins(model, tuned) if options.sample else None
     pairs = shapes.pairs(shape)
-    if "stages" in parts:
+    if "stages" in options.parts:
         for stage in shapes.stages(shape.config):
-            yield bench_stage(models[0], torch_models, pairs, stage, options, rate)
-    tuned = models[1] or models[0]
-    work = bench_methods.Work(shape, models[0], tuned, pairs, torch_models)
+            yield bench_stage(model, torch_models, pairs, stage, options, rate)
+    work = bench_methods.Work(shape, model, tuned, pairs, torch_models)
     many = dataclasses.replace(shape, prompts=options.circuit_prompts)
     benches: dict[str, list[Callable[[], bench_methods.Bench]]] = {
         "circuits": [
@@ -108,7 +101,7 @@ def rows(shape: shapes.Shape, options: argparse.Namespace, rate: float):
         "knockout": [lambda: bench_methods.knockout(work, options.sample)],
     }
     for part, makers in benches.items():
-        for make in makers if part in parts else []:
+        for make in makers if part in options.parts else []:
             bench = make()
             row = bench_methods.run(bench, options.runs, 1 if options.sample else 0)
             yield row | {"peak_bytes": peak_memory()}
@@ -194,54 +187,6 @@ def reference_stage(
         "ratio": total / seconds,
         "largest_relative_difference": float(np.abs(scores[index] - expected[index]).max() / np.abs(scores).max()),
     }
-
-
-def in_torch(models: tuple[jm.Model, jm.Model | None]) -> tuple[Any, Any]:
-    """The models in PyTorch."""
-    from to_torch import in_torch
-
-    base, tuned = models
-    return in_torch(base), None if tuned is None else in_torch(tuned)
-
-
-def dry_run(shape: shapes.Shape, gibibytes: float) -> dict[str, Any]:
-    """Compiles the four stages for the device at hand with abstract weights: memory and operations, nothing is run.
-
-    Examples a call are those that a GPU of so much memory would run beside two models. Temporaries are what XLA plans
-    for this device; a GPU's fusions differ, so they are a guide.
-    """
-    config = shape.config
-    weights = abstract_params(config)["params"]
-    size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    memory.CPU_BUDGET = int(memory.DEVICE_FRACTION * (0.6 * gibibytes * 2**30 - 2 * size))
-    model, pairs = jm.Model(config, {"params": weights}), shapes.pairs(shape)
-    found: dict[str, Any] = {"weights_bytes": int(size), "budget_bytes": memory.CPU_BUDGET, "rows": []}
-    prepare = jax.jit(path_patching.prepare.__wrapped__, static_argnames=("config", "live"))
-    senders = jax.jit(path_patching.senders.__wrapped__, static_argnames=("config", "via"))
-    for stage in shapes.stages(config):
-        plan = path_patching.plan(model, pairs, stage.sender, stage.receivers, stage.via)
-        batch, live = plan.batch(plan.batches.rows[0]), plan.receivers is not None
-        prepared = prepare.lower(config, weights, batch, live=live)
-        swept = senders.lower(config, weights, prepared.out_info, plan.calls[0], plan.receivers, via=stage.via)
-        work = sweep_sizes(model, pairs, stage)
-        row: dict[str, Any] = {"name": stage.name, "examples_per_call": len(plan.batches.rows[0])}
-        row |= {"batches": len(plan.batches.rows), "calls": len(plan.calls), "senders": len(plan.calls[0].senders)}
-        for name, lowered in (("prepare", prepared), ("senders", swept)):
-            started = time.perf_counter()
-            analysis = lowered.compile().memory_analysis()
-            row[f"{name}_compile_seconds"] = time.perf_counter() - started
-            row[f"{name}_temporary_bytes"] = analysis.temp_size_in_bytes
-            row[f"{name}_argument_bytes"] = analysis.argument_size_in_bytes
-        row |= {"cone_flops": flops.cone(config, work), "naive_flops": flops.naive(config, work)}
-        found["rows"].append(row)
-        print(json.dumps(row), flush=True)
-    return found
-
-
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Writes what has been measured so far: a run that is cut off loses nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import shapes  # noqa: E402
-from bench_path_patching import machine, timed  # noqa: E402
+from measuring import machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech.discovery import read_chain  # noqa: E402
@@ -58,8 +58,7 @@ def main() -> None:
         result["models"][name] = demo(name, options.scenes, options.runs)
     if options.shape:
         result["models"][options.shape] = random(options.shape, options.prompts, options.runs)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.out, result)
     print(table(result))
 
 

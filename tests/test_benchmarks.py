@@ -138,3 +138,10 @@ def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, re
     total = counted(lambda w, b: path_patching.prepare.__wrapped__(model.config, w, b, live=live), model.weights, batch)
     total += sum(counted(step(call), model.weights, inputs) for call in plan.calls)
     assert abs(total / flops.cone(model.config, work) - 1) < 0.1
+
+
+def test_an_unknown_word_of_a_list_is_refused_with_those_that_are_known(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--comparisons", "hooks,hoks"])
+    with pytest.raises(SystemExit):
+        bench_path_patching.main()
+    assert "unknown: 'hoks'; expected some of hooks, reachable, lean" in capsys.readouterr().err

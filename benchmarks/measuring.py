@@ -1,0 +1,80 @@
+"""What the benchmark scripts share: timing, what is said about the machine, lists as options, results as JSON."""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def comma_separated(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """The `type` of an option that takes some of the words `allowed`, or none, with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        found = [word.strip() for word in text.split(",") if word.strip()]
+        if unknown := [word for word in found if word not in allowed]:
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(map(repr, unknown))}; expected some of {', '.join(allowed)}, with commas between"
+            )
+        return found
+
+    return parse
+
+
+def timed(run: Callable[[], np.ndarray], runs: int) -> list[float]:
+    """Seconds of each run; `run` returns a NumPy array, so that nothing is left in flight."""
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def peak_memory() -> int | None:
+    """The most bytes that JAX has held on the device so far; None where the device does not say (CPUs)."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def matmul_rate(dtype, size: int | None = None) -> float:
+    """FLOP/s of square matrix products of this dtype on the first device, the best of ten."""
+    size = size or (8192 if jax.default_backend() == "gpu" else 2048)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    times = timed(lambda: jax.block_until_ready(product(x, x)), 10)
+    return 2.0 * size**3 / min(times)
+
+
+def machine() -> dict:
+    """What the numbers depend on besides the code."""
+    packages = ("jaxmech", "jax", "jaxlib", "flax", "numpy", "transformers")
+    versions = {name: version(name) for name in packages}
+    try:
+        import torch
+
+        versions["torch"], threads = torch.__version__, torch.get_num_threads()
+    except ImportError:
+        threads = None
+    return {
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": threads,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def save(path: Path, result: dict) -> None:
+    """Writes what has been measured so far: a run that is cut off loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
