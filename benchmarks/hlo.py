@@ -1,4 +1,4 @@
-"""Reads a compiled program's text (HLO): its matrix products, and what else it moves through memory.
+"""Reads a compiled program's text (HLO, of GPUs or CPUs): its matrix products, and what else it moves through memory.
 
 For each computation that is run (the entry and the bodies of loops and branches): the operations of its matrix
 products and the bytes that all other instructions read and write, as XLA fused them. Slices and gathers count as what
@@ -8,15 +8,15 @@ may hold what is counted here, and small kernels cost more than their bytes.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 ITEM = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-# Instructions that move nothing themselves; the ends of asynchronous copies stand for their starts.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "fusion-done"}
+# Instructions that move nothing themselves.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 TAKES_PART = {"dynamic-slice", "slice", "gather"}
 SHAPE = re.compile(r"(" + "|".join(ITEM) + r")\[([\d,]*)\]")
-HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\) -> .* \{$")
+HEADER = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(
     r"^\s+(?P<root>ROOT )?%(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)"
 )
@@ -47,6 +47,16 @@ class Instruction:
     def called(self) -> list[str]:
         """The computations that it consists of, as a fusion, or applies to elements."""
         return re.findall(r"(?:calls|to_apply)=%([\w.-]+)", self.rest)
+
+    @property
+    def fused(self) -> str | None:
+        """The computation that it is, if it is a fusion or starts one that runs beside others."""
+        return self.called[0] if self.op in ("fusion", "fusion-start") else None
+
+    @property
+    def moves(self) -> bool:
+        """Whether it takes time; the end of what runs beside others does not, its start stands for it."""
+        return self.op not in FREE and not self.op.endswith("-done")
 
 
 Computation = dict[str, Instruction]
@@ -80,8 +90,8 @@ def costs(text: str) -> list[Cost]:
         if name in inside:
             continue
         products = {x.name: _flops(computations, body, x) for x in body.values()}
-        others = [x for x in body.values() if x.op not in FREE and not products.get(x.name)]
-        moved = [(_bytes_read(computations, body, x) + _bytes_written(computations, x), x) for x in others]
+        others = [x for x in body.values() if x.moves and not products[x.name]]
+        moved = [(_bytes_read(computations, body, x) + _bytes_written(computations, body, x), x) for x in others]
         found.append(Cost(name, sum(products.values()), sorted(moved, key=lambda pair: -pair[0])))
     return found
 
@@ -110,8 +120,8 @@ def size(shape: str) -> int:
 
 def _flops(computations: dict[str, Computation], body: Computation, product: Instruction) -> float:
     """2 x the size of the result x the contracted size of the left operand, of a product or those in a fusion."""
-    if product.op == "fusion":
-        inner = computations[product.called[0]]
+    if product.fused:
+        inner = computations[product.fused]
         return sum(_flops(computations, inner, x) for x in inner.values())
     dims = re.search(r'lhs_contracting_dim(?:ension)?s"?[:=][\[{]([^\]}]*)', product.rest)
     left = body.get(product.operands[0]) if product.operands else None
@@ -122,43 +132,48 @@ def _flops(computations: dict[str, Computation], body: Computation, product: Ins
 
 
 def _bytes_read(computations: dict[str, Computation], body: Computation, instruction: Instruction) -> int:
-    operands = [size(body[name].shape) for name in instruction.operands if name in body]
-    if instruction.op in TAKES_PART:
-        return size(instruction.shape)
-    if instruction.op != "fusion":
-        return sum(operands)
-    inner = computations[instruction.called[0]]
-    return sum(_taken(inner, x) for x in inner.values() if x.op == "parameter")
+    names = {name for name in instruction.operands if name in body}
+    return sum(_taken(computations, body, name, [instruction]) for name in names)
 
 
-def _taken(inner: Computation, parameter: Instruction) -> int:
-    """Bytes of a fusion's parameter that it reads: all, or what slices take; nothing of what is updated in place."""
-    names, users = {parameter.name}, []
-    for x in inner.values():  # in order of definition: bitcasts before what uses them
-        if names & set(x.operands):
-            if x.op == "bitcast":
-                names.add(x.name)
-            else:
-                users.append(x)
-    parts = 0
-    for x in users:
-        updated = x.op == "dynamic-update-slice" and x.operands[0] in names
-        if not updated and x.op not in TAKES_PART:
-            return size(parameter.shape)
-        parts += 0 if updated else size(x.shape)
-    return min(parts, size(parameter.shape))
+def _taken(computations: dict[str, Computation], body: Computation, name: str, users: Iterable[Instruction]) -> int:
+    """Bytes of the array `name` that the instructions `users` of the same computation read.
+
+    All of it, or what slices take; nothing of what is updated in place.
+    """
+    same, taken, whole = {name}, 0, size(body[name].shape)
+    for user in users:  # in order of definition: bitcasts before what uses them
+        places = [i for i, operand in enumerate(user.operands) if operand in same]
+        if not places:
+            continue
+        if user.op == "bitcast":
+            same.add(user.name)
+        elif user.fused:
+            inner = computations[user.fused]
+            parameters = [x for x in inner.values() if x.op == "parameter" and int(x.rest.split(")")[0]) in places]
+            taken += sum(_taken(computations, inner, x.name, inner.values()) for x in parameters)
+        elif user.op in TAKES_PART and places == [0]:
+            taken += size(user.shape)
+        elif user.op != "dynamic-update-slice" or places != [0]:
+            return whole
+    return min(taken, whole)
 
 
-def _bytes_written(computations: dict[str, Computation], instruction: Instruction) -> int:
+def _bytes_written(computations: dict[str, Computation], body: Computation, instruction: Instruction) -> int:
+    """The size of its result; of what it updates in place, the size of the update."""
     if instruction.op == "dynamic-update-slice":
-        return 0  # its update is counted as read; it is written once as well, but so little that it does not matter
-    if instruction.op == "fusion":
-        inner = computations[instruction.called[0]]
-        roots = [x for x in inner.values() if x.root]
-        if roots and roots[0].op == "tuple":
-            roots = [inner[name] for name in roots[0].operands if name in inner]
-        while roots and roots[0].op == "bitcast":
-            roots = [inner[roots[0].operands[0]], *roots[1:]]
-        if roots and all(x.op == "dynamic-update-slice" for x in roots):
-            return sum(size(inner[x.operands[1]].shape) for x in roots)
-    return size(instruction.shape)
+        return size(body[instruction.operands[1]].shape)
+    if instruction.op == "copy-start":  # its result has the operand as well
+        return size(body[instruction.operands[0]].shape)
+    if not instruction.fused:
+        return size(instruction.shape)
+    inner = computations[instruction.fused]
+    (root,) = (x for x in inner.values() if x.root)
+    results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
+    return sum(_bytes_written(computations, inner, _before_bitcasts(inner, result)) for result in results)
+
+
+def _before_bitcasts(body: Computation, x: Instruction) -> Instruction:
+    while x.op == "bitcast":
+        x = body[x.operands[0]]
+    return x
