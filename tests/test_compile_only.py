@@ -18,31 +18,31 @@ from jaxmech import batches, memory  # noqa: E402
 
 PROGRAM = """
 %slice_of_weights (parameter_0: f32[10,20,30], parameter_1: s32[]) -> f32[1,20,30] {
-  %parameter_0 = f32[10,20,30]{2,1,0} parameter(0)
+  %parameter_0 = f32[10,20,30] parameter(0)
   %parameter_1 = s32[] parameter(1)
-  ROOT %part = f32[1,20,30]{2,1,0} dynamic-slice(%parameter_0, %parameter_1), dynamic_slice_sizes={1,20,30}
+  ROOT %part = f32[1,20,30] dynamic-slice(%parameter_0, %parameter_1), dynamic_slice_sizes={1,20,30}
 }
 
 %kept (parameter_0: f32[10,5,30], parameter_1: f32[5,30], parameter_2: s32[]) -> f32[10,5,30] {
-  %parameter_0 = f32[10,5,30]{2,1,0} parameter(0)
-  %parameter_1 = f32[5,30]{1,0} parameter(1)
-  %new = f32[1,5,30]{2,1,0} bitcast(%parameter_1)
+  %parameter_0 = f32[10,5,30] parameter(0)
+  %parameter_1 = f32[5,30] parameter(1)
+  %new = f32[1,5,30] bitcast(%parameter_1)
   %parameter_2 = s32[] parameter(2)
-  ROOT %updated = f32[10,5,30]{2,1,0} dynamic-update-slice(%parameter_0, %new, %parameter_2), metadata={op_name="keep"}
+  ROOT %updated = f32[10,5,30] dynamic-update-slice(%parameter_0, %new, %parameter_2), metadata={op_name="keep"}
 }
 
 %body (carry: (s32[], f32[10,20,30], f32[5,20], f32[10,5,30])) -> (s32[], f32[10,20,30], f32[5,20], f32[10,5,30]) {
-  %carry = (s32[], f32[10,20,30]{2,1,0}, f32[5,20]{1,0}, f32[10,5,30]{2,1,0}) parameter(0)
+  %carry = (s32[], f32[10,20,30], f32[5,20], f32[10,5,30]) parameter(0)
   %i = s32[] get-tuple-element(%carry), index=0
-  %weights = f32[10,20,30]{2,1,0} get-tuple-element(%carry), index=1
-  %x = f32[5,20]{1,0} get-tuple-element(%carry), index=2
-  %results = f32[10,5,30]{2,1,0} get-tuple-element(%carry), index=3
-  %fusion-start = ((f32[10,20,30]{2,1,0}, s32[]), f32[1,20,30]{2,1,0}, u32[]) fusion-start(%weights, %i), kind=kLoop, calls=%slice_of_weights
-  %w = f32[1,20,30]{2,1,0} fusion-done(%fusion-start)
-  %w.1 = f32[20,30]{1,0} bitcast(%w)
-  %product = f32[5,30]{1,0} dot(%x, %w.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  %all = f32[10,5,30]{2,1,0} fusion(%results, %product, %i), kind=kLoop, calls=%kept, metadata={op_name="keep"}
-  ROOT %next = (s32[], f32[10,20,30]{2,1,0}, f32[5,20]{1,0}, f32[10,5,30]{2,1,0}) tuple(%i, %weights, %x, %all)
+  %weights = f32[10,20,30] get-tuple-element(%carry), index=1
+  %x = f32[5,20] get-tuple-element(%carry), index=2
+  %results = f32[10,5,30] get-tuple-element(%carry), index=3
+  %fusion-start = ((f32[10,20,30], s32[]), f32[1,20,30], u32[]) fusion-start(%weights, %i), calls=%slice_of_weights
+  %w = f32[1,20,30] fusion-done(%fusion-start)
+  %w.1 = f32[20,30] bitcast(%w)
+  %product = f32[5,30] dot(%x, %w.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all = f32[10,5,30] fusion(%results, %product, %i), kind=kLoop, calls=%kept, metadata={op_name="keep"}
+  ROOT %next = (s32[], f32[10,20,30], f32[5,20], f32[10,5,30]) tuple(%i, %weights, %x, %all)
 }
 """
 
