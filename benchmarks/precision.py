@@ -1,30 +1,36 @@
 """What low precision does to path patching: the scores, the heads they choose, and the time.
 
-    python benchmarks/precision.py --out out/precision.json            # the demo pair and the 1B shape
-    python benchmarks/precision.py --shape "" --out out/precision.json # the demo pair alone
+    python benchmarks/precision.py --out out/precision.json              # the demo pair and the 1B shape
+    python benchmarks/precision.py --shapes "" --out out/precision.json  # the demo pair alone
 
 Each precision is compared with float32 `highest`, stage by stage: the Spearman correlation of the mean scores of all
-heads that have a path, how many of the top k heads are the same (k as the chain asks, 20 for the random model), and the
+heads that have a path, how many of the top k heads are the same (k as the chain asks, 20 for a random model), and the
 largest difference relative to the largest score. Receivers are those of the float32 circuit in every precision, so that
 a stage's row says what that stage does; "circuit" says how much of a whole discovery agrees. Then the accuracy of the
 discovered circuit alone (demo pair), and the median time of the stages together.
 
-  bfloat16     weights and activations bfloat16
-  TF32         float32, products as JAX does them by default: TF32 on recent NVIDIA GPUs, bfloat16 on TPUs
-  3xTF32       float32, `precision="high"`: three products (bf16x3 on TPUs)
-  float32      float32, `precision="highest"`
+  float32        `precision="highest"`
+  3xTF32         float32, products "TF32_TF32_F32_X3" (NVIDIA GPUs alone)
+  bf16x6         float32, products "BF16_BF16_F32_X6"
+  bf16x3         float32, products "BF16_BF16_F32_X3"; on TPUs this is `precision="high"`
+  TF32           float32, products "TF32_TF32_F32" (NVIDIA GPUs alone): JAX's default on recent ones, and "high"
+  bf16 products  float32, products "BF16_BF16_F32": JAX's default on TPUs
+  bfloat16       weights and activations bfloat16
 
-On a CPU the last three are the same arithmetic. The random model has effects far above rounding; it and its prompts are
-those of the other benchmarks. Needs neither tyro nor rich.
+On a CPU, all but the first and the last are emulated (`emulation.py`), and no times are given. The random model has
+effects far above rounding; it and its prompts are those of the other benchmarks. Needs neither tyro nor rich.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scipy.stats import spearmanr
 
@@ -32,40 +38,60 @@ ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import shapes  # noqa: E402
-from measuring import machine, save, timed  # noqa: E402
+from emulation import emulated  # noqa: E402
+from measuring import comma_separated, machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech.discovery import read_chain  # noqa: E402
 
 PRECISIONS = {
     "float32": {"dtype": "float32", "precision": "highest"},
-    "3xTF32": {"dtype": "float32", "precision": "high"},
-    "TF32": {"dtype": "float32", "precision": "default"},
+    "3xTF32": {"dtype": "float32", "precision": "TF32_TF32_F32_X3"},
+    "bf16x6": {"dtype": "float32", "precision": "BF16_BF16_F32_X6"},
+    "bf16x3": {"dtype": "float32", "precision": "BF16_BF16_F32_X3"},
+    "TF32": {"dtype": "float32", "precision": "TF32_TF32_F32"},
+    "bf16 products": {"dtype": "float32", "precision": "BF16_BF16_F32"},
     "bfloat16": {"dtype": "bfloat16", "precision": "default"},
 }
+GPUS_ALONE = ("3xTF32", "TF32")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/precision.json"))
-    parser.add_argument("--shape", default="1b", help="of the random model; empty for none")
-    parser.add_argument("--prompts", type=int, default=100, help="of the random model")
+    parser.add_argument(
+        "--shapes", type=comma_separated(shapes.SHAPES), default="1b", help="of random models; empty for none"
+    )
+    parser.add_argument("--prompts", type=int, default=100, help="of the random models")
     parser.add_argument("--scenes", type=int, default=20, help="of seven prompts each, of the demo pair")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine(), "models": {}}
-    for name in ("base", "tuned"):
-        result["models"][name] = demo(name, options.scenes, options.runs)
-    if options.shape:
-        result["models"][options.shape] = random(options.shape, options.prompts, options.runs)
-    save(options.out, result)
+    on_cpu = jax.default_backend() == "cpu"
+    result: dict[str, Any] = {"machine": machine(), "emulated": on_cpu, "prompts": options.prompts, "models": {}}
+    with emulated() if on_cpu else nullcontext():
+        for name, found in studies(options, [how for how in PRECISIONS if runs_here(how)]):
+            result["models"][name] = found
+            save(options.out, result)
     print(table(result))
 
 
-def demo(name: str, scenes: int, runs: int) -> dict[str, Any]:
+def runs_here(how: str) -> bool:
+    return jax.default_backend() != "tpu" or how not in GPUS_ALONE
+
+
+def studies(options: argparse.Namespace, precisions: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of each model and what is found of it in the `precisions`."""
+    runs = 0 if jax.default_backend() == "cpu" else options.runs
+    for name in ("base", "tuned"):
+        yield name, demo(name, options.scenes, precisions, runs)
+    for name in options.shapes:
+        yield name, random(name, options.prompts, precisions, runs)
+
+
+def demo(name: str, scenes: int, precisions: list[str], runs: int) -> dict[str, Any]:
     """The demo's chain of sweeps on one of its models."""
     chain = read_chain(jm.demo.path("chain.toml"))
-    models = {name_: jm.load(jm.demo.path(name), **how) for name_, how in PRECISIONS.items()}
+    models = {how: jm.load(jm.demo.path(name), **PRECISIONS[how]) for how in precisions}
     examples = jm.boxes.make(n_scenes=2 * scenes, n_boxes=7, seed=0)
     pairs = jm.boxes.pairs(examples[: 7 * scenes], models["float32"].tokenizer, seed=0)
     other = jm.boxes.pairs(examples[7 * scenes :], models["float32"].tokenizer, seed=1)
@@ -86,20 +112,21 @@ def demo(name: str, scenes: int, runs: int) -> dict[str, Any]:
     return found
 
 
-def random(name: str, prompts: int, runs: int) -> dict[str, Any]:
+def random(name: str, prompts: int, precisions: list[str], runs: int) -> dict[str, Any]:
     """The paper's four stages on a random model of a benchmark shape, weights in bfloat16 throughout."""
     config = shapes.SHAPES[name].config
     pairs = shapes.pairs(shapes.Shape(config, prompts, shapes.SHAPES[name].tokens))
     weights = shapes.random_model(config)
-    models = {how: jm.Model(config.replace(**fields), weights.params) for how, fields in PRECISIONS.items()}
+    models = {how: jm.Model(config.replace(**PRECISIONS[how]), weights.params) for how in precisions}
     stages = shapes.stages(config)
-    return sweeps(models, pairs, stages, [20] * len(stages), runs)
+    k = min(20, config.num_layers * config.num_heads // 4)
+    return sweeps(models, pairs, stages, [k] * len(stages), runs)
 
 
 def sweeps(
     models: dict[str, jm.Model], pairs: jm.Pairs, stages: list[shapes.Stage], ks: list[int], runs: int
 ) -> dict[str, Any]:
-    """Scores of all stages in every precision, compared with the first, and the time they take together."""
+    """Scores of all stages in every precision, compared with the first, and the time they take together if `runs`."""
     found: dict[str, Any] = {}
     exact: list[jm.PathScores] = []
     for how, model in models.items():
@@ -112,7 +139,7 @@ def sweeps(
         rows = [compared(*both, k) for *both, k in zip(scores, exact, ks, strict=True)]
         for stage, row in zip(stages, rows, strict=True):
             row["stage"] = stage.name
-        found[how] = {"stages": rows, "seconds": statistics.median(timed(run, runs))}
+        found[how] = {"stages": rows, "seconds": statistics.median(timed(run, runs)) if runs else None}
         print(how, json.dumps(found[how]), flush=True)
     return found
 
@@ -140,7 +167,8 @@ def table(result: dict[str, Any]) -> str:
             same = ", ".join(f"{round(stage['top_k'] * stage['k'])}/{stage['k']}" for stage in stages)
             worst = max(stage["largest_relative_difference"] for stage in stages)
             circuit = f"{100 * row['circuit']:.0f} % the same" if "circuit" in row else "-"
-            rows.append(f"| {name} | {how} | {spearman} | {same} | {worst:.1e} | {circuit} | {row['seconds']:.3g} s |")
+            time = f"{row['seconds']:.3g} s" if row["seconds"] else "-"
+            rows.append(f"| {name} | {how} | {spearman} | {same} | {worst:.1e} | {circuit} | {time} |")
     return "\n".join(rows)
 
 

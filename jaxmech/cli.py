@@ -103,7 +103,7 @@ class StudyCommand:
     dtype: str = "float32"
     """dtype of parameters and activations: float32, bfloat16 or float16."""
     precision: str = "default"
-    """Precision of matrix products: default, high or highest."""
+    """How float32 products are computed: default, highest, BF16_BF16_F32_X3, ... (docs/precision.md)."""
     batch_size: int | None = None
     """Examples per call; without it, as many as fit the memory budget."""
     models_in_memory: int = 2
@@ -143,7 +143,7 @@ class Discover:
     dtype: str = "float32"
     """dtype of parameters and activations: float32, bfloat16 or float16."""
     precision: str = "default"
-    """Precision of matrix products: default, high or highest."""
+    """How float32 products are computed: default, highest, BF16_BF16_F32_X3, ... (docs/precision.md)."""
     batch_size: int | None = None
     """Examples per call; without it, as many as fit the memory budget."""
     overwrite: bool = False

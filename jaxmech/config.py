@@ -10,7 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-PRECISIONS = ("default", "high", "highest")
+# JAX's `jax.lax.Precision`, and its dot algorithms (`jax.lax.DotAlgorithmPreset`) of float32 numbers.
+PRECISIONS = (
+    *("default", "high", "highest"),
+    *("TF32_TF32_F32", "TF32_TF32_F32_X3", "BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6"),
+)
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 NORM_STYLES = ("llama", "float32", "gemma")
@@ -108,8 +112,11 @@ class Config:
       tie_embeddings: the unembedding is the transposed embedding.
       param_dtype: dtype in which parameters are stored.
       dtype: dtype of the activations; norms, softmax, RoPE angles and logits are float32 in any case.
-      precision: precision of matmuls. On GPU and TPU JAX's default float32 product is not float32; "highest" is.
-        "default" leaves the choice to JAX (`jax.default_matmul_precision`).
+      precision: how products of float32 numbers are computed, as JAX names it; those of other dtypes know one way.
+        "default" leaves it to JAX (`jax.default_matmul_precision`): TF32 on recent NVIDIA GPUs, bfloat16 on TPUs.
+        "high" is three bfloat16 products on TPUs, but TF32 on GPUs. "highest" is float32. The names of dot algorithms
+        ("BF16_BF16_F32_X3": three bfloat16 products, about 16 bits; "TF32_TF32_F32_X3") mean the same on every device
+        that has them: TPUs have the BF16 ones alone, CPUs compute these in float32. docs/precision.md compares them.
     """
 
     vocab_size: int

@@ -373,8 +373,8 @@ def _affine(config: Config, spec: str, x: jax.Array, w: jax.Array, bias: jax.Arr
 
 
 def einsum(config: Config, spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
-    """einsum in the compute dtype and the config's precision; `out` is the result's dtype if another."""
-    precision = None if config.precision == "default" else config.precision
+    """einsum in the compute dtype and, if that is float32, the config's precision; `out` is the result's dtype."""
+    precision = config.precision if x.dtype == jnp.float32 and config.precision != "default" else None
     return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=out or x.dtype)
 
 
