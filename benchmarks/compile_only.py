@@ -76,6 +76,7 @@ def main() -> None:
             found["kernels"].append(row)
             print(line(row), flush=True)
             save(options.out, result)
+        print(table(found["kernels"]))
 
 
 def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -222,6 +223,23 @@ def line(row: dict[str, Any]) -> str:
         for x in row["bodies"]
     ]
     return "\n".join([head, *bodies])
+
+
+def table(kernels: list[dict[str, Any]]) -> str:
+    """The kernels of a shape as Markdown; of each, what its heaviest body does."""
+    rows = [
+        "| work | kernel | calls | compiled in | arguments | temporaries | heaviest body: products | moved | share |"
+    ]
+    rows.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for row in kernels:
+        sizes = f"{row['argument_bytes'] / GIB:.1f} GiB | {row['temporary_bytes'] / GIB:.1f} GiB"
+        found = "- | - | -"
+        if row["bodies"]:
+            x = max(row["bodies"], key=lambda x: x["flops"] / x["share_of_products"] if x["flops"] else 0)
+            found = f"{x['flops'] / 1e12:.2f} TFLOP | {x['bytes_moved'] / 1e9:.1f} GB | {x['share_of_products']:.0%}"
+        calls = f"{row['calls']} | {row['compile_seconds']:.0f} s"
+        rows.append(f"| {row['work']} | `{row['kernel']}` | {calls} | {sizes} | {found} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
