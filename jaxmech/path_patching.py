@@ -82,10 +82,12 @@ def path_patch(
                 jax.block_until_ready(outcomes[-1])
                 progress(batch * len(sweep.calls) + len(outcomes), len(sweep.batches.rows) * len(sweep.calls))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *outcomes)
-        clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, sweep.rows)))
-        # Rows that fill up the last batch are examples of the same batch, so that they are written twice alike.
-        scores[: sweep.rows - 1, rows] = effect(metric, patched, clean)
-        probability[rows] = np.exp(clean.log_probability)
+        heads = np.concatenate([call.senders for call in sweep.calls])
+        reference = _clean_rows(heads)
+        clean = jax.tree.map(lambda x, of=reference: x[of], found)
+        # What fills up the last call or batch are rows of the same, so that they are written twice alike.
+        scores[heads[heads != CLEAN, None], rows] = effect(metric, found, clean)[heads != CLEAN]
+        probability[rows] = np.exp(clean.log_probability[0])
     return PathScores(scores.reshape(config.num_layers, config.num_heads, -1), probability, metric)
 
 
@@ -117,8 +119,8 @@ class Plan:
       corrupt_p: int [B], the sender's position in the corrupt prompts.
       labels, wrong_labels: int [B].
       receivers: bool [L, N], or None for the logits.
-      calls: together the clean row and then all senders, layer by layer.
-      rows: the clean row and all senders; the last call repeats some of its own.
+      calls: together all senders, layer by layer, behind a clean row; in low precision each call has its own, since
+        calls start at different layers, where the rounding of their streams differs.
     """
 
     batches: Batches
@@ -127,7 +129,6 @@ class Plan:
     wrong_labels: np.ndarray  # [B]
     receivers: np.ndarray | None  # [L, N]
     calls: list[Call]
-    rows: int
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The examples `rows`, one of `batches.rows`."""
@@ -165,9 +166,8 @@ def plan(
         batch_size = _examples_per_call(config, last - p + 1, prompts[0].shape[1], live=mask is not None)
     batches = Batches.plan(prompts, p, last, batch_size)
     sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
-    rows = np.append(CLEAN, np.arange(sender_layers * config.num_heads))
-    calls = _calls(config, mask, rows, len(batches.rows[0]), batches.capacity)
-    return Plan(batches, corrupt_p, pairs.labels, wrong_labels, mask, calls, len(rows))
+    calls = _calls(config, mask, np.arange(sender_layers * config.num_heads), len(batches.rows[0]), batches.capacity)
+    return Plan(batches, corrupt_p, pairs.labels, wrong_labels, mask, calls)
 
 
 class Inputs(NamedTuple):
@@ -226,10 +226,18 @@ def _outcome(
 
 
 def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, examples: int, capacity: int) -> list[Call]:
-    """The `senders`, in equal parts, for batches of so many examples and packed suffix tokens."""
+    """Clean rows and the `senders`, in equal parts, for batches of so many examples and packed suffix tokens."""
+    in_each = config.compute_dtype != np.float32
+    rows = senders if in_each else np.append(CLEAN, senders)
     work = max(examples / TOKENS_PER_CALL["frozen"], 0 if mask is None else capacity / TOKENS_PER_CALL["live"])
-    parts = calls_of_equal_size(senders, work, most=len(senders) // config.num_heads)  # at least a layer's in a call
-    return [Call(part, *_span(config, mask, max(0, int(part[0])) // config.num_heads)) for part in parts]
+    parts = calls_of_equal_size(rows, work, most=len(senders) // config.num_heads)  # at least a layer's in a call
+    parts = [np.append(CLEAN, part) for part in parts] if in_each else parts
+    return [Call(part, *_span(config, mask, int(part[part != CLEAN][0]) // config.num_heads)) for part in parts]
+
+
+def _clean_rows(senders: np.ndarray) -> np.ndarray:
+    """For each row of all calls, the clean one that it is compared with: the last one up to it."""
+    return np.maximum.accumulate(np.where(senders == CLEAN, np.arange(len(senders)), 0))
 
 
 def _span(config: Config, mask: np.ndarray | None, first: int) -> tuple[int, int, int]:

@@ -56,6 +56,22 @@ def test_a_sweep_of_several_calls_equals_full_forwards(
     assert_close(found.per_example, full_path_patch(model, pairs, sender, receivers, via), TOLERANCES.cone)
 
 
+@pytest.mark.parametrize(("sender", "receivers", "via"), [("last", None, None), ("last", [(1, 1), (5, 1)], "v")])
+def test_rounding_of_low_precision_does_not_pass_for_an_effect(
+    random_model, random_pairs, monkeypatch, sender, receivers, via
+):
+    """Corrupt prompts like the clean ones change nothing, whatever layer a call starts at.
+
+    The model is wide: sums of few numbers round alike, however they are computed.
+    """
+    monkeypatch.setattr(path_patching, "TOKENS_PER_CALL", {"frozen": 1, "live": 1})
+    sizes = {"num_layers": 6, "width": 512, "head_dim": 32, "mlp_width": 512}
+    model = random_model(**sizes, dtype="bfloat16", param_dtype="bfloat16")
+    pairs = random_pairs(model, count=16)
+    same = jm.Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.positions, pairs.positions)
+    assert not jm.path_patch(model, same, sender, receivers, via).per_example.any()
+
+
 @pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("via", ["k", "v"])
 def test_sizes_rounded_up_as_on_accelerators_change_nothing(random_model, random_pairs, monkeypatch, via, step):
