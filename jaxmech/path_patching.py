@@ -227,12 +227,13 @@ def _outcome(
 
 def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, examples: int, capacity: int) -> list[Call]:
     """Clean rows and the `senders`, in equal parts, for batches of so many examples and packed suffix tokens."""
-    in_each = config.compute_dtype != np.float32
+    in_each = config.compute_dtype != np.float32 and len(senders) > 0
     rows = senders if in_each else np.append(CLEAN, senders)
     work = max(examples / TOKENS_PER_CALL["frozen"], 0 if mask is None else capacity / TOKENS_PER_CALL["live"])
     parts = calls_of_equal_size(rows, work, most=len(senders) // config.num_heads)  # at least a layer's in a call
     parts = [np.append(CLEAN, part) for part in parts] if in_each else parts
-    return [Call(part, *_span(config, mask, int(part[part != CLEAN][0]) // config.num_heads)) for part in parts]
+    lowest = [int(np.append(part[part != CLEAN], 0)[0]) // config.num_heads for part in parts]
+    return [Call(part, *_span(config, mask, layer)) for part, layer in zip(parts, lowest, strict=True)]
 
 
 def _clean_rows(senders: np.ndarray) -> np.ndarray:

@@ -72,6 +72,13 @@ def test_rounding_of_low_precision_does_not_pass_for_an_effect(
     assert not jm.path_patch(model, same, sender, receivers, via).per_example.any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_receivers_in_the_first_layer_are_reached_by_no_head(random_model, random_pairs, dtype):
+    model = random_model(dtype=dtype)
+    found = jm.path_patch(model, random_pairs(model), "early", [(0, 1)], "v")
+    assert not found.per_example.any() and (found.probability > 0).all()
+
+
 @pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("via", ["k", "v"])
 def test_sizes_rounded_up_as_on_accelerators_change_nothing(random_model, random_pairs, monkeypatch, via, step):
