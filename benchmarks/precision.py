@@ -4,7 +4,7 @@
     python benchmarks/precision.py --shapes "" --out out/precision.json  # the demo pair alone
 
 Each precision is compared with float32 `highest`, stage by stage: the Spearman correlation of the mean scores of all
-heads that have a path, how many of the top k heads are the same (k as the chain asks, 20 for a random model), and the
+heads that have a path, how many of the top k heads are the same (k as the demo asks, 20 for a random model), and the
 largest difference relative to the largest score. Receivers are those of the float32 circuit in every precision, so that
 a stage's row says what that stage does; "circuit" says how much of a whole discovery agrees. Then the accuracy of the
 discovered circuit alone (demo pair), and the median time of the stages together.
@@ -63,7 +63,7 @@ def main() -> None:
         "--shapes", type=comma_separated(shapes.SHAPES), default="1b", help="of random models; empty for none"
     )
     parser.add_argument("--prompts", type=int, default=100, help="of the random models")
-    parser.add_argument("--scenes", type=int, default=20, help="of seven prompts each, of the demo pair")
+    parser.add_argument("--scenes", type=int, default=20, help="of seven prompts each, of the demo pair; 0: not it")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
@@ -82,7 +82,7 @@ def runs_here(how: str) -> bool:
 def studies(options: argparse.Namespace, precisions: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name of each model and what is found of it in the `precisions`."""
     runs = 0 if jax.default_backend() == "cpu" else options.runs
-    for name in ("base", "tuned"):
+    for name in ("base", "tuned") if options.scenes else ():
         yield name, demo(name, options.scenes, precisions, runs)
     for name in options.shapes:
         yield name, random(name, options.prompts, precisions, runs)
@@ -95,13 +95,13 @@ def demo(name: str, scenes: int, precisions: list[str], runs: int) -> dict[str, 
     examples = jm.boxes.make(n_scenes=2 * scenes, n_boxes=7, seed=0)
     pairs = jm.boxes.pairs(examples[: 7 * scenes], models["float32"].tokenizer, seed=0)
     other = jm.boxes.pairs(examples[7 * scenes :], models["float32"].tokenizer, seed=1)
-    circuits = {how: jm.discover(model, pairs, chain=chain) for how, model in models.items()}
+    circuits = {how: jm.discover(model, pairs, chain=chain, k=jm.demo.HEADS) for how, model in models.items()}
     exact = circuits["float32"].groups
     stages = [
         shapes.Stage(stage.group, stage.sender, exact.get(stage.receivers) if stage.receivers else None, stage.via)
         for stage in chain
     ]
-    found = sweeps(models, pairs, stages, [stage.k for stage in chain], runs)
+    found = sweeps(models, pairs, stages, [jm.demo.HEADS[stage.group] for stage in chain], runs)
     chosen = {
         how: {(group, *head) for group, heads in c.groups.items() for head in heads} for how, c in circuits.items()
     }
@@ -157,16 +157,18 @@ def compared(scores: jm.PathScores, exact: jm.PathScores, k: int) -> dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    rows = ["| model | precision | Spearman, each stage | top k the same | largest difference | circuit | time |"]
-    rows.append("| --- | --- | --- | --- | ---: | ---: | ---: |")
+    """The result as Markdown; Spearman and top k stage by stage, the accuracy that of the circuit alone."""
+    columns = ("model", "precision", "Spearman", "top k the same", "largest difference", "circuit", "accuracy", "time")
+    rows = [f"| {' | '.join(columns)} |", "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |"]
     for name, found in result["models"].items():
         for how, row in found.items():
             stages = row["stages"]
             spearman = ", ".join(f"{stage['spearman']:.4f}" for stage in stages)
             same = ", ".join(f"{round(stage['top_k'] * stage['k'])}/{stage['k']}" for stage in stages)
             worst = max(stage["largest_relative_difference"] for stage in stages)
-            circuit = f"{100 * row['circuit']:.0f} % the same" if "circuit" in row else "-"
+            circuit = "- | -"
+            if "circuit" in row:
+                circuit = f"{row['circuit']:.0%} the same | {row['accuracy_of_circuit']:.1%}"
             time = f"{row['seconds']:.3g} s" if row["seconds"] else "-"
             rows.append(f"| {name} | {how} | {spearman} | {same} | {worst:.1e} | {circuit} | {time} |")
     return "\n".join(rows)

@@ -32,8 +32,6 @@ from jaxmech.study import STAGES, Settings, StudyFolder, run
 from jaxmech.verify import verify
 
 console = Console()
-# More heads than the chain's own numbers: with those the circuit is easy to read, with these it does the task.
-DEMO_HEADS = {"value_fetcher": 12, "object_lookup": 8, "object_binder": 8, "label_matcher": 12}
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,7 @@ def run_demo(options: Demo) -> None:
         base=jm.demo.path("base"),
         tuned=(jm.demo.path("tuned"),),
         chain=read_chain(jm.demo.path("chain.toml")),
-        k=DEMO_HEADS,
+        k=jm.demo.HEADS,
         train=320,
         validation=160,
         test=160,
