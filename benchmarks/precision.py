@@ -51,7 +51,7 @@ PRECISIONS = {
     "bf16x3": {"dtype": "float32", "precision": "BF16_BF16_F32_X3"},
     "TF32": {"dtype": "float32", "precision": "TF32_TF32_F32"},
     "bf16 products": {"dtype": "float32", "precision": "BF16_BF16_F32"},
-    "bfloat16": {"dtype": "bfloat16", "precision": "default"},
+    "bfloat16": {"dtype": "bfloat16"},
 }
 GPUS_ALONE = ("3xTF32", "TF32")
 

@@ -158,9 +158,11 @@ class _Ablated(NamedTuple):
 def _sum_of_z(config: Config, weights: Params, tokens: Array, weight: Array) -> jax.Array:
     """Weighted sum over prompts of z, float32 [L, T, N, H]."""
     whole = SharedPrompts(jnp.zeros((1, 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32), tokens)
-    return observe_prompts(
-        config, weights, whole, lambda sites: jnp.einsum("b,btnh->tnh", weight, sites["z"].astype(jnp.float32))
-    )
+
+    def observe(sites):
+        return jnp.einsum("b,btnh->tnh", weight, sites["z"].astype(jnp.float32), precision="highest")
+
+    return observe_prompts(config, weights, whole, observe)
 
 
 @partial(jax.jit, static_argnames="config")

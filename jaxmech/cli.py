@@ -100,8 +100,8 @@ class StudyCommand:
     """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
     dtype: str = "float32"
     """dtype of parameters and activations: float32, bfloat16 or float16."""
-    precision: str = "default"
-    """How float32 products are computed: default, highest, BF16_BF16_F32_X3, ... (docs/precision.md)."""
+    precision: str = "highest"
+    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
     batch_size: int | None = None
     """Examples per call; without it, as many as fit the memory budget."""
     models_in_memory: int = 2
@@ -140,8 +140,8 @@ class Discover:
     """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
     dtype: str = "float32"
     """dtype of parameters and activations: float32, bfloat16 or float16."""
-    precision: str = "default"
-    """How float32 products are computed: default, highest, BF16_BF16_F32_X3, ... (docs/precision.md)."""
+    precision: str = "highest"
+    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
     batch_size: int | None = None
     """Examples per call; without it, as many as fit the memory budget."""
     overwrite: bool = False

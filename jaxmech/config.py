@@ -113,8 +113,8 @@ class Config:
       param_dtype: dtype in which parameters are stored.
       dtype: dtype of the activations; norms, softmax, RoPE angles and logits are float32 in any case.
       precision: how products of float32 numbers are computed, as JAX names it; those of other dtypes know one way.
-        "default" leaves it to JAX (`jax.default_matmul_precision`): TF32 on recent NVIDIA GPUs, bfloat16 on TPUs.
-        "high" is three bfloat16 products on TPUs, but TF32 on GPUs. "highest" is float32. The names of dot algorithms
+        "highest" is float32. "high" is three bfloat16 products on TPUs, but TF32 on GPUs. "default" leaves it to JAX
+        (`jax.default_matmul_precision`): TF32 on recent NVIDIA GPUs, bfloat16 on TPUs. The names of dot algorithms
         ("BF16_BF16_F32_X3": three bfloat16 products, about 16 bits; "TF32_TF32_F32_X3") mean the same on every device
         that has them: TPUs have the BF16 ones alone, CPUs compute these in float32. docs/precision.md compares them.
     """
@@ -149,7 +149,7 @@ class Config:
     tie_embeddings: bool = False
     param_dtype: str = "float32"
     dtype: str = "float32"
-    precision: str = "default"
+    precision: str = "highest"
 
     def __post_init__(self):
         sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width")

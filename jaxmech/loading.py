@@ -95,7 +95,7 @@ def load(
     dtype: str = "float32",
     adapter: str | Path | None = None,
     *,
-    precision: str = "default",
+    precision: str = "highest",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint (safetensors or PyTorch's files), Meta's, or one that `python -m convert` wrote.
@@ -106,8 +106,8 @@ def load(
       dtype: dtype of parameters and activations, "float32", "bfloat16" or "float16".
       adapter: directory, or name on the Hub, of a LoRA adapter that PEFT saved, for a Hugging Face directory; it is
         merged in, in float32, before parameters are cast. If it holds a tokenizer, that is the model's.
-      precision: how products of float32 numbers are computed: "default", "highest", "BF16_BF16_F32_X3", ...; see
-        `jaxmech.Config` and docs/precision.md.
+      precision: how products of float32 numbers are computed: "highest" in float32, "BF16_BF16_F32_X3" and others
+        faster on GPUs and TPUs; see `jaxmech.Config` and docs/precision.md.
       mesh: devices over which parameters are split as they are read (see `jaxmech.sharding`), so that the model need
         not fit on one; all methods then run on these. Make it with `jaxmech.make_mesh`. None: one device.
 

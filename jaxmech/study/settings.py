@@ -78,7 +78,7 @@ class Settings:
     seed: int = 0
     add_bos: bool | None = None
     dtype: str = "float32"
-    precision: str = "default"
+    precision: str = "highest"
     batch_size: int | None = None
     models_in_memory: int = 2
     compat: str | None = None
