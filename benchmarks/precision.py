@@ -9,9 +9,8 @@ largest difference relative to the largest score. Receivers are those of the flo
 a stage's row says what that stage does; "circuit" says how much of a whole discovery agrees. Then the accuracy of the
 discovered circuit alone (demo pair), and the median time of the stages together.
 
-  float32        `precision="highest"`
+  float32        `precision="highest"`; on TPUs this is "BF16_BF16_F32_X6"
   3xTF32         float32, products "TF32_TF32_F32_X3" (NVIDIA GPUs alone)
-  bf16x6         float32, products "BF16_BF16_F32_X6"
   bf16x3         float32, products "BF16_BF16_F32_X3"; on TPUs this is `precision="high"`
   TF32           float32, products "TF32_TF32_F32" (NVIDIA GPUs alone): JAX's default on recent ones, and "high"
   bf16 products  float32, products "BF16_BF16_F32": JAX's default on TPUs
@@ -47,7 +46,6 @@ from jaxmech.discovery import read_chain  # noqa: E402
 PRECISIONS = {
     "float32": {"dtype": "float32", "precision": "highest"},
     "3xTF32": {"dtype": "float32", "precision": "TF32_TF32_F32_X3"},
-    "bf16x6": {"dtype": "float32", "precision": "BF16_BF16_F32_X6"},
     "bf16x3": {"dtype": "float32", "precision": "BF16_BF16_F32_X3"},
     "TF32": {"dtype": "float32", "precision": "TF32_TF32_F32"},
     "bf16 products": {"dtype": "float32", "precision": "BF16_BF16_F32"},
