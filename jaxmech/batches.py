@@ -108,17 +108,22 @@ def equal_parts(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]
         yield indices % count, indices < count
 
 
-def calls_of_equal_size(rows: np.ndarray, work: float, most: int) -> list[np.ndarray]:
+def calls_of_equal_size(
+    rows: np.ndarray, work: float, most: int, *, copies: int = 1, besides: int = 0
+) -> list[np.ndarray]:
     """Rows of a sweep (senders, heads, first layers) in consecutive calls of one shape.
 
     The last call repeats some of its own rows to be as long as the others.
 
     Args:
-      work: what one row is of the work that a call should do at least.
+      work: what one row is of the work that a call should do at least, on each copy of the model.
       most: calls, however much work there is.
+      copies: of the model, that share a call's rows: they divide its number of rows.
+      besides: rows that every call has besides.
     """
-    count = max(1, min(most, math.ceil(len(rows) * work)))
-    size = math.ceil(len(rows) / count)
+    count = max(1, min(most, math.ceil(len(rows) * work / copies)))
+    size = math.ceil(len(rows) / count) + besides
+    size += -size % copies - besides
     return [np.resize(rows[first : first + size], size) for first in range(0, len(rows), size)]
 
 

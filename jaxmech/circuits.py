@@ -42,6 +42,7 @@ from jaxmech.model import (
 from jaxmech.pairs import Pairs
 from jaxmech.patching import HeadsByRole, at_tokens
 from jaxmech.predictions import Predictions
+from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 
 Array = Any  # NumPy on the host, jax.Array inside jit
@@ -107,6 +108,7 @@ def evaluate(
     vital = np.stack([pairs.position(role) for role in roles], axis=1)  # [B, R]
     values = _ablated_values(config, means, pairs)
     run = _evaluate_vital if ablate_elsewhere else _evaluate_full
+    copies = row_devices(model.weights) if ablate_elsewhere else 1  # full forward passes run one after another
     size, per_call = _call_sizes(config, len(keep), pairs, len(roles), batch_size, full=not ablate_elsewhere)
     correct = np.zeros((len(keep), len(pairs)), bool)
     logits = np.zeros((*correct.shape, config.vocab_size), np.float32) if keep_logits else None
@@ -117,7 +119,10 @@ def evaluate(
         values_here = values[rows] if len(values) > 1 else values
         inputs = run.prepare(config, model.weights, batch, np.moveaxis(values_here, 2, 0), tokens_once)
         for circuits_here, _ in equal_parts(len(keep), per_call):
-            found = run.circuits(config, model.weights, batch, inputs, keep[circuits_here], named[circuits_here])
+            circuits_here = np.resize(circuits_here, len(circuits_here) + -len(circuits_here) % copies)
+            masks = keep[circuits_here], named[circuits_here]
+            masks = over_rows(model.weights, masks) if ablate_elsewhere else masks
+            found = run.circuits(config, model.weights, batch, inputs, *masks)
             correct[np.ix_(circuits_here, rows)] = np.asarray(found.argmax(-1)) == pairs.labels[rows]
             if logits is not None:
                 logits[np.ix_(circuits_here, rows)] = np.asarray(found)

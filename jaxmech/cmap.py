@@ -33,6 +33,7 @@ from jaxmech.patching import (
 )
 from jaxmech.predictions import Predictions
 from jaxmech.scores import PathScores
+from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
 COMPONENTS = ("z", "q", "k", "v")
@@ -170,7 +171,8 @@ def cmap_heads(
         batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
     batches = Batches.plan([tokens], p, last, batch_size)
     heads = np.arange(config.num_layers * config.num_heads)
-    calls = calls_of_equal_size(heads, batches.capacity / TOKENS_PER_CALL, most=config.num_layers)
+    work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(base.weights)
+    calls = calls_of_equal_size(heads, work, most=config.num_layers, copies=copies, besides=1)
     scores = np.zeros((len(heads), len(pairs)), np.float32)
     correct = np.zeros((len(heads), len(pairs)), bool)
     clean_correct, probability = np.zeros(len(pairs), bool), np.zeros(len(pairs), np.float32)
@@ -179,7 +181,8 @@ def cmap_heads(
         prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
         inputs = _prepare(config, base.weights, prompts, suffixes, values, pairs.labels[rows])
         for call in calls:
-            found, right = jax.device_get(_run_heads(config, base.weights, inputs, np.append(NO_HEAD, call)))
+            run = over_rows(base.weights, np.append(NO_HEAD, call))
+            found, right = jax.device_get(_run_heads(config, base.weights, inputs, run))
             clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, None)))
             here = np.ix_(call, rows)
             scores[here], correct[here] = effect(metric, patched, clean), right[1:]

@@ -18,6 +18,7 @@ from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
+from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
 TOKENS_PER_CALL = 4096  # suffix tokens of all first layers that run together; see `Call`
@@ -59,16 +60,16 @@ def knockout(
     if batch_size is None:
         batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
     batches = Batches.plan([tokens], p, last, batch_size)
-    calls = calls_of_equal_size(
-        np.arange(config.num_layers), batches.capacity / TOKENS_PER_CALL, most=config.num_layers
-    )
+    work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(model.weights)
+    calls = calls_of_equal_size(np.arange(config.num_layers), work, most=config.num_layers, copies=copies)
     correct = np.zeros((config.num_layers, len(pairs)), bool)
     logits = np.zeros((*correct.shape, config.vocab_size), np.float32) if keep_logits else None
     for rows in batches.rows:
         suffixes = batches.suffixes(rows)
         clean = _clean_cache(config, model.weights, batches.prompts(rows), suffixes)
         for starts in calls:
-            found = np.asarray(_logits(config, model.weights, _Inputs(clean, suffixes, key[rows]), starts))
+            run = over_rows(model.weights, starts)
+            found = np.asarray(_logits(config, model.weights, _Inputs(clean, suffixes, key[rows]), run))
             correct[np.ix_(starts, rows)] = found.argmax(-1) == pairs.labels[rows]
             if logits is not None:
                 logits[np.ix_(starts, rows)] = found

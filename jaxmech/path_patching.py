@@ -25,6 +25,7 @@ from jaxmech.metrics import Outcome, check_metric, effect, outcome
 from jaxmech.model import Params, einsum, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.scores import PathScores
+from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts
 from jaxmech.suffixes import Suffixes
 
@@ -77,6 +78,7 @@ def path_patch(
         inputs = prepare(config, model.weights, sweep.batch(rows), live=mask is not None)
         outcomes = []
         for call in sweep.calls:
+            call = call._replace(senders=over_rows(model.weights, call.senders))
             outcomes.append(senders(config, model.weights, inputs, call, mask, via=via))
             if progress:
                 jax.block_until_ready(outcomes[-1])
@@ -166,7 +168,8 @@ def plan(
         batch_size = _examples_per_call(config, last - p + 1, prompts[0].shape[1], live=mask is not None)
     batches = Batches.plan(prompts, p, last, batch_size)
     sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
-    calls = _calls(config, mask, np.arange(sender_layers * config.num_heads), len(batches.rows[0]), batches.capacity)
+    heads, work = np.arange(sender_layers * config.num_heads), _work(batches, live=mask is not None)
+    calls = _calls(config, mask, heads, work, row_devices(model.weights))
     return Plan(batches, corrupt_p, pairs.labels, wrong_labels, mask, calls)
 
 
@@ -225,12 +228,18 @@ def _outcome(
     return outcome(unembed(config, weights, x), inputs.labels, inputs.wrong_labels)
 
 
-def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, examples: int, capacity: int) -> list[Call]:
-    """Clean rows and the `senders`, in equal parts, for batches of so many examples and packed suffix tokens."""
+def _work(batches: Batches, *, live: bool) -> float:
+    """What one sender is of the work that a call should do."""
+    frozen = len(batches.rows[0]) / TOKENS_PER_CALL["frozen"]
+    return max(frozen, batches.capacity / TOKENS_PER_CALL["live"]) if live else frozen
+
+
+def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, work: float, copies: int) -> list[Call]:
+    """Clean rows and the `senders`, in equal parts, of which each of the model's copies does its own."""
     in_each = config.compute_dtype != np.float32 and len(senders) > 0
     rows = senders if in_each else np.append(CLEAN, senders)
-    work = max(examples / TOKENS_PER_CALL["frozen"], 0 if mask is None else capacity / TOKENS_PER_CALL["live"])
-    parts = calls_of_equal_size(rows, work, most=len(senders) // config.num_heads)  # at least a layer's in a call
+    most = len(senders) // config.num_heads  # at least a layer's in a call
+    parts = calls_of_equal_size(rows, work, most, copies=copies, besides=int(in_each))
     parts = [np.append(CLEAN, part) for part in parts] if in_each else parts
     lowest = [int(np.append(part[part != CLEAN], 0)[0]) // config.num_heads for part in parts]
     return [Call(part, *_span(config, mask, layer)) for part, layer in zip(parts, lowest, strict=True)]

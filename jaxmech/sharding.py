@@ -1,11 +1,13 @@
-"""Where parameters lie on several devices: which axis of each is split over the mesh axis "model".
+"""What lies where on several devices: a mesh of two axes, "rows" and "model".
 
-Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): heads, the MLP's hidden units and the vocabulary are split,
-so that a device computes its part of every layer, and the parts of `o` and `down` are summed. The rest of the library
-knows no devices: XLA splits whatever is jitted on parameters that lie so.
+Over "model", parameters are split (tensor parallelism, Shoeybi et al. 2019, arXiv:1909.08053): heads, the MLP's hidden
+units and the vocabulary, so that a device computes its part of every layer, and the parts of `o` and `down` are summed.
+Over "rows", parameters are repeated and the rows of a sweep are split: senders, heads, circuits, first layers, whatever
+a method vmaps over, which need nothing of each other, so that devices do not wait for each other either.
 
-Owns the table of axes, in the letters of `jaxmech.model`, and the mesh. What is read, and when, is for `convert` and
-`jaxmech.checkpoint` to say.
+The rest of the library knows no devices but for `row_devices` and `over_rows`: XLA splits whatever is jitted on arrays
+that lie so. Owns the table of axes, in the letters of `jaxmech.model`, and the mesh. What is read, and when, is for
+`convert` and `jaxmech.checkpoint` to say.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from jaxmech.config import Config
 from jaxmech.model import parameter_shapes
 
 AXIS = "model"  # of the mesh
+ROWS = "rows"  # and its other one
 SPLIT = frozenset("NKFV")  # axes that are split over it; a parameter has one of them at most
 AXES = {
     "embed": "V D",
@@ -46,10 +49,21 @@ AXES = {
 }
 
 
-def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of one axis, "model", over `devices` (of `jax.devices()`, all by default); XLA propagates its splits."""
+def make_mesh(devices: Sequence[Any] | None = None, *, rows: int = 1) -> Mesh:
+    """A mesh with the axes "rows" and "model" over `devices` (of `jax.devices()`, all by default).
+
+    Args:
+      rows: copies of the model, which share the rows of every sweep; each is split over len(devices) / rows devices.
+        A model that fits on one device is fastest with as many copies as devices.
+
+    Raises:
+      ValueError: the devices cannot be divided so.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    if rows < 1 or len(devices) % rows:
+        raise ValueError(f"rows={rows}, but there are {len(devices)} devices; expected a divisor of that.")
+    shape, auto = (rows, len(devices) // rows), AxisType.Auto  # XLA propagates the splits
+    return jax.make_mesh(shape, (ROWS, AXIS), axis_types=(auto, auto), devices=devices)
 
 
 def parameter_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -75,6 +89,27 @@ def parameter_axes(config: Config, name: str) -> tuple[str, ...]:
     """The letter of each axis of the parameter `name`."""
     axes = AXES[name].split()
     return (axes[0], axes[-1]) if config.qk_norm == "head" and name in ("q_norm", "k_norm") else tuple(axes)
+
+
+def row_devices(weights: Any) -> int:
+    """How many copies of the parameters `weights` share the rows of a sweep."""
+    mesh = _mesh(weights)
+    return mesh.shape.get(ROWS, 1) if mesh else 1
+
+
+def over_rows(weights: Any, rows: Any) -> Any:
+    """The arrays of a tree `rows`, each with a leading axis of rows, split over the copies of `weights`.
+
+    They are left alone where there is one copy, or where copies do not divide the rows.
+    """
+    count = row_devices(weights)
+    if count == 1 or any(len(x) % count for x in jax.tree.leaves(rows)):
+        return rows
+    return jax.device_put(rows, NamedSharding(_mesh(weights), PartitionSpec(ROWS)))
+
+
+def _mesh(weights: Any) -> Any:
+    return getattr(getattr(weights["final_norm"], "sharding", None), "mesh", None)
 
 
 def _check_mesh(mesh: Mesh) -> None:

@@ -1,17 +1,19 @@
 """Eight devices equal one: parameters split over a mesh, and every method on them, with heads that divide and not."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 import convert
 import jaxmech as jm
 from convert.families import TABLES, axis_sizes
-from jaxmech import checkpoint
+from jaxmech import checkpoint, path_patching
 from jaxmech.model import forward, parameter_shapes
-from jaxmech.sharding import AXES, parameter_axes
+from jaxmech.sharding import AXES, over_rows, parameter_axes, row_devices
 
 TOKENS = np.arange(36).reshape(3, 12)
 HEADS = [(0, 1), (1, 4), (2, 3), (2, 5)]
@@ -151,6 +153,65 @@ def test_cross_model_patching_equals_that_on_one_device(one, eight, random_pairs
     expected = jm.cmap(one, tuned, pairs, heads, ("q", "z")).logits
     found = jm.cmap(eight, split(tuned, jm.make_mesh()), pairs, heads, ("q", "z")).logits
     assert_close(found, expected, TOLERANCES.cone)
+
+
+@pytest.mark.parametrize(
+    ("copies", "dtype"),
+    [(8, "float32"), (8, "bfloat16"), (4, "float32")],
+    ids=["float32", "bfloat16", "of two devices"],
+)
+def test_copies_of_a_model_share_the_rows_of_every_sweep(random_model, random_pairs, monkeypatch, copies, dtype):
+    one = random_model(**SIZES, num_kv_heads=8, dtype=dtype)
+    many = split(one, jm.make_mesh(rows=copies))
+    assert row_devices(many.weights) == copies and row_devices(one.weights) == 1
+    pairs, circuits = random_pairs(one), [{"last": HEADS[:i], "early": HEADS[i:]} for i in range(4)]
+    means = jm.mean_activations(one, random_pairs(one, seed=5, unequal=False).clean)
+    tuned = jm.Model(one.config, jax.tree.map(lambda x: x * 1.1, one.params))
+    split_rows = []
+
+    def watched(weights, rows):
+        found = over_rows(weights, rows)
+        split_rows.extend(x.sharding.spec for x in jax.tree.leaves(found) if isinstance(x, jax.Array))
+        return found
+
+    for method in ("path_patching", "circuits", "cmap", "knockout"):
+        monkeypatch.setattr(sys.modules[f"jaxmech.{method}"], "over_rows", watched)
+    sweeps = {
+        "to the logits": lambda model: jm.path_patch(model, pairs).per_example,
+        "through receivers": lambda model: jm.path_patch(model, pairs, "early", [(1, 5), (2, 1)], "v").per_example,
+        "circuits": lambda model: jm.evaluate(model, pairs, circuits, means).logits,
+        "heads": lambda model: jm.cmap_heads(model, tuned, pairs, "query_box").scores.per_example,
+        "knockout": lambda model: jm.knockout(model, pairs).logits,
+    }
+    for name, sweep in sweeps.items():
+        split_rows.clear()
+        found = sweep(many)
+        assert split_rows and set(split_rows) == {PartitionSpec("rows")}, name
+        assert_close(found, sweep(one), TOLERANCES.cone if dtype == "float32" else TOLERANCES.bfloat16)
+
+
+def test_a_copy_does_its_own_rows_alone(random_model, random_pairs):
+    """No device asks another for anything, and each does an eighth."""
+    one = random_model(**SIZES, num_kv_heads=8)
+    many, pairs = split(one, jm.make_mesh(rows=8)), random_pairs(one)
+
+    def compiled(model):
+        plan = path_patching.plan(model, pairs, "early", [(1, 5), (2, 1)], "v")
+        inputs = path_patching.prepare(model.config, model.weights, plan.batch(plan.batches.rows[0]), live=True)
+        senders = np.arange(64) % 16  # as many rows for one device as for eight
+        call = plan.calls[0]._replace(senders=over_rows(model.weights, senders))
+        arguments = model.config, model.weights, inputs, call, plan.receivers
+        return path_patching.senders.lower(*arguments, via="v").compile()
+
+    alone, shared = compiled(one), compiled(many)
+    assert "all-reduce" not in shared.as_text() and "all-gather" not in shared.as_text()
+    assert shared.cost_analysis()["flops"] < alone.cost_analysis()["flops"] / 4
+
+
+@pytest.mark.parametrize("rows", [0, 3, 16])
+def test_copies_that_do_not_divide_the_devices_are_refused(rows):
+    with pytest.raises(ValueError, match=f"rows={rows}, but there are 8 devices; expected a divisor"):
+        jm.make_mesh(rows=rows)
 
 
 def test_devices_share_the_work(random_model):
