@@ -10,6 +10,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
+from jaxmech.sharding import over_rows, row_devices
 
 
 def accuracy(model: Model, pairs: Pairs, *, batch_size: int = 64) -> float:
@@ -21,8 +22,9 @@ def clean_logits(model: Model, pairs: Pairs, *, batch_size: int = 64) -> np.ndar
     """Logits at `last` of every clean prompt, float32 [B, V], computed `batch_size` prompts at a time."""
     tokens, last = check_tokens(model.config, pairs.clean), pairs.position("last")
     logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
-    for rows, _ in equal_parts(len(pairs), batch_size):
-        logits[rows] = np.asarray(_logits_at(model.config, model.weights, tokens[rows], last[rows]))
+    for rows, _ in equal_parts(len(pairs), batch_size, row_devices(model.weights)):
+        prompts = over_rows(model.weights, (tokens[rows], last[rows]))
+        logits[rows] = np.asarray(_logits_at(model.config, model.weights, *prompts))
     return logits
 
 

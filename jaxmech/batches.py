@@ -91,8 +91,12 @@ class Batches:
         return Suffixes.pack(self.p[rows], self.last[rows], capacity=self.capacity, spans=self.spans)
 
 
-def equal_parts(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def equal_parts(count: int, size: int, copies: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Indices 0 .. count - 1 in parts of min(size, count); the last part wraps around, so that all are of one shape.
+
+    Args:
+      copies: of the model, that share a part: it is so much larger that they divide its size, and wraps around if need
+        be.
 
     Yields:
       The indices of a part, and which of them are new there, bool.
@@ -103,6 +107,7 @@ def equal_parts(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]
     if size < 1:
         raise ValueError(f"batch_size={size}; expected at least 1.")
     size = min(size, count)
+    size += -size % copies
     for start in range(0, count, size):
         indices = np.arange(start, start + size)
         yield indices % count, indices < count

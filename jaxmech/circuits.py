@@ -58,8 +58,9 @@ def mean_activations(model: Model, tokens: np.ndarray, *, batch_size: int = 64) 
     """
     tokens = check_tokens(model.config, tokens)
     total = np.zeros((), np.float32)
-    for rows, new in equal_parts(len(tokens), batch_size):
-        total = total + np.asarray(_sum_of_z(model.config, model.weights, tokens[rows], new.astype(np.float32)))
+    for rows, new in equal_parts(len(tokens), batch_size, row_devices(model.weights)):
+        prompts = over_rows(model.weights, (tokens[rows], new.astype(np.float32)))
+        total = total + np.asarray(_sum_of_z(model.config, model.weights, *prompts))
     return np.moveaxis(total / len(tokens), 0, 1)
 
 
@@ -118,8 +119,7 @@ def evaluate(
         batch = _Batch(tokens[rows], vital[rows], last[rows], index)
         values_here = values[rows] if len(values) > 1 else values
         inputs = run.prepare(config, model.weights, batch, np.moveaxis(values_here, 2, 0), tokens_once)
-        for circuits_here, _ in equal_parts(len(keep), per_call):
-            circuits_here = np.resize(circuits_here, len(circuits_here) + -len(circuits_here) % copies)
+        for circuits_here, _ in equal_parts(len(keep), per_call, copies):
             masks = keep[circuits_here], named[circuits_here]
             masks = over_rows(model.weights, masks) if ablate_elsewhere else masks
             found = run.circuits(config, model.weights, batch, inputs, *masks)

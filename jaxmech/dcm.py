@@ -35,6 +35,7 @@ from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params, label_logits, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.patching import examples_per_call, head_values
+from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Suffixes
 
@@ -152,6 +153,8 @@ def train_many(
         lam=np.array([lam for *_, lam, _ in keys], np.float32),
         order=np.array([place[3][seed] for *_, seed in keys]),
     )
+    padded = np.resize(np.arange(len(keys)), len(keys) + -len(keys) % row_devices(model.weights))
+    arguments = over_rows(model.weights, jax.tree.map(lambda x: x[padded], arguments))
     losses, masks = _train(config, model.weights, base, data, arguments, orders, learning_rate, first=first)
     losses, masks = np.asarray(losses), np.asarray(masks)
     runs = {}
@@ -174,7 +177,7 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
     layers, numbers = np.array(heads).T
     weights = np.zeros((2 ** (count - 1).bit_length(), *_members(model.config, heads, first).shape), np.float32)
     weights[:count, layers - first, numbers] = 1 - np.asarray(masks)  # few numbers of masks, so few compilations
-    correct = []
+    weights, correct = over_rows(model.weights, weights), []
     for rows, new in equal_parts(len(pairs), max(1, examples_per_call(model.config, pairs) // len(weights))):
         batch = _Batch(
             _collect_base(model, pairs[rows], role, first), _collect_targets(model, pairs[rows], role, first)

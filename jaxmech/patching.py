@@ -21,6 +21,7 @@ from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
+from jaxmech.sharding import over_rows, row_devices
 
 HeadsByRole = Mapping[str, Iterable[Sequence[int]]]
 Array = Any  # NumPy on the host, jax.Array inside jit
@@ -71,9 +72,9 @@ def patched_predictions(
     positions = positions_of(pairs.position, roles)
     logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
     size = examples_per_call(model.config, pairs) if batch_size is None else batch_size
-    for rows, _ in equal_parts(len(pairs), size):
-        arguments = tokens[rows], positions[rows], last[rows], mask, values(rows)
-        logits[rows] = np.asarray(_patched_logits(model.config, model.weights, *arguments))
+    for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
+        prompts = over_rows(model.weights, (tokens[rows], positions[rows], last[rows]))
+        logits[rows] = np.asarray(_patched_logits(model.config, model.weights, *prompts, mask, values(rows)))
     return Predictions(logits.argmax(-1) == pairs.labels, logits)
 
 
@@ -81,8 +82,8 @@ def head_values(
     model: Model, source: tuple[np.ndarray, np.ndarray], rows: np.ndarray, *, sites: Sequence[str]
 ) -> dict[str, jax.Array]:
     """Activations [L, b, R, N, H] at `sites` of the prompts `rows` of source = (tokens [B, T], positions [B, R])."""
-    tokens, positions = source
-    return _head_values(model.config, model.weights, tokens[rows], positions[rows], sites=tuple(sites))
+    prompts = over_rows(model.weights, tuple(x[rows] for x in source))
+    return _head_values(model.config, model.weights, *prompts, sites=tuple(sites))
 
 
 @partial(jax.jit, static_argnames=("config", "sites"))

@@ -2,8 +2,9 @@
 
 Over "model", parameters are split (tensor parallelism, Shoeybi et al. 2019, arXiv:1909.08053): heads, the MLP's hidden
 units and the vocabulary, so that a device computes its part of every layer, and the parts of `o` and `down` are summed.
-Over "rows", parameters are repeated and the rows of a sweep are split: senders, heads, circuits, first layers, whatever
-a method vmaps over, which need nothing of each other, so that devices do not wait for each other either.
+Over "rows", parameters are repeated and the rows of a call are split: senders, heads, circuits, first layers or
+trainings, whatever a method vmaps over, and the prompts of full forward passes. Rows need nothing of each other, so that
+no device waits for another.
 
 The rest of the library knows no devices but for `row_devices` and `over_rows`: XLA splits whatever is jitted on arrays
 that lie so. Owns the table of axes, in the letters of `jaxmech.model`, and the mesh. What is read, and when, is for
@@ -53,7 +54,7 @@ def make_mesh(devices: Sequence[Any] | None = None, *, rows: int = 1) -> Mesh:
     """A mesh with the axes "rows" and "model" over `devices` (of `jax.devices()`, all by default).
 
     Args:
-      rows: copies of the model, which share the rows of every sweep; each is split over len(devices) / rows devices.
+      rows: copies of the model, which share the rows of every call; each is split over len(devices) / rows devices.
         A model that fits on one device is fastest with as many copies as devices.
 
     Raises:
@@ -92,7 +93,7 @@ def parameter_axes(config: Config, name: str) -> tuple[str, ...]:
 
 
 def row_devices(weights: Any) -> int:
-    """How many copies of the parameters `weights` share the rows of a sweep."""
+    """How many copies of the parameters `weights` share the rows of a call."""
     mesh = _mesh(weights)
     return mesh.shape.get(ROWS, 1) if mesh else 1
 

@@ -12,6 +12,7 @@ import convert
 import jaxmech as jm
 from convert.families import TABLES, axis_sizes
 from jaxmech import checkpoint, path_patching
+from jaxmech.accuracy import clean_logits
 from jaxmech.model import forward, parameter_shapes
 from jaxmech.sharding import AXES, over_rows, parameter_axes, row_devices
 
@@ -155,6 +156,14 @@ def test_cross_model_patching_equals_that_on_one_device(one, eight, random_pairs
     assert_close(found, expected, TOLERANCES.cone)
 
 
+def trained(model: jm.Model, pairs: jm.Pairs) -> np.ndarray:
+    """Losses of three trainings, and accuracies of eight masks."""
+    options = {"lams": (0.01, 0.1, 1.0), "role": "early", "epochs": 2, "batch_size": 3}
+    runs = jm.dcm.train_many(model, {"": pairs}, {"": HEADS}, **options)
+    masks = np.eye(8, len(HEADS))
+    return np.append([run.history.loss for run in runs.values()], jm.dcm.accuracy(model, pairs, HEADS, masks, "early"))
+
+
 @pytest.mark.parametrize(
     ("copies", "dtype"),
     [(8, "float32"), (8, "bfloat16"), (4, "float32")],
@@ -174,7 +183,7 @@ def test_copies_of_a_model_share_the_rows_of_every_sweep(random_model, random_pa
         split_rows.extend(x.sharding.spec for x in jax.tree.leaves(found) if isinstance(x, jax.Array))
         return found
 
-    for method in ("path_patching", "circuits", "cmap", "knockout"):
+    for method in ("path_patching", "circuits", "cmap", "knockout", "patching", "accuracy", "dcm"):
         monkeypatch.setattr(sys.modules[f"jaxmech.{method}"], "over_rows", watched)
     sweeps = {
         "to the logits": lambda model: jm.path_patch(model, pairs).per_example,
@@ -182,6 +191,10 @@ def test_copies_of_a_model_share_the_rows_of_every_sweep(random_model, random_pa
         "circuits": lambda model: jm.evaluate(model, pairs, circuits, means).logits,
         "heads": lambda model: jm.cmap_heads(model, tuned, pairs, "query_box").scores.per_example,
         "knockout": lambda model: jm.knockout(model, pairs).logits,
+        "means": lambda model: jm.mean_activations(model, pairs.clean, batch_size=3),
+        "clean prompts": lambda model: clean_logits(model, pairs, batch_size=3),
+        "trainings": lambda model: trained(model, pairs),
+        "activation patching": lambda model: jm.patch_activations(model, pairs, circuits[1]).logits,
     }
     for name, sweep in sweeps.items():
         split_rows.clear()
