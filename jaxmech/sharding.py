@@ -3,8 +3,8 @@
 Over "model", parameters are split (tensor parallelism, Shoeybi et al. 2019, arXiv:1909.08053): heads, the MLP's hidden
 units and the vocabulary, so that a device computes its part of every layer, and the parts of `o` and `down` are summed.
 Over "rows", parameters are repeated and the rows of a call are split: senders, heads, circuits, first layers or
-trainings, whatever a method vmaps over, and the prompts of full forward passes. Rows need nothing of each other, so that
-no device waits for another.
+trainings, whatever a method vmaps over, and the prompts of full forward passes. Rows need nothing of each other, so no
+device waits for another.
 
 The rest of the library knows no devices but for `row_devices` and `over_rows`: XLA splits whatever is jitted on arrays
 that lie so. Owns the table of axes, in the letters of `jaxmech.model`, and the mesh. What is read, and when, is for
