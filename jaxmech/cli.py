@@ -104,6 +104,8 @@ class StudyCommand:
     """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
     batch_size: int | None = None
     """Examples per call; without it, as many as fit the memory budget."""
+    copies: int | None = None
+    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
     models_in_memory: int = 2
     """Models that are held at a time; others are loaded again when they are needed."""
     compat: Literal["paper"] | None = None
@@ -144,6 +146,8 @@ class Discover:
     """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
     batch_size: int | None = None
     """Examples per call; without it, as many as fit the memory budget."""
+    copies: int | None = None
+    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
     overwrite: bool = False
     """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on."""
 
@@ -301,7 +305,8 @@ def run_discover(options: Discover) -> None:
     else:
         examples = jm.boxes.read(options.data)
     chain = PAPER_CHAIN if options.chain is None else read_chain(options.chain)
-    model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision)
+    mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
+    model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision, mesh=mesh)
     if model.tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
     with _warnings_printed():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
 from jaxmech import cli
@@ -65,6 +66,15 @@ def test_data_and_discover_agree_with_the_library(tmp_path, capsys):
     assert config["k"] == {"value_fetcher": 2} and config["stages"][0]["group"] == "value_fetcher"
 
 
+def test_copies_on_several_devices_find_what_one_finds(tmp_path):
+    discover(tmp_path / "one")
+    discover(tmp_path / "four", "--copies", "4")
+    one, four = (np.load(tmp_path / name / "scores.npz") for name in ("one", "four"))
+    assert set(one) == set(four) and len(set(one)) > 0
+    for name in one:
+        assert_close(four[name], one[name], TOLERANCES.cone)
+
+
 def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(tmp_path, capsys, monkeypatch):
     discover(tmp_path / "unbroken")
     whole = RunFolder.keep
@@ -122,6 +132,7 @@ def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_p
         (["--k", "value_fetcher", "33"], "k=33, but the model has 32 heads"),
         (["--boxes", "11"], "n_boxes=11; expected 2 to 10"),
         (["--dtype", "float64"], "float64"),
+        (["--copies", "3"], "rows=3, but there are 8 devices"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_status_2(tmp_path, capsys, arguments, message):

@@ -15,7 +15,9 @@ import pytest
 
 import jaxmech as jm
 from jaxmech import dcm
+from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
+from jaxmech.study.stages import Study
 
 running = import_module("jaxmech.study.running")
 SMALL = {
@@ -67,6 +69,13 @@ def models() -> dict[str, jm.Model]:
 @pytest.fixture(scope="module")
 def pairs(models) -> jm.Pairs:
     return jm.boxes.pairs(jm.boxes.make(8), models["base"].tokenizer)
+
+
+def test_copies_of_each_model_lie_on_all_devices():
+    study = Study(dataclasses.replace(SETTINGS, copies=4), {})
+    for name in study.settings.names:
+        weights = study.model(name).weights
+        assert row_devices(weights) == 4 and len(weights["blocks"]["q"].devices()) == 8
 
 
 def test_results_are_those_of_the_methods(results, models, pairs):

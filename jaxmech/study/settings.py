@@ -48,6 +48,7 @@ class Settings:
       seed: of all draws.
       add_bos: prepend the BOS token; None: if the tokenizer does so by itself.
       dtype, precision, batch_size: see `load` and the methods.
+      copies: of each model, over all devices (`make_mesh`); None: one device.
       models_in_memory: models that are held at a time; others are loaded again when they are needed.
       compat: "paper" reproduces the published code's deviations (docs/paper_compat.md).
     """
@@ -80,6 +81,7 @@ class Settings:
     dtype: str = "float32"
     precision: str = "highest"
     batch_size: int | None = None
+    copies: int | None = None
     models_in_memory: int = 2
     compat: str | None = None
 

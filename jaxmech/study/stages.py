@@ -24,6 +24,7 @@ from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model, load
 from jaxmech.patching import patch_activations
 from jaxmech.predictions import Predictions
+from jaxmech.sharding import make_mesh
 from jaxmech.study.data import MAIN_DESIDERATA, StudyData
 from jaxmech.study.settings import Settings
 
@@ -43,6 +44,7 @@ class Study:
         self.settings, self.results = settings, results
         self.model = lru_cache(maxsize=settings.models_in_memory)(self._load)
         self.means = lru_cache(maxsize=None)(self._means)
+        self.mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
 
     @cached_property
     def data(self) -> StudyData:
@@ -57,7 +59,7 @@ class Study:
     def _load(self, name: str) -> Model:
         path = self.settings.paths[name]
         source, adapter = (self.settings.base, path) if convert.is_adapter(path) else (path, None)
-        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision)
+        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self.mesh)
         if model.tokenizer is None:
             raise ValueError(f"{path} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
         if name != self.settings.names[0]:
