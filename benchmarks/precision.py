@@ -61,6 +61,7 @@ def main() -> None:
         "--shapes", type=comma_separated(shapes.SHAPES), default="1b", help="of random models; empty for none"
     )
     parser.add_argument("--prompts", type=int, default=100, help="of the random models")
+    parser.add_argument("--stages", default="1234", help="digits of the stages of the random models to run")
     parser.add_argument("--scenes", type=int, default=20, help="of seven prompts each, of the demo pair; 0: not it")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
@@ -83,7 +84,7 @@ def studies(options: argparse.Namespace, precisions: list[str]) -> Iterator[tupl
     for name in ("base", "tuned") if options.scenes else ():
         yield name, demo(name, options.scenes, precisions, runs)
     for name in options.shapes:
-        yield name, random(name, options.prompts, precisions, runs)
+        yield name, random(name, options, precisions, runs)
 
 
 def demo(name: str, scenes: int, precisions: list[str], runs: int) -> dict[str, Any]:
@@ -110,13 +111,13 @@ def demo(name: str, scenes: int, precisions: list[str], runs: int) -> dict[str, 
     return found
 
 
-def random(name: str, prompts: int, precisions: list[str], runs: int) -> dict[str, Any]:
+def random(name: str, options: argparse.Namespace, precisions: list[str], runs: int) -> dict[str, Any]:
     """The paper's four stages on a random model of a benchmark shape, weights in bfloat16 throughout."""
     config = shapes.SHAPES[name].config
-    pairs = shapes.pairs(shapes.Shape(config, prompts, shapes.SHAPES[name].tokens))
+    pairs = shapes.pairs(shapes.Shape(config, options.prompts, shapes.SHAPES[name].tokens))
     weights = shapes.random_model(config)
     models = {how: jm.Model(config.replace(**PRECISIONS[how]), weights.params) for how in precisions}
-    stages = shapes.stages(config)
+    stages = [stage for stage in shapes.stages(config) if stage.name[0] in options.stages]
     k = min(20, config.num_layers * config.num_heads // 4)
     return sweeps(models, pairs, stages, [k] * len(stages), runs)
 

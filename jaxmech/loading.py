@@ -108,8 +108,9 @@ def load(
         merged in, in float32, before parameters are cast. If it holds a tokenizer, that is the model's.
       precision: how products of float32 numbers are computed: "highest" in float32, "BF16_BF16_F32_X3" and others
         faster on GPUs and TPUs; see `jaxmech.Config` and docs/precision.md.
-      mesh: devices over which parameters are split as they are read (see `jaxmech.sharding`), so that the model need
-        not fit on one; all methods then run on these. Make it with `jaxmech.make_mesh`. None: one device.
+      mesh: devices that hold the model and run all methods, as copies, split, or both (see `jaxmech.sharding`);
+        parameters are split as they are read, so that the model need not fit on one. Make it with `jaxmech.make_mesh`.
+        None: one device.
 
     Returns:
       The model; `tokenizer` is None if the directory holds none.

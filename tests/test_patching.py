@@ -3,12 +3,13 @@
 from importlib import import_module
 
 import full_forward
+import jax
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
-from jaxmech import compat
+from jaxmech import batches, compat
 
 # The functions jm.cmap and jm.knockout have the names of their modules.
 CMAP, KNOCKOUT = (import_module(f"jaxmech.{name}") for name in ("cmap", "knockout"))
@@ -96,11 +97,18 @@ def test_cross_model_patching_of_all_heads_everywhere_with_equal_other_weights_c
 
 
 @pytest.mark.parametrize(
-    ("role", "components"),
-    [("last", ("z",)), ("last", ("q",)), ("query_box", ("k", "v")), ("early", ("z",)), ("early", ("q", "k", "v"))],
+    ("role", "components", "multiple"),
+    [
+        ("last", ("z",), 1),
+        ("last", ("q",), 1),
+        ("query_box", ("k", "v"), 1),
+        ("early", ("z",), 3),
+        ("early", ("q", "k", "v"), 1),
+    ],
 )
-def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, components, monkeypatch):
+def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, components, multiple, monkeypatch):
     base, tuned = models
+    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
     monkeypatch.setattr(CMAP, "TOKENS_PER_CALL", 40)  # several calls
     found = jm.cmap_heads(base, tuned, pairs, role, components, batch_size=3)
     rows = np.arange(len(pairs))
@@ -126,8 +134,9 @@ def test_heads_whose_change_cannot_reach_the_last_token_have_no_effect(models, p
 
 @pytest.mark.parametrize("target", ["early", "random"])
 @pytest.mark.parametrize("source", ["last", "query_box"])
-@pytest.mark.parametrize("batch_size", [None, 2])
-def test_knockouts_equal_full_forwards_with_a_mask(models, pairs, source, target, batch_size, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "multiple"), [(None, 1), (None, 2), (2, 1)])
+def test_knockouts_equal_full_forwards_with_a_mask(models, pairs, source, target, batch_size, multiple, monkeypatch):
+    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
     monkeypatch.setattr(KNOCKOUT, "TOKENS_PER_CALL", 10)  # several calls
     target = jm.random_target(pairs, source) if target == "random" else target
     found = jm.knockout(models[0], pairs, source, target, batch_size=batch_size)
