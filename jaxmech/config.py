@@ -15,6 +15,7 @@ PRECISIONS = (
     *("default", "high", "highest"),
     *("TF32_TF32_F32", "TF32_TF32_F32_X3", "BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6"),
 )
+COARSE = ("default", "high", "TF32_TF32_F32", "BF16_BF16_F32")  # on some device, products of fewer bits than bf16x3's
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 NORM_STYLES = ("llama", "float32", "gemma")
@@ -184,6 +185,11 @@ class Config:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as a NumPy dtype."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether activations or products are rounded so that rounding can be seen in scores."""
+        return self.dtype != "float32" or self.precision in COARSE
 
     def replace(self, **changes: Any) -> "Config":
         """A copy with some fields changed."""

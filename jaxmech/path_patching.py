@@ -236,7 +236,7 @@ def _work(batches: Batches, *, live: bool) -> float:
 
 def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, work: float, copies: int) -> list[Call]:
     """Clean rows and the `senders`, in equal parts, of which each of the model's copies does its own."""
-    in_each = config.compute_dtype != np.float32 and len(senders) > 0
+    in_each = config.coarse and len(senders) > 0
     rows = senders if in_each else np.append(CLEAN, senders)
     most = len(senders) // config.num_heads  # at least a layer's in a call
     parts = calls_of_equal_size(rows, work, most, copies=copies, besides=int(in_each))

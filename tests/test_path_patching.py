@@ -72,11 +72,32 @@ def test_rounding_of_low_precision_does_not_pass_for_an_effect(
     assert not jm.path_patch(model, same, sender, receivers, via).per_example.any()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_receivers_in_the_first_layer_are_reached_by_no_head(random_model, random_pairs, dtype):
-    model = random_model(dtype=dtype)
+@pytest.mark.parametrize("how", [{}, {"dtype": "bfloat16"}, {"precision": "BF16_BF16_F32"}], ids=str)
+def test_receivers_in_the_first_layer_are_reached_by_no_head(random_model, random_pairs, how):
+    model = random_model(**how)
     found = jm.path_patch(model, random_pairs(model), "early", [(0, 1)], "v")
     assert not found.per_example.any() and (found.probability > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "rows"),
+    [
+        ({}, 1),
+        ({"precision": "BF16_BF16_F32_X3"}, 1),
+        ({"precision": "TF32_TF32_F32"}, 5),
+        ({"precision": "default"}, 5),
+        ({"dtype": "bfloat16"}, 5),
+    ],
+    ids=str,
+)
+def test_calls_have_clean_rows_of_their_own_where_rounding_is_coarse(
+    random_model, random_pairs, monkeypatch, how, rows
+):
+    monkeypatch.setattr(path_patching, "TOKENS_PER_CALL", {"frozen": 1, "live": 1})
+    model = random_model(num_layers=5, **how)
+    calls = path_patching.plan(model, random_pairs(model)).calls
+    assert len(calls) == 5
+    assert sum(path_patching.CLEAN in call.senders for call in calls) == rows
 
 
 @pytest.mark.parametrize("step", [2, 3])
