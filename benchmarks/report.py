@@ -55,7 +55,7 @@ def table(result: dict) -> str:
         rows.append(
             [stage["name"], f"{stage['seconds']:.3g} s"]
             + [f"{x['seconds']:.3g} s ({floor(x['ratio'])}x)" if x else "-" for x in theirs]
-            + [f"{(stage['peak_bytes'] or 0) / 2**30:.3g} GiB"] * memory
+            + [gibibytes(stage["peak_bytes"])] * memory
             + [
                 f"{stage['compile_seconds']:.1f} s",
                 f"{stage['cone_flops'] / 1e12:.3g} / {stage['naive_flops'] / 1e12:.3g}",
@@ -101,7 +101,7 @@ def gpu_table(result: dict) -> str:
             rows.append(
                 [row["name"] + unit, f"{row['seconds']:.3g} s"]
                 + [f"{theirs['seconds']:.3g} s ({floor(theirs['ratio'])}x{note})" if theirs else "-"]
-                + [f"{row['compile_seconds']:.1f} s", f"{(row['peak_bytes'] or 0) / 2**30:.3g} GiB"]
+                + [f"{row['compile_seconds']:.1f} s", gibibytes(row["peak_bytes"])]
                 + [f"{row['cone_flops'] / 1e15:.3g}" if "cone_flops" in row else "-"]
                 + [f"{int(100 * row['matmul_fraction'])} %" if "matmul_fraction" in row else "-"]
             )
@@ -116,6 +116,11 @@ def _reference(method: dict) -> str:
     sampled = theirs["units"] < method["units"]
     note = f", extrapolated from {theirs['units']} {method['unit']}" if sampled else ""
     return f"{theirs['seconds']:.3g} s ({floor(theirs['ratio'])}x){note}"
+
+
+def gibibytes(count: int | None) -> str:
+    """Bytes for people; CPUs do not tell."""
+    return "-" if count is None else f"{count / 2**30:.3g} GiB"
 
 
 def floor(ratio: float) -> str:
