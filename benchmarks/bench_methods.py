@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import shapes  # noqa: E402
-from measuring import comma_separated, machine, save, timed  # noqa: E402
+from measuring import add_words, machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 
@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument("--reference-runs", type=int, default=3, help="timed runs of PyTorch, after a warm-up")
     parser.add_argument("--dcm-prompts", type=int, default=128)
     parser.add_argument("--cmap-heads", type=int, default=8, help="heads that PyTorch runs; its time is extrapolated")
-    parser.add_argument(
-        "--methods", type=comma_separated(METHODS), default=",".join(METHODS), help="comma-separated starts of names"
-    )
+    add_words(parser, "--methods", METHODS, ",".join(METHODS))
     options = parser.parse_args()
     shape = shapes.SHAPES[options.shape]
     reference_runs = options.reference_runs if find_spec("torch") else 0

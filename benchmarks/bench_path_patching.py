@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import flops  # noqa: E402
 import shapes  # noqa: E402
-from measuring import comma_separated, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
+from measuring import add_words, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching as patching  # noqa: E402
@@ -41,12 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.SHAPES, default="small")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
-    parser.add_argument(
-        "--comparisons",
-        type=comma_separated(COMPARISONS),
-        default="hooks,incremental",
-        help=f"comma-separated, of {', '.join(COMPARISONS)}; empty for none",
-    )
+    add_words(parser, "--comparisons", COMPARISONS, "hooks,incremental")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--reference-runs", type=int, default=5, help="timed runs of each comparison, after a warm-up")
     parser.add_argument("--stages", default="1234", help="digits of the stages to run")

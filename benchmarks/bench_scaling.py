@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 import jax  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import comparisons  # noqa: E402
-from measuring import comma_separated, machine, save, timed  # noqa: E402
+from measuring import add_words, machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching  # noqa: E402
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--reference-limit", type=float, default=20.0, help="no larger points after one that took longer"
     )
-    parser.add_argument("--axes", type=comma_separated(POINTS), default=",".join(POINTS), help="comma-separated")
+    add_words(parser, "--axes", POINTS, ",".join(POINTS))
     options = parser.parse_args()
     result = {"machine": machine(), "axes": {}}
     for axis, values in POINTS.items():

@@ -39,7 +39,7 @@ import flops  # noqa: E402
 import hlo  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import sweep_sizes  # noqa: E402
-from measuring import comma_separated, save  # noqa: E402
+from measuring import add_words, save  # noqa: E402
 from targets import GIB, TARGETS, Target  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
@@ -53,13 +53,8 @@ TWO_MODELS_BESIDE = 0.6  # of the device's memory is JAX's in gpu_7b.py; the res
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, default="h200")
-    parser.add_argument(
-        "--shapes",
-        type=comma_separated(shapes.SHAPES),
-        default="7b,8b",
-        help="comma-separated, of " + ", ".join(shapes.SHAPES),
-    )
-    parser.add_argument("--parts", type=comma_separated(PARTS), default=",".join(PARTS), help="comma-separated")
+    add_words(parser, "--shapes", shapes.SHAPES, "7b,8b")
+    add_words(parser, "--parts", PARTS, ",".join(PARTS))
     parser.add_argument("--prompts", type=int, default=300, help="of the stages, CMAP and knockout")
     parser.add_argument("--circuit-prompts", type=int, default=500)
     parser.add_argument("--circuits", type=int, default=100)
@@ -226,7 +221,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(kernels: list[dict[str, Any]]) -> str:
-    """The kernels of a shape as Markdown; of each, what its heaviest body does."""
+    """The kernels of a shape as Markdown; of each, what its heaviest body with matrix products does."""
     rows = [
         "| work | kernel | calls | compiled in | arguments | temporaries | heaviest body: products | moved | share |"
     ]

@@ -39,7 +39,7 @@ import flops  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import sweep_sizes  # noqa: E402
-from measuring import comma_separated, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
+from measuring import add_words, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 
@@ -48,13 +48,8 @@ PARTS = ("check", "stages", "circuits", "DCM", "CMAP", "knockout")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes",
-        type=comma_separated(shapes.SHAPES),
-        default="7b,8b",
-        help="comma-separated, of " + ", ".join(shapes.SHAPES),
-    )
-    parser.add_argument("--parts", type=comma_separated(PARTS), default=",".join(PARTS), help="comma-separated")
+    add_words(parser, "--shapes", shapes.SHAPES, "7b,8b")
+    add_words(parser, "--parts", PARTS, ",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("out/gpu_7b.json"))
     parser.add_argument("--runs", type=int, default=3, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--sample", type=int, default=8, help="units that PyTorch runs of each; 0: no PyTorch")

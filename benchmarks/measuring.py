@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def comma_separated(allowed: Iterable[str]) -> Callable[[str], list[str]]:
-    """The `type` of an option that takes some of the words `allowed`, or none, with commas between them."""
+def add_words(parser: argparse.ArgumentParser, option: str, allowed: Collection[str], default: str) -> None:
+    """Adds an option that takes some of the words `allowed`, or none, with commas between them, as a list."""
 
     def parse(text: str) -> list[str]:
         found = [word.strip() for word in text.split(",") if word.strip()]
@@ -25,7 +25,8 @@ def comma_separated(allowed: Iterable[str]) -> Callable[[str], list[str]]:
             )
         return found
 
-    return parse
+    help = f"some of {', '.join(allowed)}, with commas between; by default {default}"
+    parser.add_argument(option, type=parse, default=default, help=help)
 
 
 def timed(run: Callable[[], np.ndarray], runs: int) -> list[float]:

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import shapes  # noqa: E402
 from emulation import emulated  # noqa: E402
-from measuring import comma_separated, machine, save, timed  # noqa: E402
+from measuring import add_words, machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech.discovery import read_chain  # noqa: E402
@@ -57,9 +57,7 @@ GPUS_ALONE = ("3xTF32", "TF32")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/precision.json"))
-    parser.add_argument(
-        "--shapes", type=comma_separated(shapes.SHAPES), default="1b", help="of random models; empty for none"
-    )
+    add_words(parser, "--shapes", shapes.SHAPES, "1b")
     parser.add_argument("--prompts", type=int, default=100, help="of the random models")
     parser.add_argument("--stages", default="1234", help="digits of the stages of the random models to run")
     parser.add_argument("--scenes", type=int, default=20, help="of seven prompts each, of the demo pair; 0: not it")
@@ -75,6 +73,7 @@ def main() -> None:
 
 
 def runs_here(how: str) -> bool:
+    """Whether this device has the products of the precision, or a CPU emulates them."""
     return jax.default_backend() != "tpu" or how not in GPUS_ALONE
 
 

@@ -194,13 +194,17 @@ def test_copies_of_a_model_share_the_rows_of_every_sweep(random_model, random_pa
         "means": lambda model: jm.mean_activations(model, pairs.clean, batch_size=3),
         "clean prompts": lambda model: clean_logits(model, pairs, batch_size=3),
         "trainings": lambda model: trained(model, pairs),
+        "tuned activations": lambda model: jm.cmap(model, tuned, pairs, circuits[1], ("q", "z")).logits,
         "activation patching": lambda model: jm.patch_activations(model, pairs, circuits[1]).logits,
     }
+    tolerance = TOLERANCES.cone if dtype == "float32" else TOLERANCES.bfloat16
     for name, sweep in sweeps.items():
         split_rows.clear()
         found = sweep(many)
         assert split_rows and set(split_rows) == {PartitionSpec("rows")}, name
-        assert_close(found, sweep(one), TOLERANCES.cone if dtype == "float32" else TOLERANCES.bfloat16)
+        assert_close(found, sweep(one), tolerance)
+    whole = [jm.evaluate(model, pairs, circuits, means, ablate_elsewhere=False).logits for model in (many, one)]
+    assert_close(*whole, tolerance)  # every copy runs all of these full forward passes
 
 
 def test_a_copy_does_its_own_rows_alone(random_model, random_pairs):
