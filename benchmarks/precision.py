@@ -16,8 +16,8 @@ discovered circuit alone (demo pair), and the median time of the stages together
   bf16 products  float32, products "BF16_BF16_F32": JAX's default on TPUs
   bfloat16       weights and activations bfloat16
 
-On a CPU, all but the first and the last are emulated (`emulation.py`), and no times are given. The random model has
-effects far above rounding; it and its prompts are those of the other benchmarks. Needs neither tyro nor rich.
+On a CPU, all but the first and the last are emulated (`emulation.py`), and no times are given. The random model and its
+prompts are those of the other benchmarks. Needs neither tyro nor rich.
 """
 
 import argparse
@@ -150,6 +150,7 @@ def compared(scores: jm.PathScores, exact: jm.PathScores, k: int) -> dict[str, A
         "spearman": float(spearmanr(scores.mean[has_path], exact.mean[has_path]).statistic),
         "top_k": len(set(scores.top(k)) & set(exact.top(k))) / k,
         "k": k,
+        "largest_score": float(np.abs(exact.mean).max()),
         "largest_relative_difference": float(difference),
     }
 
