@@ -14,8 +14,7 @@ zeros. Calls are split as they would be on that device beside two models. For ea
                everything else moves (`benchmarks/hlo.py`), and the share of the products in the time of both at the
                rates --rate and --bandwidth; of GPUs' programs
 
-Nothing is timed but the compilation. DCM is planned for few prompts: what it keeps of all prompts is data, which grows
-with them, and a step's is not.
+Nothing is timed but the compilation.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=300, help="of the stages, CMAP and knockout")
     parser.add_argument("--circuit-prompts", type=int, default=500)
     parser.add_argument("--circuits", type=int, default=100)
-    parser.add_argument("--dcm-prompts", type=int, default=64)
+    parser.add_argument("--dcm-prompts", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=750e12, help="operations a second of large matrix products")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second of the device's memory")
     parser.add_argument("--hlo", type=Path, help="folder for the compiled programs' text")
@@ -95,7 +94,10 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     runs: dict[str, list[tuple[str, Callable[[], Any]]]] = {
         "stages": [(f"stage {stage.name}", lambda stage=stage: sweep(stage)) for stage in shapes.stages(shape.config)],
         "circuits": [("circuits", lambda: bench_methods.circuit_evaluation(circuits, options.circuits).ours())],
-        "DCM": [("DCM", lambda: bench_methods.dcm(work, options.dcm_prompts, [0.01], batch=32).ours())],
+        "DCM": [
+            ("DCM", lambda: bench_methods.dcm(work, options.dcm_prompts, [0.01], batch=32).ours()),
+            ("DCM of a study", lambda: study_dcm(work, options.dcm_prompts)),
+        ],
         "CMAP": [
             ("CMAP of groups", lambda: bench_methods.cmap_groups(work).ours()),
             ("CMAP of heads", lambda: bench_methods.cmap(work, 1).ours()),
@@ -112,6 +114,15 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 run()
             for kernel in record.kernels.values():
                 yield {"work": label, "cone_flops": cone.get(label), **_row(kernel, options, f"{name} {label}")}
+
+
+def study_dcm(work: bench_methods.Work, prompts: int) -> Any:
+    """Three desiderata and two groups at once, as a study trains them, with suffixes nearly as long as the prompts."""
+    shape = dataclasses.replace(work.shape, prompts=prompts)
+    desiderata = {str(i): shapes.pairs(shape, boxes=False, seed=i) for i in range(3)}
+    receivers = [stage.receivers for stage in shapes.stages(shape.config) if stage.receivers]
+    groups = {str(i): heads for i, heads in enumerate(receivers[-2:])}
+    return jm.dcm.train_many(work.model, desiderata, groups, "prev_query_box")
 
 
 @dataclasses.dataclass

@@ -26,17 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmech import cone
+from jaxmech import cone, memory
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
+from jaxmech.dcm_prompts import Base, BasePrompts, Targets, base_bytes, collect_targets, cut, lengths
 from jaxmech.interventions import head_mask
-from jaxmech.loading import Model, check_tokens
+from jaxmech.loading import Model
 from jaxmech.model import Params, label_logits, unembed
 from jaxmech.pairs import Pairs
-from jaxmech.patching import examples_per_call, head_values
+from jaxmech.patching import bytes_per_token
 from jaxmech.sharding import over_rows, row_devices
-from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Suffixes
 
 Heads = Sequence[Sequence[int]]
@@ -139,24 +139,20 @@ def train_many(
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size={batch_size}, but there are {count} pairs; expected at most that many.")
     first = _first_layer(config, [head for heads in chosen.values() for head in heads])
-    prompts = {name: _prompts_key(pairs, role) for name, pairs in train_pairs.items()}
-    distinct = {key: train_pairs[name] for name, key in prompts.items()}  # desiderata may share their base prompts
-    base = _stacked([_collect_base(model, pairs, role, first) for pairs in distinct.values()])
-    data = _stacked([_collect_targets(model, pairs, role, first) for pairs in train_pairs.values()])
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
+    base_key = {name: _prompts_key(pairs, role) for name, pairs in train_pairs.items()}
+    sets = {key: train_pairs[name] for name, key in base_key.items()}  # desiderata may share their base prompts
     keys = list(itertools.product(train_pairs, groups, lams, seeds))
     place = [{name: i for i, name in enumerate(names)} for names in (train_pairs, groups, lams, seeds)]
     arguments = _Arguments(
-        base=np.array([list(distinct).index(prompts[desideratum]) for desideratum, *_ in keys]),
+        base=np.array([list(sets).index(base_key[desideratum]) for desideratum, *_ in keys]),
         data=np.array([place[0][desideratum] for desideratum, *_ in keys]),
         member=np.array([_members(config, chosen[group], first) for _, group, *_ in keys]),
         lam=np.array([lam for *_, lam, _ in keys], np.float32),
         order=np.array([place[3][seed] for *_, seed in keys]),
     )
-    padded = np.resize(np.arange(len(keys)), len(keys) + -len(keys) % row_devices(model.weights))
-    arguments = over_rows(model.weights, jax.tree.map(lambda x: x[padded], arguments))
-    losses, masks = _train(config, model.weights, base, data, arguments, orders, learning_rate, first=first)
-    losses, masks = np.asarray(losses), np.asarray(masks)
+    prompts = list(sets.values()), list(train_pairs.values())
+    losses, masks = _run_all(model, *prompts, role, first, arguments, orders, learning_rate)
     runs = {}
     for i, key in enumerate(keys):
         layers, heads = np.array(chosen[key[1]]).T
@@ -178,10 +174,10 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
     weights = np.zeros((2 ** (count - 1).bit_length(), *_members(model.config, heads, first).shape), np.float32)
     weights[:count, layers - first, numbers] = 1 - np.asarray(masks)  # few numbers of masks, so few compilations
     weights, correct = over_rows(model.weights, weights), []
-    for rows, new in equal_parts(len(pairs), max(1, examples_per_call(model.config, pairs) // len(weights))):
-        batch = _Batch(
-            _collect_base(model, pairs[rows], role, first), _collect_targets(model, pairs[rows], role, first)
-        )
+    parts = list(equal_parts(len(pairs), _examples_per_call(model.config, pairs, role, first, len(weights))))
+    prompts = BasePrompts(model, [pairs], role, first, [rows for rows, _ in parts])
+    for part, (rows, new) in enumerate(parts):
+        batch = _Batch(prompts.run(part), collect_targets(model, pairs[rows], role, first))
         found = _answers(model.config, model.weights, batch, weights, first=first)
         correct.append(np.asarray(found == pairs.labels[rows])[:, new])
     return np.concatenate(correct, axis=1).mean(-1)[:count]
@@ -224,28 +220,11 @@ def select(
     return Run(run.heads, run.history.mask[steps[best] - 1], run.history, steps[best], float(found[best]))
 
 
-class _Base(NamedTuple):
-    """What is computed once of base prompts: layers from the group's first on, tokens from the role on."""
-
-    resid_pre: Array  # [B, W, D] at the first layer, of the suffix, padded with copies of its last token's
-    k: Array  # [B, L, K, T, H], rotated
-    v: Array  # [B, L, K, T, H]
-    p: Array  # [B]
-    last: Array  # [B]
-
-
-class _Targets(NamedTuple):
-    """What a desideratum says about them."""
-
-    z: Array  # [B, L, N, H], of the counterfactual prompts at the role
-    labels: Array  # [B]
-
-
 class _Batch(NamedTuple):
     """Some examples."""
 
-    base: _Base
-    targets: _Targets
+    base: Base
+    targets: Targets
 
 
 class _Arguments(NamedTuple):
@@ -263,76 +242,77 @@ def _prompts_key(pairs: Pairs, role: str) -> tuple[bytes, ...]:
     return pairs.clean.tobytes(), pairs.position(role).tobytes(), pairs.position("last").tobytes()
 
 
-def _collect_base(model: Model, pairs: Pairs, role: str, first: int) -> _Base:
-    """Runs the base prompts, in parts, and keeps what training needs."""
-    config = model.config
-    p, last, tokens = pairs.position(role), pairs.position("last"), check_tokens(config, pairs.clean)
-    width, parts = int((last - p).max()) + 1, list(equal_parts(len(pairs), examples_per_call(config, pairs)))
-    length, count = shared_length([tokens[rows] for rows, _ in parts])
-    found = []
-    for rows, new in parts:
-        prompts = SharedPrompts.split(tokens[rows], length, count)
-        part = _run_base(config, model.weights, prompts, p[rows], last[rows], first=first, width=width)
-        found.append([jnp.compress(new, x, axis=0) for x in part])
-    resid_pre, k, v = (jnp.concatenate(x) for x in zip(*found, strict=True))
-    return _Base(resid_pre, k, v, p, last)
+def _run_all(
+    model: Model,
+    sets: Sequence[Pairs],
+    desiderata: Sequence[Pairs],
+    role: str,
+    first: int,
+    arguments: _Arguments,
+    orders: np.ndarray,
+    learning_rate: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [runs, steps] and masks [runs, steps, L, N], as many steps and runs at a time as fit the memory budget.
 
+    Args:
+      sets: the base prompts.
+      orders: [orders, steps, E].
+    """
+    config, weights = model.config, model.weights
+    of_prompts = of_runs = memory.budget() // 2
+    kept = base_bytes(config, sets, role, first)
+    segments = cut(orders, of_prompts // (len(sets) * kept))
+    prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
+    targets = [collect_targets(model, pairs, role, first) for pairs in desiderata]
+    targets = jax.tree.map(lambda *x: jnp.stack(x), *targets)
+    of_run = orders.shape[2] * (2 * kept + _stream_bytes(config, sets, role, first))
+    calls = list(equal_parts(len(arguments.lam), max(1, of_runs // of_run), row_devices(weights)))
+    chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
+    states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
 
-@partial(jax.jit, static_argnames=("config", "first", "width"))
-def _run_base(config: Config, weights: Params, prompts: SharedPrompts, p, last, *, first: int, width: int):
-    """resid_pre, k and v as `_Base` has them."""
-    length = prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
-    cache = cone.live_cache(config, weights, prompts, Suffixes.padded(p, last, width=width, prefix=length), first)
-    assert cache.k is not None and cache.v is not None
-    resid_pre = cache.resid_pre[0].reshape(len(p), width, -1)
-    return resid_pre, jnp.moveaxis(cache.k, 0, 1), jnp.moveaxis(cache.v, 0, 1)
+    def advance(part: int) -> tuple[np.ndarray, np.ndarray]:  # a function, so that its prompts go before others come
+        base, data = prompts.run(part), jax.tree.map(lambda x: x[:, segments[part].rows], targets)
+        found = []
+        for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
+            inputs = base, data, call, segments[part].orders, states[i], learning_rate
+            states[i], history = _train(config, weights, *inputs, first=first)
+            found.append([np.asarray(x)[new] for x in history])
+        losses, masks = (np.concatenate(x) for x in zip(*found, strict=True))
+        return losses, masks
 
-
-def _collect_targets(model: Model, pairs: Pairs, role: str, first: int) -> _Targets:
-    """Runs the counterfactual prompts, in parts, and keeps z at the role."""
-    position = pairs.corrupt_position(role)
-    source = check_tokens(model.config, np.asarray(pairs.corrupt)), position[:, None]
-    found = []
-    for rows, new in equal_parts(len(pairs), examples_per_call(model.config, pairs)):
-        z = head_values(model, source, rows, sites=("z",))["z"][first:, :, 0]
-        found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
-    return _Targets(jnp.concatenate(found), pairs.labels)
-
-
-def _stacked(parts: Sequence[Any]) -> Any:
-    """Tuples of arrays with an axis in front, padded to one shape."""
-
-    def stack(*arrays: Array) -> jax.Array:
-        shape = np.max([x.shape for x in arrays], axis=0)
-        return jnp.stack([jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in arrays])
-
-    return jax.tree.map(stack, *parts)
+    losses, masks = zip(*map(advance, range(len(segments))), strict=True)
+    steps = orders.shape[1]
+    return np.concatenate(losses, axis=1)[:, :steps], np.concatenate(masks, axis=1)[:, :steps]
 
 
 @partial(jax.jit, static_argnames=("config", "first"))
 def _train(
     config: Config,
     weights: Params,
-    base: _Base,
-    data: _Targets,
+    base: Base,
+    data: Targets,
     arguments: _Arguments,
     orders: Array,
+    states: Any,
     learning_rate: float,
     *,
     first: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Losses [runs, steps] and masks [runs, steps, L, N].
+) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    """The states behind all steps, and losses [runs, steps] and masks [runs, steps, L, N].
 
-    `base` has an axis of sets of prompts in front, `data` one of desiderata; orders are [seeds, steps, E].
+    Args:
+      base: S sets of R prompts, one behind another.
+      data: with an axis of desiderata in front, [desiderata, R, ...].
+      orders: of the prompts, [orders, steps, E].
+      states: mask and optimizer state before the first step, of every run.
     """
     optimizer = optax.adam(learning_rate)
 
-    def run(one: _Arguments):
+    def run(one: _Arguments, state: Any):
         def step(carry, rows):
             mask, state = carry
-            batch = _Batch(
-                jax.tree.map(lambda x: x[one.base, rows], base), jax.tree.map(lambda x: x[one.data, rows], data)
-            )
+            in_base = one.base * data.labels.shape[1] + rows
+            batch = _Batch(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[one.data, rows], data))
             loss = partial(_loss, config, weights, batch, rows >= 0, one.lam, first)
             loss, gradient = jax.value_and_grad(loss)(mask)
             gradient = gradient * one.member  # Adam leaves alone what has never had a gradient
@@ -340,10 +320,15 @@ def _train(
             mask = jnp.clip(mask + jnp.asarray(updates), 0, 1)
             return (mask, state), (loss, mask)
 
-        mask = jnp.ones(one.member.shape, jnp.float32)
-        return jax.lax.scan(step, (mask, optimizer.init(mask)), orders[one.order])[1]
+        return jax.lax.scan(step, state, orders[one.order])
 
-    return jax.vmap(run)(arguments)
+    return jax.vmap(run)(arguments, states)
+
+
+def _unpatched(member: np.ndarray, learning_rate: float) -> tuple[jax.Array, Any]:
+    """The states of runs with members [runs, L, N] before their first step: masks of 1, and Adam's."""
+    masks = jnp.ones(member.shape, jnp.float32)
+    return masks, jax.vmap(optax.adam(learning_rate).init)(masks)
 
 
 def _loss(
@@ -377,10 +362,27 @@ def _patched_stream(config: Config, weights: Params, batch: _Batch, weight: jax.
 def _answers(config: Config, weights: Params, batch: _Batch, weight: Array, *, first: int) -> jax.Array:
     """The most probable next token with heads patched by each of the weights [M, L, N], int [M, B]."""
 
+    base = jax.tree.map(lambda x: x[: len(batch.targets.labels)], batch.base)  # calls of prompts are filled up
+    batch = batch._replace(base=base)
+
     def one(weight):
         return unembed(config, weights, _patched_stream(config, weights, batch, weight, first)).argmax(-1)
 
     return jax.vmap(one)(weight)
+
+
+def _stream_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> int:
+    """Bytes that a training step takes for the suffix of one example, forward and backward."""
+    T, width = lengths(sets, role)
+    inputs = (config.num_layers - first) * config.width * config.compute_dtype.itemsize
+    return width * (inputs + 2 * bytes_per_token(config, T))
+
+
+def _examples_per_call(config: Config, pairs: Pairs, role: str, first: int, masks: int) -> int:
+    """Examples whose prompts and whose streams for all masks fit the memory budget."""
+    T, width = lengths([pairs], role)
+    streams = masks * (width * bytes_per_token(config, T) + 4 * config.vocab_size)
+    return max(1, memory.budget() // (2 * base_bytes(config, [pairs], role, first) + streams))
 
 
 def _first_layer(config: Config, heads: Heads) -> int:

@@ -1,5 +1,6 @@
 """DCM: training equals Adam on the gradient of patched full forwards, many runs equal single ones, and selection."""
 
+import math
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
-from jaxmech import dcm
+from jaxmech import dcm, memory
 from jaxmech.model import forward
 
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
@@ -117,6 +118,48 @@ def test_many_runs_at_once_are_the_runs_one_by_one(model, random_pairs):
     assert not np.array_equal(found["one", "a", 0.01, 0].history.rows, found["one", "a", 0.01, 5].history.rows)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
+    random_model, random_pairs, monkeypatch, shuffle
+):
+    model = random_model(num_kv_heads=2)
+    desiderata = {"one": random_pairs(model, 10, seed=1), "two": random_pairs(model, 10, length=14, seed=2)}
+    options = {"role": "query_box", "lams": [0.01, 0.3], "seeds": [0, 5], "batch_size": 3, "shuffle": shuffle}
+    whole = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
+    kept = 2 * dcm.base_bytes(model.config, list(desiderata.values()), "query_box", 1)
+    calls, train = [], dcm._train
+    monkeypatch.setattr(dcm, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
+    monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 6 * kept)  # 6 prompts of each, of 10
+    cut = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
+    steps, runs = calls[0][5].shape[1], len(calls[0][4].lam)
+    assert steps < 8
+    assert runs < 8
+    assert len(calls) == math.ceil(8 / steps) * math.ceil(8 / runs)
+    assert len({str(jax.tree.map(np.shape, call)) for call in calls}) == 1
+    for key, run in cut.items():
+        np.testing.assert_array_equal(run.history.rows, whole[key].history.rows)
+        assert_close(run.history.loss, whole[key].history.loss, TOLERANCES.recompiled)
+        assert_close(run.history.mask, whole[key].history.mask, TOLERANCES.cone)
+    masks = np.array([run.mask for (name, *_), run in whole.items() if name == "one"])
+    fitting = dcm.accuracy(model, desiderata["one"], HEADS, masks, "query_box")
+    monkeypatch.setattr(memory, "CPU_BUDGET", 1)
+    np.testing.assert_array_equal(dcm.accuracy(model, desiderata["one"], HEADS, masks, "query_box"), fitting)
+
+
+def test_segments_are_steps_whose_examples_fit():
+    rng = np.random.default_rng(0)
+    orders = np.stack([np.pad(rng.permutation(10), (0, 2), constant_values=-1).reshape(4, 3) for _ in range(2)])
+    for most in (10, 8, 6, 1):
+        segments = dcm.cut(orders, most)
+        assert len({(segment.rows.shape, segment.orders.shape) for segment in segments}) == 1
+        steps = np.concatenate([np.where(x.orders < 0, -1, x.rows[x.orders]) for x in segments], axis=1)
+        np.testing.assert_array_equal(steps[:, :4], orders)
+        assert (steps[:, 4:] == orders[:, -1:]).all()
+        assert len(segments[0].rows) <= max(most, 6)
+    assert len(dcm.cut(orders, 10)) == 1
+    assert len(dcm.cut(orders, 1)) == 4
+
+
 @pytest.mark.parametrize("role", ["last", "query_box", "early"])
 def test_accuracies_of_masks_are_those_of_patched_full_forwards(model, pairs, role):
     masks = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0.3]], np.float32)
@@ -178,13 +221,13 @@ def test_training_compiles_once_for_all_groups_that_begin_in_one_layer(random_mo
 def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
-    base = dcm._stacked([dcm._collect_base(model, pairs, "query_box", 1)])
-    data = dcm._stacked([dcm._collect_targets(model, pairs, "query_box", 1)])
+    base = dcm.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
+    data = jax.tree.map(lambda x: x[None], dcm.collect_targets(model, pairs, "query_box", 1))
     zero = np.zeros(1, int)
     member = dcm._members(model.config, HEADS, 1)[None]
     arguments = dcm._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
-    orders = np.arange(4).reshape(1, 2, 2)
-    traced = dcm._train.trace(model.config, model.weights, base, data, arguments, orders, 0.1, first=1)
+    inputs = base, data, arguments, np.arange(4).reshape(1, 2, 2), dcm._unpatched(member, 0.1), 0.1
+    traced = dcm._train.trace(model.config, model.weights, *inputs, first=1)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

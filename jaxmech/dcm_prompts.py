@@ -1,0 +1,154 @@
+"""What DCM (`jaxmech.dcm`) keeps of its prompts, and how a training is cut where that does not fit the memory.
+
+Of base prompts, a step needs the keys and values of all tokens in all layers from the group's first on: gigabytes for a
+thousand prompts of a large model. They are computed for as many steps at a time as the memory budget holds, a
+*segment*; if all fit, there is one segment, and every prompt is run once. Of counterfactual prompts, z at the role is
+kept, which is little.
+
+Axes as in `jaxmech.model`, L being counted from the first layer that a group has; S counts sets of base prompts, R the
+prompts of each that are held at a time, E the examples of a step, W the tokens of the longest suffix.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmech import cone, memory
+from jaxmech.batches import equal_parts
+from jaxmech.config import Config
+from jaxmech.loading import Model, check_tokens
+from jaxmech.model import Params
+from jaxmech.pairs import Pairs
+from jaxmech.patching import bytes_per_token, examples_per_call, head_values
+from jaxmech.shared_prefix import SharedPrompts, shared_length
+from jaxmech.suffixes import Suffixes
+
+Array = Any  # NumPy on the host, jax.Array inside jit
+
+
+class Base(NamedTuple):
+    """What is computed of base prompts: layers from the group's first on, tokens from the role on."""
+
+    resid_pre: Array  # [B, W, D] at the first layer, of the suffix, padded with copies of its last token's
+    k: Array  # [B, L, K, T, H], rotated
+    v: Array  # [B, L, K, T, H]
+    p: Array  # [B]
+    last: Array  # [B]
+
+
+class Targets(NamedTuple):
+    """What a desideratum says about them."""
+
+    z: Array  # [B, L, N, H], of the counterfactual prompts at the role
+    labels: Array  # [B]
+
+
+class BasePrompts:
+    """S sets of equally many base prompts, run part by part when they are asked for.
+
+    Attributes:
+      parts: indices of prompts, the same in every set and as many in every part, int [R] each.
+    """
+
+    def __init__(self, model: Model, sets: Sequence[Pairs], role: str, first: int, parts: Sequence[np.ndarray]):
+        self.parts, self._model, self._first = parts, model, first
+        T, self._width = lengths(sets, role)
+        tokens = np.stack([np.pad(x.clean, ((0, 0), (0, T - x.clean.shape[1]))) for x in sets])
+        self._tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]
+        self._p = np.concatenate([pairs.position(role) for pairs in sets])
+        self._last = np.concatenate([pairs.position("last") for pairs in sets])
+        starts = len(sets[0]) * np.arange(len(sets))
+        needed = base_bytes(model.config, sets, role, 0) * 2 + T * bytes_per_token(model.config, T)
+        together = [(starts[:, None] + part).reshape(-1) for part in parts]
+        count = len(together[0])
+        calls = min(count, math.ceil(count * needed / memory.budget()))
+        size = math.ceil(count / calls)
+        self._rows = [np.resize(rows, (calls, size)) for rows in together]
+        self._split = shared_length([self._tokens[call] for rows in self._rows for call in rows])
+
+    def run(self, part: int) -> Base:
+        """The prompts of a part, S * R of them: set by set, and behind them what fills up the last call."""
+        rows = self._rows[part]
+        prompts = [SharedPrompts.split(self._tokens[call], *self._split) for call in rows]
+        p, last = self._p[rows], self._last[rows]
+        prompts = jax.tree.map(lambda *x: np.stack(x), *prompts)
+        model = self._model
+        resid_pre, k, v = _run_base(model.config, model.weights, prompts, p, last, first=self._first, width=self._width)
+        return Base(resid_pre, k, v, p.reshape(-1), last.reshape(-1))
+
+
+def lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
+    """T and W of the base prompts."""
+    widths = [int((pairs.position("last") - pairs.position(role)).max()) + 1 for pairs in sets]
+    return max(pairs.clean.shape[1] for pairs in sets), max(widths)
+
+
+def base_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> int:
+    """Bytes of `Base` of one prompt."""
+    T, width = lengths(sets, role)
+    keys_and_values = 2 * (config.num_layers - first) * T * config.num_kv_heads * config.head_dim
+    return config.compute_dtype.itemsize * (keys_and_values + width * config.width)
+
+
+@partial(jax.jit, static_argnames=("config", "first", "width"))
+def _run_base(
+    config: Config, weights: Params, prompts: SharedPrompts, p: Array, last: Array, *, first: int, width: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """resid_pre, k and v as `Base` has them, of prompts in calls [calls, b, ...], one call after another."""
+
+    def run(call):
+        prompts, p, last = call
+        length = prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
+        cache = cone.live_cache(config, weights, prompts, Suffixes.padded(p, last, width=width, prefix=length), first)
+        assert cache.k is not None and cache.v is not None
+        resid_pre = cache.resid_pre[0].reshape(len(p), width, -1)
+        return resid_pre, jnp.moveaxis(cache.k, 0, 1), jnp.moveaxis(cache.v, 0, 1)
+
+    kept = jax.lax.map(run, (prompts, p, last))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+
+
+def collect_targets(model: Model, pairs: Pairs, role: str, first: int) -> Targets:
+    """Runs the counterfactual prompts, in parts, and keeps z at the role."""
+    position = pairs.corrupt_position(role)
+    source = check_tokens(model.config, np.asarray(pairs.corrupt)), position[:, None]
+    found = []
+    for rows, new in equal_parts(len(pairs), examples_per_call(model.config, pairs)):
+        z = head_values(model, source, rows, sites=("z",))["z"][first:, :, 0]
+        found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
+    return Targets(jnp.concatenate(found), pairs.labels)
+
+
+class Segment(NamedTuple):
+    """Consecutive steps whose examples are held at a time."""
+
+    rows: np.ndarray  # [R] the examples
+    orders: np.ndarray  # [orders, steps, E] those of every step, as indices into `rows`; -1 where its batch is shorter
+
+
+def cut(orders: np.ndarray, most: int) -> list[Segment]:
+    """Segments of all steps of `orders` [orders, steps, E] with at most `most` examples, but of one step at least.
+
+    All segments are of one shape: the last repeats its last step, and those with fewer examples repeat some.
+    """
+    steps = orders.shape[1]
+
+    def in_sizes_of(size: int) -> list[np.ndarray]:
+        return [orders[:, np.minimum(np.arange(first, first + size), steps - 1)] for first in range(0, steps, size)]
+
+    def examples(part: np.ndarray) -> np.ndarray:
+        return np.unique(part[part >= 0])
+
+    sizes = sorted({math.ceil(steps / count) for count in range(1, steps + 1)}, reverse=True)
+    fitting = (size for size in sizes if max(len(examples(part)) for part in in_sizes_of(size)) <= most)
+    parts = in_sizes_of(next(fitting, 1))
+    longest = max(len(examples(part)) for part in parts)
+    return [
+        Segment(np.resize(examples(part), longest), np.where(part >= 0, np.searchsorted(examples(part), part), -1))
+        for part in parts
+    ]
