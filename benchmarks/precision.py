@@ -93,13 +93,13 @@ def demo(name: str, scenes: int, precisions: list[str], runs: int) -> dict[str, 
     examples = jm.boxes.make(n_scenes=2 * scenes, n_boxes=7, seed=0)
     pairs = jm.boxes.pairs(examples[: 7 * scenes], models["float32"].tokenizer, seed=0)
     other = jm.boxes.pairs(examples[7 * scenes :], models["float32"].tokenizer, seed=1)
-    circuits = {how: jm.discover(model, pairs, chain=chain, k=jm.demo.HEADS) for how, model in models.items()}
+    circuits = {how: jm.discover(model, pairs, chain=chain) for how, model in models.items()}
     exact = circuits["float32"].groups
     stages = [
         shapes.Stage(stage.group, stage.sender, exact.get(stage.receivers) if stage.receivers else None, stage.via)
         for stage in chain
     ]
-    found = sweeps(models, pairs, stages, [jm.demo.HEADS[stage.group] for stage in chain], runs)
+    found = sweeps(models, pairs, stages, [stage.k for stage in chain], runs)
     chosen = {
         how: {(group, *head) for group, heads in c.groups.items() for head in heads} for how, c in circuits.items()
     }

@@ -1,7 +1,7 @@
 """jaxmech: circuit discovery and activation patching for Llama-family models as jit-compiled JAX functions."""
 
 from jaxmech import boxes, dcm, demo
-from jaxmech.accuracy import accuracy
+from jaxmech.accuracy import accuracy, predict
 from jaxmech.circuits import evaluate, mean_activations, resampled_activations
 from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
 from jaxmech.config import Config, Rope
@@ -66,6 +66,7 @@ __all__ = [
     "parameter_shardings",
     "patch_activations",
     "path_patch",
+    "predict",
     "random_circuit",
     "random_target",
     "read_chain",

@@ -25,7 +25,7 @@ from jaxmech import memory, rope
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch, head_mask
-from jaxmech.loading import Model, check_tokens
+from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import (
     Params,
     attention_input,
@@ -40,7 +40,7 @@ from jaxmech.model import (
     visible,
 )
 from jaxmech.pairs import Pairs
-from jaxmech.patching import HeadsByRole, at_tokens
+from jaxmech.patching import as_heads_by_role, at_tokens
 from jaxmech.predictions import Predictions
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
@@ -48,27 +48,43 @@ from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
-def mean_activations(model: Model, tokens: np.ndarray, *, batch_size: int = 64) -> np.ndarray:
+def mean_activations(
+    model: Model, tokens: np.ndarray, last: np.ndarray | None = None, *, batch_size: int = 64
+) -> np.ndarray:
     """z of every head averaged over prompts, position by position: float32 [T, L, N, H].
 
     Args:
-      tokens: int [B, T], prompts of equal length, so that a position means the same in all; padding would be averaged
-        like any token.
+      tokens: int [B, T], prompts in which a position means the same, as far as that can be.
+      last: int [B], the last token of each prompt (`pairs.position("last")`); a position is averaged over the prompts
+        that reach it, and is zero where none does. None: all prompts have T tokens.
       batch_size: prompts in one call.
+
+    Raises:
+      ValueError: ids outside the vocabulary, or `last` is not [B] positions.
     """
     tokens = check_tokens(model.config, tokens)
+    count, length = tokens.shape
+    last = np.full(count, length - 1) if last is None else np.asarray(last)
+    if last.shape != (count,) or last.min() < 0 or last.max() >= length:
+        raise ValueError(f"last is {last}; expected a position 0..{length - 1} for each of the {count} prompts.")
+    reached = (np.arange(length) <= last[:, None]).astype(np.float32)  # [B, T]
     total = np.zeros((), np.float32)
-    for rows, new in equal_parts(len(tokens), batch_size, row_devices(model.weights)):
-        prompts = over_rows(model.weights, (tokens[rows], new.astype(np.float32)))
+    for rows, new in equal_parts(count, batch_size, row_devices(model.weights)):
+        prompts = over_rows(model.weights, (tokens[rows], reached[rows] * new[:, None]))
         total = total + np.asarray(_sum_of_z(model.config, model.weights, *prompts))
-    return np.moveaxis(total / len(tokens), 0, 1)
+    return np.moveaxis(total, 0, 1) / np.maximum(reached.sum(0), 1)[:, None, None, None]
 
 
 def resampled_activations(model: Model, tokens: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """z of every head on `count` prompts drawn from `tokens` [B, T] with replacement, [count, T, L, N, H].
 
     Ablated values of `evaluate` for resample ablation: one other prompt for each example.
+
+    Raises:
+      ValueError: ids outside the vocabulary, or count < 1.
     """
+    if count < 1:
+        raise ValueError(f"count={count}; expected at least 1.")
     tokens = check_tokens(model.config, tokens)
     chosen = np.random.default_rng(seed).integers(len(tokens), size=count)
     rows, back = np.unique(chosen, return_inverse=True)
@@ -105,7 +121,7 @@ def evaluate(
     """
     config = model.config
     roles, keep, named = _circuit_masks(config, circuits)
-    tokens, last = check_tokens(config, pairs.clean), pairs.position("last")
+    tokens, last = check_prompts(config, pairs), pairs.position("last")
     vital = np.stack([pairs.position(role) for role in roles], axis=1)  # [B, R]
     values = _ablated_values(config, means, pairs)
     run = _evaluate_vital if ablate_elsewhere else _evaluate_full
@@ -127,11 +143,6 @@ def evaluate(
             if logits is not None:
                 logits[np.ix_(circuits_here, rows)] = np.asarray(found)
     return Predictions(correct, logits)
-
-
-def heads_by_role(circuit: Any) -> HeadsByRole:
-    """{role: heads} of a `Circuit`, or of such a mapping itself."""
-    return circuit if isinstance(circuit, Mapping) else circuit.heads_by_role
 
 
 class _Batch(NamedTuple):
@@ -161,11 +172,11 @@ class _Ablated(NamedTuple):
 
 @partial(jax.jit, static_argnames="config")
 def _sum_of_z(config: Config, weights: Params, tokens: Array, weight: Array) -> jax.Array:
-    """Weighted sum over prompts of z, float32 [L, T, N, H]."""
+    """Sum over prompts of z, each token with its weight [B, T]: float32 [L, T, N, H]."""
     whole = SharedPrompts(jnp.zeros((1, 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32), tokens)
 
     def observe(sites):
-        return jnp.einsum("b,btnh->tnh", weight, sites["z"].astype(jnp.float32), precision="highest")
+        return jnp.einsum("bt,btnh->tnh", weight, sites["z"].astype(jnp.float32), precision="highest")
 
     return observe_prompts(config, weights, whole, observe)
 
@@ -267,9 +278,11 @@ _evaluate_full = _Way(_values_at_vital, _full_logits)
 
 def _circuit_masks(config: Config, circuits: Sequence[Any]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """All roles, `last` the first; the heads of each circuit, bool [C, L, R, N]; the roles it names, bool [C, R]."""
+    if isinstance(circuits, Mapping) or hasattr(circuits, "heads_by_role"):
+        raise TypeError("One circuit given; expected a list of them: evaluate(model, pairs, [circuit], means).")
     if not len(circuits):
         raise ValueError("No circuits given; expected a list of circuits or of {role: [(layer, head)]}.")
-    by_role = [{role: list(heads) for role, heads in heads_by_role(circuit).items()} for circuit in circuits]
+    by_role = [{role: list(heads) for role, heads in as_heads_by_role(circuit).items()} for circuit in circuits]
     roles = list(dict.fromkeys(["last", *(role for heads in by_role for role in heads)]))
     keep = np.zeros((len(circuits), config.num_layers, len(roles), config.num_heads), bool)
     for circuit, heads in zip(keep, by_role, strict=True):
@@ -290,6 +303,10 @@ def _ablated_values(config: Config, means: np.ndarray, pairs: Pairs) -> np.ndarr
             f"means has shape {means.shape}; this model and these prompts need [{length} or more, L, N, H] with "
             f"L, N, H = {heads}, or [{len(pairs)}, {length} or more, L, N, H]. Means must come from prompts at least "
             "as long."
+        )
+    if not np.isfinite(values.sum(dtype=np.float64)):
+        raise ValueError(
+            "means holds numbers that are not finite; look at the model and the dtype that they come from."
         )
     return values[:, :length]
 

@@ -242,7 +242,6 @@ def run_demo(options: Demo) -> None:
         base=jm.demo.path("base"),
         tuned=(jm.demo.path("tuned"),),
         chain=read_chain(jm.demo.path("chain.toml")),
-        k=jm.demo.HEADS,
         train=320,
         validation=160,
         test=160,

@@ -4,8 +4,9 @@ The method of Prakash et al. 2024, section 5. `cmap` patches a set of heads, a g
 patches every single head in turn, on the causal cone of its role.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
 from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch
-from jaxmech.loading import Model, check_tokens
+from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import METRICS, Outcome, effect, outcome
 from jaxmech.model import Params, forward, unembed
 from jaxmech.pairs import Pairs
@@ -49,10 +50,12 @@ class HeadValues:
     Attributes:
       values: {component: [L, B, R, N, H]}; q and k before RoPE, k and v per query head.
       roles: the R roles.
+      prompts: sha256 of the prompts and of the roles' positions, by which `cmap` knows its pairs.
     """
 
     values: Mapping[str, np.ndarray]
     roles: tuple[str, ...]
+    prompts: str
 
 
 def collect(
@@ -65,11 +68,11 @@ def collect(
 ) -> HeadValues:
     """Runs the clean prompts through `model` and keeps its heads' activations at `roles`, on the host.
 
-    With these, `cmap` needs the tuned model no longer: load it, collect, drop it, load the base. For two models that do
-    not fit into memory together.
+    With these, `cmap` on the same pairs needs the tuned model no longer: load it, collect, drop it, load the base. For
+    two models that do not fit into memory together.
     """
     components, roles = _check_components(components), tuple(roles)
-    source = check_tokens(model.config, pairs.clean), positions_of(pairs.position, roles)
+    source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
     size = examples_per_call(model.config, pairs) if batch_size is None else batch_size
     parts = list(equal_parts(len(pairs), size))
     found = [jax.device_get(head_values(model, source, rows, sites=components)) for rows, _ in parts]
@@ -77,7 +80,7 @@ def collect(
         site: np.concatenate([x[site][:, new] for x, (_, new) in zip(found, parts, strict=True)], axis=1)
         for site in components
     }
-    return HeadValues(kept, roles)
+    return HeadValues(kept, roles, _fingerprint(*source))
 
 
 def cmap(
@@ -94,8 +97,8 @@ def cmap(
 
     Args:
       tuned: a model of the same shape (a fine-tune, also one that a LoRA adapter was merged into), or what `collect`
-        kept of it.
-      heads_by_role: the heads patched at each role, {role: [(layer, head)]}: a group, or a circuit's `heads_by_role`.
+        kept of it for these pairs.
+      heads_by_role: the heads patched at each role, {role: [(layer, head)]}, or a `Circuit`.
       components: "z", or any of "q", "k" and "v" (before RoPE, for the named query heads alone). Each is patched at the
         roles; what a head of a later layer computes from it is free to change.
       batch_size: examples in one call; None picks as many as fit the memory budget.
@@ -108,7 +111,8 @@ def cmap(
       Predictions with `accuracy` [], `correct` [B] and `logits` [B, V].
 
     Raises:
-      ValueError: models of different shapes, unknown roles, heads or components, or no heads at all.
+      ValueError: models of different shapes, values collected of other pairs, unknown roles, heads or components, or no
+        heads at all.
     """
     components = _check_components(components)
     roles, mask = role_masks(base.config, heads_by_role)
@@ -118,10 +122,11 @@ def cmap(
         _check_same_shape(base, tuned)
         return _paper_cmap(base, tuned, pairs, roles, mask, components, batch_size)
     if isinstance(tuned, HeadValues):
+        _check_collected(base.config, tuned, pairs)
         values = partial(_chosen_values, tuned, [_index(tuned, role) for role in roles], components)
     else:
         _check_same_shape(base, tuned)
-        source = check_tokens(tuned.config, pairs.clean), positions_of(pairs.position, roles)
+        source = check_prompts(tuned.config, pairs), positions_of(pairs.position, roles)
         values = partial(head_values, tuned, source, sites=components)
     return patched_predictions(base, pairs, roles, mask, values, batch_size)
 
@@ -132,13 +137,18 @@ class HeadSweep:
 
     Attributes:
       accuracy: float [L, N], of the base model with that head patched.
-      scores: effect on each prompt, [L, N, B]; positive where the tuned model's head helps.
+      scores: effect on each prompt, [L, N, B]; positive where the tuned model's head helps, so that `scores.top` names
+        those that hurt; see `top`.
       clean_accuracy: of the base model without a patch, computed in the same way.
     """
 
     accuracy: np.ndarray  # [L, N]
     scores: PathScores
     clean_accuracy: float
+
+    def top(self, k: int, min_effect: float = 0.0) -> list[tuple[int, int]]:
+        """The k heads that help most, those with the largest mean score, best first; else as `PathScores.top`."""
+        return replace(self.scores, per_example=-self.scores.per_example).top(k, min_effect)
 
 
 def cmap_heads(
@@ -166,7 +176,7 @@ def cmap_heads(
     if metric not in METRICS[:2]:
         raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS[:2])}.")
     _check_same_shape(base, tuned)
-    tokens, p, last = check_tokens(config, pairs.clean), pairs.position(role), pairs.position("last")
+    tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
     if batch_size is None:
         batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
     batches = Batches.plan([tokens], p, last, batch_size)
@@ -233,7 +243,7 @@ def _paper_cmap(
 ) -> Predictions:
     """As the published code does it, by full forward passes with patches at every token."""
     pairs = last_column(pairs)
-    tokens, last = check_tokens(base.config, pairs.clean), pairs.position("last")
+    tokens, last = check_prompts(base.config, pairs), pairs.position("last")
     logits = np.empty((len(pairs), base.config.vocab_size), np.float32)
     size = max(1, examples_per_call(base.config, pairs) // base.config.num_layers) if batch_size is None else batch_size
     for start in range(0, len(pairs), size):
@@ -295,6 +305,21 @@ def _check_same_shape(base: Model, tuned: Model) -> None:
             f"base has (layers, heads, head_dim, vocabulary) = {shape(base)}, tuned {shape(tuned)}; patching across "
             "models needs a fine-tune of the same shape."
         )
+
+
+def _fingerprint(tokens: np.ndarray, positions: np.ndarray) -> str:
+    content = repr((tokens.shape, positions.shape)).encode() + tokens.tobytes() + positions.astype(np.int32).tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_collected(config: Config, values: HeadValues, pairs: Pairs) -> None:
+    """ValueError if the values are of other prompts, or of a model of another shape."""
+    here = config.num_layers, len(pairs), len(values.roles), config.num_heads, config.head_dim
+    for site, found in values.values.items():
+        if found.shape != here:
+            raise ValueError(f"The values collected of {site} have shape {found.shape}; these pairs need {here}.")
+    if _fingerprint(check_prompts(config, pairs), positions_of(pairs.position, values.roles)) != values.prompts:
+        raise ValueError("These values were collected of other prompts or positions; collect them of these pairs.")
 
 
 def _index(values: HeadValues, role: str) -> int:

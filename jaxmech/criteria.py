@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxmech.accuracy import clean_logits
+from jaxmech.accuracy import predict
 from jaxmech.bootstrap import bounds, resampled_means
 from jaxmech.circuits import evaluate
 from jaxmech.compat import check_compat
@@ -53,9 +53,13 @@ class Faithfulness:
         return _ratio(self.random.accuracy, self.model.accuracy, self.rounded)
 
     def confidence_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """Lower and upper bound of `ratio`, bootstrapped over prompts."""
+        """Lower and upper bound of `ratio`, bootstrapped over prompts.
+
+        Samples in which the model is always wrong are left out; nan if there is no other.
+        """
         part, whole = (resampled_means(x.correct, resamples=resamples, seed=seed) for x in (self.circuit, self.model))
-        low, high = bounds(_ratio(part, whole), level)
+        ratios = _ratio(part, whole)
+        low, high = bounds(ratios[whole > 0] if (whole > 0).any() else ratios, level)
         return float(low), float(high)
 
 
@@ -81,6 +85,7 @@ def faithfulness(
     Raises:
       ValueError: see `evaluate`; random < 1.
     """
+    _check_circuit(circuit)
     if random < 1:
         raise ValueError(f"random={random}; expected at least 1 random circuit.")
     rng, paper = np.random.default_rng(seed), check_compat(compat)
@@ -88,7 +93,7 @@ def faithfulness(
     options = {"batch_size": batch_size, "keep_logits": False}
     found = evaluate(model, pairs, [circuit, *others], means, **options)
     return Faithfulness(
-        model=_own_answers(model, pairs, batch_size),
+        model=Predictions(predict(model, pairs, batch_size=64 if batch_size is None else batch_size).correct),
         circuit=Predictions(found.correct[0]),
         random=Predictions(found.correct[1:]),
         random_circuits=others,
@@ -96,13 +101,16 @@ def faithfulness(
     )
 
 
-def random_circuit(config: Config, circuit: Circuit, rng: np.random.Generator, *, compat: str | None = None) -> Circuit:
-    """A circuit with groups of the same sizes at the same roles.
+def random_circuit(
+    config: Config, circuit: Circuit, rng: np.random.Generator | int, *, compat: str | None = None
+) -> Circuit:
+    """A circuit with groups of the same sizes at the same roles; `rng` is a generator, or a seed.
 
     The heads of one role are drawn without replacement from all heads of the model, so that its groups are disjoint, as
     those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number divided by the
     number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
     """
+    rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     layers, heads = config.num_layers, config.num_heads
     drawn: dict[str, list[Head]] = {}
     for role in dict.fromkeys(circuit.roles.values()):
@@ -164,6 +172,7 @@ def completeness(
     Raises:
       ValueError: see `evaluate`.
     """
+    _check_circuit(circuit)
     rng, paper = np.random.default_rng(seed), check_compat(compat)
     named: dict[str, dict[str, list[Head]]] = {"nothing": {}}
     named |= {group: {group: list(heads)} for group, heads in circuit.groups.items() if heads}
@@ -233,12 +242,15 @@ def minimality(
     Raises:
       ValueError: see `evaluate`; threshold < 0 or fraction outside [0, 1].
     """
-    if threshold < 0 or not 0 <= fraction <= 1:
+    _check_circuit(circuit)
+    if not (0 <= threshold < math.inf and 0 <= fraction <= 1):
         raise ValueError(f"threshold={threshold}, fraction={fraction}; expected threshold >= 0 and fraction in [0, 1].")
     paper = check_compat(compat)
     groups = {group: list(heads) for group, heads in circuit.groups.items() if heads}
 
     def accuracies(subsets: Sequence[Subset]) -> np.ndarray:
+        if not subsets:  # no group has heads
+            return np.zeros(0)
         circuits = [_remove(circuit.heads_by_role, circuit, subset) for subset in subsets]
         found = evaluate(model, pairs, circuits, means, batch_size=batch_size, keep_logits=False).accuracy
         return np.round(found, 2) if paper else found
@@ -271,10 +283,12 @@ def overlap(circuit: Circuit, reference: Circuit) -> dict[str, tuple[float, floa
     return found
 
 
-def _own_answers(model: Model, pairs: Pairs, batch_size: int | None) -> Predictions:
-    """What the model answers by itself."""
-    logits = clean_logits(model, pairs, batch_size=64 if batch_size is None else batch_size)
-    return Predictions(logits.argmax(-1) == pairs.labels)
+def _check_circuit(circuit: Circuit) -> None:
+    if not isinstance(circuit, Circuit):
+        raise TypeError(
+            f"Found a {type(circuit).__name__}; expected a Circuit, whose heads are in groups: jm.Circuit({{group: "
+            "heads}, {group: role})."
+        )
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, rounded: bool = False) -> np.ndarray:

@@ -39,6 +39,8 @@ from jaxmech.patching import bytes_per_token
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
+__all__ = ["History", "Run", "accuracy", "select", "train", "train_many"]
+
 Heads = Sequence[Sequence[int]]
 Array = Any  # NumPy on the host, jax.Array inside jit
 
@@ -93,7 +95,8 @@ def train(
     Args:
       train_pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
       heads: distinct (layer, head), all at `role`.
-      lam: weight of the number of patched heads in the loss, logits per head.
+      lam: weight of the number of patched heads in the loss, logits per head. With 0, nothing holds back the masks of
+        heads that change nothing: Adam turns the rounding of their gradients into steps.
       epochs: passes over the pairs; the last batch of each may be shorter.
       shuffle: draw another order for every epoch from `seed`.
 
@@ -101,7 +104,8 @@ def train(
       The run; `mask` is that after the last step.
 
     Raises:
-      ValueError: no corrupt prompts, an unknown role or head, a head named twice, or fewer pairs than a batch.
+      ValueError: no corrupt prompts, an unknown role or head, a head named twice, fewer pairs than a batch, no epochs,
+        or a lambda that is negative or not a number.
     """
     options = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "shuffle": shuffle}
     runs = train_many(model, {"": train_pairs}, {"": heads}, role, lams=[lam], seeds=[seed], **options)
@@ -131,6 +135,11 @@ def train_many(
       {(desideratum, group, lambda, seed): run}.
     """
     config = model.config
+    for name, given in {"desiderata": train_pairs, "groups": groups, "lams": lams, "seeds": seeds}.items():
+        if not given:
+            raise ValueError(f"train_many has no {name}; expected at least one.")
+    if epochs < 1 or not all(0 <= lam < np.inf for lam in lams):
+        raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and lambdas >= 0.")
     chosen = {name: _check_heads(config, heads) for name, heads in groups.items()}
     counts = {len(pairs) for pairs in train_pairs.values()}
     if len(counts) != 1:
@@ -167,8 +176,15 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
     Args:
       pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
       masks: float [M, n]; round them for the accuracy of a selection of heads.
+
+    Raises:
+      ValueError: as `train`, or masks of another shape.
     """
     heads, count = _check_heads(model.config, heads), len(masks)
+    if np.shape(masks)[1:] != (len(heads),):
+        raise ValueError(
+            f"masks has shape {np.shape(masks)}; expected [M, {len(heads)}], of one mask [1, {len(heads)}]."
+        )
     first = _first_layer(model.config, heads)
     layers, numbers = np.array(heads).T
     weights = np.zeros((2 ** (count - 1).bit_length(), *_members(model.config, heads, first).shape), np.float32)
@@ -198,6 +214,9 @@ def select(
     Ties go to the mask that patches fewer heads, then to the earlier one.
 
     Args:
+      validation_pairs: as `train_pairs`, others.
+      role: the one it was trained at.
+      every: steps between two masks that are tried.
       compat: "paper" lets ties go to the mask that patches more heads (i), and takes `prev_query_box` from the training
         batch of the step instead of the validation pairs (h); see docs/paper_compat.md.
       train_pairs: what the run was trained on; for compat="paper" at `prev_query_box` alone.

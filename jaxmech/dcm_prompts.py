@@ -21,7 +21,7 @@ import numpy as np
 from jaxmech import cone, memory
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
-from jaxmech.loading import Model, check_tokens
+from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
 from jaxmech.patching import bytes_per_token, examples_per_call, head_values
@@ -115,6 +115,7 @@ def _run_base(
 
 def collect_targets(model: Model, pairs: Pairs, role: str, first: int) -> Targets:
     """Runs the counterfactual prompts, in parts, and keeps z at the role."""
+    check_prompts(model.config, pairs)
     position = pairs.corrupt_position(role)
     source = check_tokens(model.config, np.asarray(pairs.corrupt)), position[:, None]
     found = []

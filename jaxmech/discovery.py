@@ -4,12 +4,17 @@ The chain is data: a list of `Stage`, the paper's four by default (Prakash et al
 """
 
 import json
+import re
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from jaxmech.files import write_text
 from jaxmech.loading import Model
@@ -27,7 +32,8 @@ class Stage:
     Attributes:
       group: name of the head group that this stage finds.
       sender: role at which senders are patched, and at which the group acts.
-      receivers: name of an earlier group whose heads read the change; None: the logits.
+      receivers: name of an earlier group whose heads read the change; None: the logits. They read it at the role
+        `sender` too, wherever their own group acts: values that later tokens attend to, for instance.
       via: the receivers' input that is patched, "q", "k" or "v"; None without receivers.
       k: at most how many heads are selected.
     """
@@ -63,6 +69,10 @@ class Circuit:
     scores: dict[str, PathScores] = field(default_factory=dict)
     stopped: str = ""
 
+    def __post_init__(self):
+        if missing := [group for group in self.groups if group not in self.roles]:
+            raise ValueError(f"Circuit: roles says nothing of the groups {missing}; expected {{group: role}} for each.")
+
     @property
     def heads_by_role(self) -> dict[str, list[Head]]:
         """The heads that act at each role, {role: [(layer, head)]}, in the order of the groups."""
@@ -72,7 +82,13 @@ class Circuit:
         return by_role
 
     def without(self, subset: Mapping[str, Sequence[Head]]) -> "Circuit":
-        """The circuit without the heads of `subset`, {group: heads}; its groups and roles stay, empty or not."""
+        """The circuit without the heads of `subset`, {group: heads}; its groups and roles stay, empty or not.
+
+        Raises:
+          ValueError: `subset` names a group that the circuit has not.
+        """
+        if unknown := [group for group in subset if group not in self.groups]:
+            raise ValueError(f"Unknown groups {unknown}; the circuit has {list(self.groups)}.")
         gone = {group: {tuple(head) for head in heads} for group, heads in subset.items()}
         left = {
             group: [head for head in heads if tuple(head) not in gone.get(group, ())]
@@ -86,14 +102,18 @@ class Circuit:
         write_text(path, json.dumps(groups) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, chain: Sequence[Stage] = PAPER_CHAIN) -> "Circuit":
+    def load(cls, path: str | Path, chain: Sequence[Stage] | str | Path = PAPER_CHAIN) -> "Circuit":
         """Reads the paper's JSON. The file does not say where a group acts; `chain` does.
+
+        Args:
+          chain: stages, or the TOML file of a chain (see `read_chain`), whose groups the file has.
 
         Raises:
           FileNotFoundError: no such file.
           ValueError: not JSON of this form, or a group that `chain` does not name.
         """
         path = Path(path)
+        chain = read_chain(chain) if isinstance(chain, str | Path) else chain
         roles = {stage.group: stage.sender for stage in chain}
         try:
             groups = {g: [_head(head) for head in heads] for g, heads in json.loads(path.read_text()).items()}
@@ -108,8 +128,8 @@ class Circuit:
 
 def _head(value: Sequence[int]) -> Head:
     layer, head = value
-    if not (isinstance(layer, int) and isinstance(head, int)):
-        raise ValueError(f"{value!r} is not [layer, head]")
+    if not (isinstance(layer, int) and isinstance(head, int)) or layer < 0 or head < 0:
+        raise ValueError(f"{value!r} is not [layer, head], numbers from 0 on")
     return layer, head
 
 
@@ -133,11 +153,21 @@ def read_chain(path: str | Path) -> tuple[Stage, ...]:
 
 
 def check_chain(chain: Sequence[Stage]) -> None:
-    """ValueError if the chain is empty, a group occurs twice, or receivers are not an earlier group at hand."""
+    """Refuses a chain whose stages cannot be run one after another.
+
+    Raises:
+      ValueError: it is empty, a group occurs twice or has no name for a file, receivers are none of the earlier groups,
+        a stage without receivers is not at "last", or k is no number from 1 on.
+    """
     if not chain:
         raise ValueError("the chain has no stages; expected [[stage]] tables with group, sender, receivers, via and k.")
     earlier: list[str] = []
     for stage in chain:
+        if not re.fullmatch(r"\w[\w .+-]*", stage.group):
+            raise ValueError(
+                f"group {stage.group!r}: files are named by groups; expected a letter or digit, and then letters, "
+                "digits, spaces and _ . + - only."
+            )
         if stage.group in earlier:
             raise ValueError(f"group {stage.group!r} occurs twice in the chain.")
         if stage.receivers is not None and stage.receivers not in earlier:
@@ -149,8 +179,13 @@ def check_chain(chain: Sequence[Stage]) -> None:
                 f"stage {stage.group!r}: receivers={stage.receivers!r} with via={stage.via!r}; expected via "
                 "'q', 'k' or 'v' with receivers, and neither for the logits."
             )
-        if stage.k < 1:
-            raise ValueError(f"stage {stage.group!r}: k={stage.k}; expected at least 1.")
+        if stage.receivers is None and stage.sender != "last":
+            raise ValueError(
+                f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the token `last` has a direct "
+                "path to the logits. Name receivers and via."
+            )
+        if not isinstance(stage.k, Integral) or stage.k < 1:
+            raise ValueError(f"stage {stage.group!r}: k={stage.k!r}; expected a whole number from 1 on.")
         earlier.append(stage.group)
 
 
@@ -158,9 +193,11 @@ def discover(
     model: Model,
     pairs: Pairs,
     k: Mapping[str, int] | None = None,
-    chain: Sequence[Stage] | None = None,
+    chain: Sequence[Stage] | str | Path | None = None,
     min_effect: float = 1e-3,
     *,
+    metric: str = "probability",
+    wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
     done: Mapping[str, PathScores] | None = None,
     on_stage: Callable[[Stage, PathScores], None] | None = None,
@@ -174,18 +211,25 @@ def discover(
 
     Args:
       k: {group: number of heads}, in place of the chain's own numbers; groups left out keep theirs.
-      chain: the stages; the paper's four by default.
-      min_effect: the smallest relative loss of probability that counts, a fraction.
+      chain: the stages, or the TOML file of a chain; the paper's four by default.
+      min_effect: the smallest mean loss that counts, in units of `metric`: of the probability, a fraction.
+      metric: what scores are, and `wrong_labels` [B] for "logit_difference"; see `path_patch`.
       batch_size: see `path_patch`.
       done: {group: scores} of sweeps finished by an earlier call with the same arguments; they are not run again.
       on_stage: called with (stage, scores) after each sweep that was run, to save it.
       progress: called with (stage, calls done, calls in all; see `path_patch`).
 
     Raises:
-      ValueError: the chain does not fit together, k names an unknown group or exceeds the number of heads, or the pairs
-        lack a role.
+      ValueError: the chain does not fit together, k or `done` name an unknown group, k exceeds the number of heads, the
+        pairs lack a role, min_effect is out of range, or scores are not finite.
     """
-    chain = _with_k(model, chain or PAPER_CHAIN, k or {})
+    chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
+    chain = _with_k(model, chain, k or {})
+    if not min_effect >= 0 or (metric == "probability" and min_effect > 1):
+        raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1, or in other metrics at least 0.")
+    if unknown := [group for group in done or {} if group not in [stage.group for stage in chain]]:
+        raise ValueError(f"done has the groups {unknown}; the chain has {[stage.group for stage in chain]}.")
+    options = {"metric": metric, "wrong_labels": wrong_labels, "batch_size": batch_size}
     for stage in chain:
         pairs.position(stage.sender)
         pairs.corrupt_position(stage.sender)
@@ -194,7 +238,7 @@ def discover(
     for stage in chain:
         scores = (done or {}).get(stage.group)
         if scores is None:
-            scores = _sweep(model, pairs, stage, found, batch_size, progress)
+            scores = _sweep(model, pairs, stage, found, progress, options)
             if on_stage:
                 on_stage(stage, scores)
         heads = scores.top(stage.k, min_effect)
@@ -209,11 +253,11 @@ def discover(
 
 
 def _sweep(
-    model: Model, pairs: Pairs, stage: Stage, found: Mapping[str, list[Head]], batch_size, progress
+    model: Model, pairs: Pairs, stage: Stage, found: Mapping[str, list[Head]], progress, options: Mapping[str, Any]
 ) -> PathScores:
     receivers = None if stage.receivers is None else found[stage.receivers]
     report = None if progress is None else partial(progress, stage)
-    return path_patch(model, pairs, stage.sender, receivers, stage.via, batch_size=batch_size, progress=report)
+    return path_patch(model, pairs, stage.sender, receivers, stage.via, progress=report, **options)
 
 
 def _with_k(model: Model, chain: Sequence[Stage], k: Mapping[str, int]) -> list[Stage]:

@@ -6,6 +6,7 @@ each site is. Axes as in `model.py`; P counts the patched positions of one promp
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -98,11 +99,15 @@ def head_weights(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
 def head_mask(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
     """True at each (layer, head) of `heads`: bool [L, N]. ValueError for an unknown head or none at all."""
     mask = np.zeros((config.num_layers, config.num_heads), bool)
+    heads = list(heads)
+    if any(np.ndim(head) != 1 for head in heads):
+        raise ValueError(f"Heads are {heads}; expected a list of (layer, head), of one head [(3, 6)].")
     heads = [tuple(head) for head in heads]
     if not heads:
         raise ValueError("No heads given: a patch that selects nothing is an error. Name (layer, head) pairs.")
     for head in heads:
-        if len(head) != 2 or not (0 <= head[0] < config.num_layers and 0 <= head[1] < config.num_heads):
+        whole = all(isinstance(x, Integral) for x in head)
+        if len(head) != 2 or not (whole and 0 <= head[0] < config.num_layers and 0 <= head[1] < config.num_heads):
             raise ValueError(
                 f"Head {head} does not exist; this model has layers 0..{config.num_layers - 1} "
                 f"and heads 0..{config.num_heads - 1}, written (layer, head)."
@@ -136,6 +141,9 @@ def _at_layer(x: jax.Array, layer: jax.Array, rank: int) -> jax.Array:
 
 def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[int, ...]) -> None:
     batch, length = tokens_shape
+    for name in ("weight", "value", "positions"):
+        if isinstance(getattr(patch, name), list | tuple):
+            raise ValueError(f"Interventions.{site}.{name} is a list; expected an array, NumPy's or JAX's.")
     if patch.positions is not None:
         _check_positions(site, patch.positions, tokens_shape)
     count = length if patch.positions is None else np.shape(patch.positions)[-1]

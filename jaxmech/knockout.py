@@ -14,7 +14,7 @@ import numpy as np
 from jaxmech import cone, memory
 from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.config import Config
-from jaxmech.loading import Model, check_tokens
+from jaxmech.loading import Model, check_prompts
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
@@ -50,13 +50,13 @@ def knockout(
     """
     config = model.config
     p, key, last = pairs.position(source), _target(pairs, target), pairs.position("last")
-    if (key >= p).any() or (key < 0).any():
-        row = int(((key >= p) | (key < 0)).argmax())
+    if (key >= p).any():
+        row = int((key >= p).argmax())
         raise ValueError(
             f"target={target if isinstance(target, str) else 'positions'!r} is at {key[row]} in example {row}, source="
             f"{source!r} at {p[row]}; a token attends to earlier ones, so the target must be before the source."
         )
-    tokens = check_tokens(config, pairs.clean)
+    tokens = check_prompts(config, pairs)
     if batch_size is None:
         batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
     batches = Batches.plan([tokens], p, last, batch_size)
@@ -130,6 +130,8 @@ def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
         raise ValueError(
             f"target has shape {target.shape} and dtype {target.dtype}; expected a role or positions [{len(pairs)}]."
         )
+    if target.min() < 0:
+        raise ValueError(f"target holds the position {target.min()}; positions are counted from the start, from 0 on.")
     return target
 
 

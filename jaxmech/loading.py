@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 import convert
 from jaxmech import checkpoint
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions
 from jaxmech.model import Llama, Params, check_capture, forward
+from jaxmech.pairs import Pairs
 from jaxmech.sharding import parameter_shardings
 
 
@@ -48,13 +50,17 @@ class Model:
         """Logits and captured activations; see `jaxmech.model.Llama.__call__`. Compiled once per shape.
 
         Args:
-          tokens: token ids, int [B, T], right-padded.
+          tokens: token ids, int [B, T], right-padded; inside jit, where they are traced, ids are not checked.
 
         Raises:
           ValueError: ids outside the vocabulary, an unknown site, or an intervention that fails its check.
         """
         tokens = check_tokens(self.config, tokens, any_length=True)
         if interventions is not None:
+            if not isinstance(interventions, Interventions):
+                raise TypeError(
+                    f"interventions is a {type(interventions).__name__}; expected jm.Interventions(z=jm.Patch(...))."
+                )
             interventions.check(self.config, tokens.shape)  # values are concrete here, inside jit they are not
         return _apply(self.config, self.weights, tokens, interventions, capture=check_capture(capture))
 
@@ -64,7 +70,7 @@ def _apply(config: Config, weights: Params, tokens: jax.Array, interventions: In
     return forward(config, weights, tokens, interventions, capture=capture)
 
 
-def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: bool = False) -> np.ndarray:
+def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: bool = False) -> Any:
     """Token ids [B, T] as int32.
 
     Args:
@@ -74,10 +80,11 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: 
     Raises:
       ValueError: the rank is wrong, an id lies outside the vocabulary, or the prompts are too long.
     """
-    tokens = np.asarray(tokens)
+    traced = isinstance(tokens, Tracer)
+    tokens = tokens if traced else np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens has shape {tokens.shape} and dtype {tokens.dtype}; expected integers [B, T].")
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+    if not traced and tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
         raise ValueError(
             f"token ids reach from {tokens.min()} to {tokens.max()}; this model's vocabulary has ids "
             f"0..{config.vocab_size - 1}. Were the prompts made with another tokenizer?"
@@ -88,6 +95,16 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: 
             f"of prompts over {config.rope.longest} tokens, and the methods do not support that; shorten the prompts."
         )
     return tokens.astype(np.int32)
+
+
+def check_prompts(config: Config, pairs: Pairs) -> np.ndarray:
+    """The clean prompts of `pairs` as `check_tokens` has them; ValueError if a label lies outside the vocabulary."""
+    if (labels := pairs.labels).max() >= config.vocab_size:
+        raise ValueError(
+            f"labels reach from {labels.min()} to {labels.max()}; this model's vocabulary has ids "
+            f"0..{config.vocab_size - 1}. Were the pairs made with another tokenizer?"
+        )
+    return check_tokens(config, pairs.clean)
 
 
 def load(

@@ -34,7 +34,8 @@ def effect(metric: str, patched: Outcome, clean: Outcome) -> np.ndarray:
     if metric == "logit_difference":
         return np.asarray(patched.logit_difference) - np.asarray(clean.logit_difference)
     change = np.asarray(patched.log_probability) - np.asarray(clean.log_probability)
-    return np.expm1(change) if metric == "probability" else change
+    with np.errstate(over="ignore"):  # an infinite score is refused where heads are chosen by it
+        return np.expm1(change) if metric == "probability" else change
 
 
 def check_metric(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int) -> np.ndarray:

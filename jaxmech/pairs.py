@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Clean prompts, their corrupt counterparts, the correct next token and named token positions.
 
@@ -25,7 +25,8 @@ class Pairs:
       corrupt_positions: role -> token position in the corrupt prompt, int32 [B].
 
     Raises:
-      ValueError: if shapes disagree, ids are negative, `last` is missing, or a role lies outside its prompt.
+      ValueError: if shapes disagree, ids or positions are negative, `last` is missing, or a role lies outside its
+        prompt.
     """
 
     clean: np.ndarray  # [B, T]
@@ -54,7 +55,13 @@ class Pairs:
         return len(self.clean)
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Pairs":
-        """The examples `rows` (a slice, or an integer or boolean array [b]); padding is kept."""
+        """The examples `rows` (a slice, or an integer or boolean array [b]); padding is kept.
+
+        Raises:
+          TypeError: a single number; `pairs[3:4]` are the pairs with example 3 alone.
+        """
+        if not isinstance(rows, slice) and np.ndim(rows) == 0:
+            raise TypeError(f"pairs[{rows!r}]: rows are a slice or an array; for one example take pairs[i : i + 1].")
         pick = lambda roles: {role: value[rows] for role, value in roles.items()}  # noqa: E731
         return Pairs(
             clean=self.clean[rows],
@@ -76,30 +83,43 @@ class Pairs:
 
 
 def _token_ids(name: str, value, ndim: int) -> np.ndarray:
-    array = np.asarray(value)
+    array = _integers(name, value, ndim, "token ids")
+    if array.min() < 0:
+        hint = "; pad with any real token id" if ndim == 2 else ""
+        raise ValueError(f"Pairs: {name} holds the negative id {array.min()}{hint}.")
+    return array.astype(np.int32)
+
+
+def _integers(name: str, value, ndim: int, kind: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of unequal lengths
+        raise ValueError(f"Pairs: {name} is no array: {error} Pad the prompts on the right to one length.") from error
     if array.ndim != ndim or 0 in array.shape:
         raise ValueError(f"Pairs: {name} has shape {array.shape}; expected {ndim} axes, none empty.")
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"Pairs: {name} has dtype {array.dtype}; expected integer token ids.")
-    if array.min() < 0:
-        raise ValueError(f"Pairs: {name} holds the negative id {array.min()}; pad with any real token id.")
-    return array.astype(np.int32)
+        raise ValueError(f"Pairs: {name} has dtype {array.dtype}; expected integer {kind}.")
+    if array.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"Pairs: {name} holds {array.max()}, which is no 32-bit number.")
+    return array
 
 
 def _roles(name: str, roles: Mapping, tokens: np.ndarray) -> dict[str, np.ndarray]:
     if "last" not in roles:
         raise ValueError(f"Pairs: {name} has roles {sorted(roles)}; 'last' (each true last token) is missing.")
-    checked = {role: _token_ids(f"{name}[{role!r}]", value, ndim=1) for role, value in roles.items()}
+    checked = {role: _integers(f"{name}[{role!r}]", value, 1, "positions") for role, value in roles.items()}
     for role, value in checked.items():
         if len(value) != len(tokens):
             raise ValueError(f"Pairs: {name}[{role!r}] has {len(value)} examples, the prompts {len(tokens)}.")
         end = np.minimum(checked["last"], tokens.shape[1] - 1)
-        if (value > end).any():
-            row = int(np.argmax(value > end))
+        outside = (value < 0) | (value > end)
+        if outside.any():
+            row = int(outside.argmax())
             raise ValueError(
-                f"Pairs: {name}[{role!r}] of example {row} is {value[row]}, behind its last token {end[row]}."
+                f"Pairs: {name}[{role!r}] of example {row} is {value[row]}; expected 0..{end[row]}, a token up to "
+                f"`last` of a prompt of {tokens.shape[1]} tokens. Positions are counted from the start."
             )
-    return checked
+    return {role: value.astype(np.int32) for role, value in checked.items()}
 
 
 def _role(roles: Mapping[str, np.ndarray], role: str, name: str) -> np.ndarray:

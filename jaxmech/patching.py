@@ -4,9 +4,10 @@ Owns the patched forward pass that activation patching and cross-model activatio
 as in `jaxmech.model`; R counts the roles.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,23 @@ from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat, last_column, same_positions
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch, head_mask
-from jaxmech.loading import Model, check_tokens
+from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
 from jaxmech.sharding import over_rows, row_devices
 
-HeadsByRole = Mapping[str, Iterable[Sequence[int]]]
 Array = Any  # NumPy on the host, jax.Array inside jit
+
+
+class HasHeadsByRole(Protocol):
+    """A `Circuit`."""
+
+    @property
+    def heads_by_role(self) -> Mapping[str, Iterable[Sequence[int]]]: ...
+
+
+HeadsByRole = Mapping[str, Iterable[Sequence[int]]] | HasHeadsByRole
 
 
 def patch_activations(
@@ -39,7 +49,7 @@ def patch_activations(
 
     Args:
       pairs: clean and corrupt prompts; labels are the answers that count as right, a desideratum's targets, say.
-      heads_by_role: the heads patched at each role, {role: [(layer, head)]}.
+      heads_by_role: the heads patched at each role, {role: [(layer, head)]}, or a `Circuit`.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" reads z of `prev_query_box` at the clean prompt's position also in the corrupt one, and takes the
         last column of the padded prompts for their last token (docs/paper_compat.md, e and f).
@@ -48,12 +58,14 @@ def patch_activations(
       Predictions with `accuracy` [], `correct` [B] and `logits` [B, V].
 
     Raises:
-      ValueError: no corrupt prompts, an unknown role or head, or no heads at all.
+      ValueError: no corrupt prompts, an unknown role or head, no heads at all, or a head at two roles that are one
+        token of a clean prompt and two of its corrupt one.
     """
     if check_compat(compat):
         pairs = same_positions(last_column(pairs), "prev_query_box")
     roles, mask = role_masks(model.config, heads_by_role)
     positions = positions_of(pairs.corrupt_position, roles)
+    _check_one_source(roles, mask, positions_of(pairs.position, roles), positions)
     source = check_tokens(model.config, np.asarray(pairs.corrupt)), positions
     values = partial(head_values, model, source, sites=("z",))
     return patched_predictions(model, pairs, roles, mask, values, batch_size)
@@ -68,7 +80,7 @@ def patched_predictions(
       mask: bool [L, R, N], the heads patched at each role.
       values: a function from rows of examples [b] to {site: [L, b, R, N, H]}.
     """
-    tokens, last = check_tokens(model.config, pairs.clean), pairs.position("last")
+    tokens, last = check_prompts(model.config, pairs), pairs.position("last")
     positions = positions_of(pairs.position, roles)
     logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
     size = examples_per_call(model.config, pairs) if batch_size is None else batch_size
@@ -98,6 +110,9 @@ def _patched_logits(
 ) -> jax.Array:
     """Logits [B, V] at `last`, the heads of mask [L, R, N] replaced at positions [B, R] at every site of values."""
     weight = at_tokens(positions, mask).astype(config.compute_dtype)
+    if mask.shape[1] > 1:
+        role = _role_of_heads(positions, mask)[..., None]
+        values = {site: jnp.take_along_axis(value, role, axis=2) for site, value in values.items()}
     patches: dict[str, Any] = {site: Patch(weight, value, positions) for site, value in values.items()}
     return forward(config, weights, tokens, Interventions(**patches), logits_at=last)[0]
 
@@ -107,8 +122,31 @@ def at_tokens(positions: Array, mask: Array) -> jax.Array:
 
     Where roles are one token, all their heads are patched for each, so that the order of the roles does not matter.
     """
+    return _named_at(positions, mask).any(3)
+
+
+def _role_of_heads(positions: Array, mask: Array) -> jax.Array:
+    """The role whose value each head takes at each of positions [B, R], int [L, B, R, N]: the first that names it."""
+    return _named_at(positions, mask).argmax(3)
+
+
+def _named_at(positions: Array, mask: Array) -> jax.Array:
+    """Whether a head is named at a role (fourth axis) that is the token of a role (third): bool [L, B, R, R, N]."""
     same = positions[:, :, None] == positions[:, None, :]  # [B, R, R]
-    return (same[..., None] & mask[:, None, None]).any(3)
+    return same[..., None] & mask[:, None, None]
+
+
+def _check_one_source(roles: Sequence[str], mask: np.ndarray, clean: np.ndarray, corrupt: np.ndarray) -> None:
+    """ValueError if a head is to take two values at one token; mask [L, R, N], positions [B, R]."""
+    for i, j in itertools.combinations(range(len(roles)), 2):
+        clash = (clean[:, i] == clean[:, j]) & (corrupt[:, i] != corrupt[:, j])
+        if clash.any() and (both := np.argwhere(mask[:, i] & mask[:, j])).size:
+            head, row = tuple(both[0].tolist()), int(clash.argmax())
+            raise ValueError(
+                f"Head {head} is patched at {roles[i]!r} and at {roles[j]!r}. In example {row} both are token "
+                f"{clean[row, i]} of the clean prompt, but tokens {corrupt[row, i]} and {corrupt[row, j]} of the "
+                "corrupt one, so it would take two values. Name it at one of them, or leave such examples out."
+            )
 
 
 def role_masks(config: Config, heads_by_role: HeadsByRole) -> tuple[list[str], np.ndarray]:
@@ -117,11 +155,23 @@ def role_masks(config: Config, heads_by_role: HeadsByRole) -> tuple[list[str], n
     Raises:
       ValueError: a head does not exist, or there is none.
     """
-    heads = {role: list(chosen) for role, chosen in heads_by_role.items()}
+    heads = {role: list(chosen) for role, chosen in as_heads_by_role(heads_by_role).items()}
     if not any(heads.values()):
         raise ValueError("heads_by_role names no heads: a patch that selects nothing is an error.")
     roles = [role for role, chosen in heads.items() if chosen]
     return roles, np.stack([head_mask(config, heads[role]) for role in roles], axis=1)
+
+
+def as_heads_by_role(circuit: Any) -> Mapping[str, Iterable[Sequence[int]]]:
+    """{role: heads} of a `Circuit`, or of such a mapping itself.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    found = circuit if isinstance(circuit, Mapping) else getattr(circuit, "heads_by_role", None)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"Found {circuit!r}; expected a Circuit, or its heads as {{role: [(layer, head)]}}.")
+    return found
 
 
 def positions_of(position: Any, roles: Sequence[str]) -> np.ndarray:

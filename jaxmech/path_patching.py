@@ -7,6 +7,7 @@ that run. With receivers, their q, k or v (before RoPE) at p is recorded there a
 run, and the effect is read from the logits of that one.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from jaxmech import cone, memory
 from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
-from jaxmech.loading import Model, check_tokens
+from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import Outcome, check_metric, effect, outcome
 from jaxmech.model import Params, einsum, unembed
 from jaxmech.pairs import Pairs
@@ -64,7 +65,8 @@ def path_patch(
       progress: called with (calls done, calls in all); a call runs the senders of one or more layers.
 
     Returns:
-      Scores of all L x N heads. Heads at or above the last receiver layer have no path and score exactly 0.
+      Scores of all L x N heads. Heads at or above the last receiver layer have no path and score exactly 0; if no head
+      has one, a warning says so.
 
     Raises:
       ValueError: an unknown role, head or metric, no corrupt prompts, `via` without receivers or the reverse, or no
@@ -159,10 +161,16 @@ def plan(
     mask = _receiver_mask(config, receivers, via)
     wrong_labels = check_metric(metric, wrong_labels, pairs.labels, config.vocab_size)
     corrupt_p, p, last = pairs.corrupt_position(sender), pairs.position(sender), pairs.position("last")
-    prompts = check_tokens(config, pairs.clean), check_tokens(config, np.asarray(pairs.corrupt))
+    prompts = check_prompts(config, pairs), check_tokens(config, np.asarray(pairs.corrupt))
     if mask is None and (p != last).any():
         raise ValueError(
             f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers."
+        )
+    if mask is not None and not _has_path(mask, str(via), at_last=bool((p == last).any())):
+        warnings.warn(
+            f"No head has a path through these receivers via {via} at {sender!r}: none is below them, or they are all "
+            "in the last layer, where q of a token other than the last changes no logits. All scores are 0.",
+            stacklevel=3,
         )
     if batch_size is None:
         batch_size = _examples_per_call(config, last - p + 1, prompts[0].shape[1], live=mask is not None)
@@ -258,6 +266,13 @@ def _span(config: Config, mask: np.ndarray | None, first: int) -> tuple[int, int
     above = layers[layers > first]
     receiver = int(above[0]) if len(above) else int(layers[-1])
     return first, max(0, min(receiver, config.num_layers - 2)), int(layers[-1])
+
+
+def _has_path(receivers: np.ndarray, via: str, *, at_last: bool) -> bool:
+    """Whether a head below one of the `receivers` [L, N] can change the logits through it."""
+    layers = np.flatnonzero(receivers.any(axis=1))
+    heard = layers if via != "q" or at_last else layers[layers < len(receivers) - 1]
+    return bool((heard > 0).any())
 
 
 def _receiver_mask(config: Config, receivers: Iterable[Sequence[int]] | None, via: str | None) -> np.ndarray | None:

@@ -32,9 +32,17 @@ class PathScores:
         Heads whose mean is above -min_effect are left out, so there may be fewer; ties go to the lower head.
 
         Raises:
-          ValueError: k is negative or exceeds the number of heads.
+          ValueError: k is negative or exceeds the number of heads, min_effect is negative, or a mean is not finite.
         """
         mean = self.mean
+        if not (np.isfinite(min_effect) and min_effect >= 0):
+            raise ValueError(f"min_effect={min_effect}; expected a number of at least 0, in the units of the scores.")
+        if count := int((~np.isfinite(mean)).sum()):
+            raise ValueError(
+                f"The mean scores of {count} of {mean.size} heads are not finite. The least probability of a correct "
+                f"token is {self.probability.min():.2g}: if that is nan, the model computes nan; if it is tiny, "
+                'relative changes overflow, and metric="log_probability" does not.'
+            )
         if not 0 <= k <= mean.size:
             raise ValueError(f"k={k}, but the model has {mean.size} heads ({mean.shape[0]} x {mean.shape[1]}).")
         order = np.argsort(mean, axis=None, kind="stable")[:k]

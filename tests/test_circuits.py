@@ -39,6 +39,20 @@ def test_mean_activations_are_means_at_each_position(model, random_pairs, batch_
     assert_close(found, np.moveaxis(z.mean(1), 1, 0), TOLERANCES.recompiled)
 
 
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_means_of_prompts_of_unequal_length_leave_out_the_padding(model, random_pairs, batch_size):
+    pairs = random_pairs(model, count=5)
+    last = np.minimum(pairs.position("last"), pairs.clean.shape[1] - 2)  # which no prompt reaches
+    z = np.moveaxis(np.asarray(model(pairs.clean, capture=("z",))[1]["z"]), 0, 2)  # [B, T, L, N, H]
+    found = jm.mean_activations(model, pairs.clean, last, batch_size=batch_size)
+    expected = [z[last >= t, t].mean(0) for t in range(pairs.clean.shape[1] - 1)]
+    assert len(set(last)) > 1
+    assert_close(found[:-1], expected, TOLERANCES.recompiled)
+    assert not found[-1].any()
+    with pytest.raises(ValueError, match="last is .*expected a position 0..11 for each of the 5 prompts"):
+        jm.mean_activations(model, pairs.clean, last + 3)
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])
 def test_circuits_equal_full_forwards_with_ablated_heads(model, means, random_pairs, elsewhere, batch_size):
@@ -152,3 +166,14 @@ def test_bad_arguments_are_named(random_model, random_pairs, circuits, shape, me
     model = random_model()
     with pytest.raises(ValueError, match=message):
         jm.evaluate(model, random_pairs(model), circuits, np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    "circuit", [{"last": [(0, 0)]}, jm.Circuit({"a": [(0, 0)]}, {"a": "last"})], ids=["dict", "circuit"]
+)
+def test_one_circuit_is_not_a_list_of_them(random_model, random_pairs, circuit):
+    model, means = random_model(), np.zeros((12, 4, 4, 8), np.float32)
+    with pytest.raises(TypeError, match=r"expected a list of them: evaluate\(model, pairs, \[circuit\], means\)"):
+        jm.evaluate(model, random_pairs(model), circuit, means)
+    with pytest.raises(TypeError, match="expected a Circuit, or its heads"):
+        jm.evaluate(model, random_pairs(model), [[(0, 0)]], means)

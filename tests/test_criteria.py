@@ -137,6 +137,24 @@ def test_random_circuits_have_the_sizes_of_the_groups_and_share_no_head_at_a_rol
     assert seen == {(layer, head) for layer in range(3) for head in range(6)}
 
 
+@pytest.mark.parametrize("groups", [{}, {"readers": []}])
+def test_a_circuit_without_heads_has_nothing_to_lose(case, groups):
+    model, pairs, means = case.model, case.pairs, case.means
+    circuit = jm.Circuit(groups, dict.fromkeys(groups, "last"))
+    assert jm.minimality(model, pairs, circuit, means).circuit.groups == groups
+    assert jm.faithfulness(model, pairs, circuit, means, random=1).circuit.accuracy <= 1
+    assert jm.completeness(model, pairs, circuit, means, random=1).gap.shape == (2,)
+
+
+def test_samples_in_which_the_model_is_always_wrong_say_nothing_of_the_ratio():
+    few = jm.Predictions(np.arange(10) < 1)
+    found = jm.Faithfulness(few, few, few, [])
+    assert (np.random.default_rng(0).multinomial(10, np.full(10, 0.1), size=1000)[:, 0] == 0).any()
+    assert found.confidence_interval() == (1.0, 1.0)
+    never = jm.Predictions(np.zeros(10, bool))
+    assert np.isnan(jm.Faithfulness(never, few, few, []).confidence_interval()).all()
+
+
 def test_random_circuits_depend_on_the_seed_alone(case):
     first, again, other = (
         jm.faithfulness(case.model, case.pairs, CIRCUIT, case.means, random=3, seed=seed).random_circuits
@@ -325,8 +343,11 @@ def test_a_head_in_two_groups_of_one_role_is_taken_away_from_both(case):
 
 
 def test_overlap_is_precision_and_recall_by_group():
-    ours = jm.Circuit({"a": [(0, 1), (2, 3), (1, 1)], "b": [], "c": [(0, 0)], "d": [(1, 2)], "e": []}, {})
-    theirs = jm.Circuit({"d": [(2, 1)], "b": [(0, 0)], "a": [(2, 3), (0, 2), (0, 1), (3, 3)], "c": [], "f": []}, {})
+    ours = jm.Circuit(
+        {"a": [(0, 1), (2, 3), (1, 1)], "b": [], "c": [(0, 0)], "d": [(1, 2)], "e": []}, dict.fromkeys("abcde", "last")
+    )
+    theirs = {"d": [(2, 1)], "b": [(0, 0)], "a": [(2, 3), (0, 2), (0, 1), (3, 3)], "c": [], "f": []}
+    theirs = jm.Circuit(theirs, dict.fromkeys("abcdf", "last"))
     found = jm.overlap(ours, theirs)
     assert list(found) == ["a", "b", "c", "d"]
     assert found["a"] == (2 / 3, 2 / 4)
@@ -379,6 +400,8 @@ def test_the_interval_of_a_mean_widens_with_the_level_and_narrows_with_examples(
         (lambda m, p, c, z: jm.completeness(m, p, jm.Circuit({"a": [(4, 0)]}, {"a": "last"}), z), "does not exist"),
         (lambda m, p, c, z: jm.minimality(m, p, jm.Circuit({"a": [(0, 0)]}, {"a": "first"}), z), "Unknown role"),
         (lambda m, p, c, z: jm.random_circuit(m.config, c, np.random.default_rng(0), compat="x"), "compat='x'"),
+        (lambda *x: jm.minimality(*x, threshold=np.nan), "threshold=nan"),
+        (lambda m, p, c, z: jm.faithfulness(m, p, c, z * np.nan), "means holds numbers that are not finite"),
         (lambda *x: bootstrap.interval(np.ones(3), 1.0), "level=1.0; expected a fraction between 0 and 1"),
         (lambda *x: bootstrap.interval(np.ones(3), resamples=0), "resamples=0; expected at least 1"),
     ],
@@ -387,3 +410,10 @@ def test_bad_arguments_are_named(random_model, random_pairs, call, message):
     model = random_model(num_kv_heads=2)
     with pytest.raises(ValueError, match=message):
         call(model, random_pairs(model, count=PROMPTS), CIRCUIT, np.zeros((12, 4, 4, 8), np.float32))
+
+
+@pytest.mark.parametrize("criterion", [jm.faithfulness, jm.completeness, jm.minimality])
+def test_criteria_need_heads_in_groups(random_model, random_pairs, criterion):
+    model = random_model()
+    with pytest.raises(TypeError, match="Found a dict; expected a Circuit, whose heads are in groups"):
+        criterion(model, random_pairs(model), {"last": [(0, 0)]}, np.zeros((12, 4, 4, 8), np.float32))

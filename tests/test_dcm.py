@@ -240,12 +240,25 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
         ({"role": "first"}, "Unknown role 'first'"),
         ({"batch_size": 11}, "batch_size=11, but there are 10 pairs"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"lam": np.nan}, r"lams=\[nan\]"),
+        ({"lam": -0.1}, r"lams=\[-0.1\]"),
     ],
 )
 def test_bad_arguments_are_named(random_model, random_pairs, change, message):
     model = random_model()
     with pytest.raises(ValueError, match=message):
         dcm.train(model, random_pairs(model, count=10), **{"heads": HEADS, "batch_size": 5, **change})
+
+
+def test_nothing_to_train_is_refused(random_model, random_pairs):
+    model = random_model()
+    pairs = random_pairs(model)
+    for given in ({"lams": ()}, {"seeds": ()}, {"groups": {}}):
+        with pytest.raises(ValueError, match=f"train_many has no {next(iter(given))}"):
+            dcm.train_many(model, {"a": pairs}, **{"groups": {"x": HEADS}, "batch_size": 2, **given})
+    with pytest.raises(ValueError, match=r"masks has shape \(4,\); expected \[M, 4\], of one mask \[1, 4\]"):
+        dcm.accuracy(model, pairs, HEADS, np.ones(4))
 
 
 def test_desiderata_of_unequal_size_are_refused(random_model, random_pairs):

@@ -59,6 +59,7 @@ def test_heads_below_the_smallest_effect_are_never_selected(two_heads):
     done = {"readers": fake_scores([-0.5, -0.0009], [0.3, 0], [0, 0]), "senders": fake_scores([-1, 0], [0, 0], [0, 0])}
     circuit = jm.discover(*two_heads, chain=CHAIN[:2], done=done, k={"readers": 6})
     assert circuit.groups == {"readers": [], "senders": [(0, 0)]}  # (0, 0) moved on, and nothing else was selected
+    done = {"readers": done["readers"]}
     circuit = jm.discover(*two_heads, chain=CHAIN[:1], done=done, k={"readers": 6}, min_effect=1e-4)
     assert circuit.groups == {"readers": [(0, 0), (0, 1)]}
 
@@ -74,7 +75,7 @@ def test_a_stage_that_finds_nothing_ends_the_chain_and_says_so(two_heads):
 
 def test_receivers_in_the_first_layer_end_the_chain_since_nothing_reaches_them(two_heads):
     done = {"readers": fake_scores([-0.5, 0], [0, 0], [0, 0])}
-    with pytest.warns(UserWarning, match="found no head"):
+    with pytest.warns(UserWarning, match="No head has a path"), pytest.warns(UserWarning, match="found no head"):
         circuit = jm.discover(*two_heads, chain=CHAIN, done=done)
     assert not circuit.scores["senders"].per_example.any()
     plain = jm.path_patch(*two_heads)
@@ -97,6 +98,40 @@ def test_progress_counts_to_the_end_of_every_stage(two_heads):
         assert steps[-1][0] == steps[-1][1]
 
 
+def test_scores_can_be_of_another_metric(two_heads):
+    model, pairs = two_heads
+    wrong = (pairs.labels + 1) % model.config.vocab_size
+    circuit = jm.discover(model, pairs, chain=CHAIN[:2], metric="logit_difference", wrong_labels=wrong, min_effect=0)
+    expected = jm.path_patch(model, pairs, metric="logit_difference", wrong_labels=wrong)
+    np.testing.assert_array_equal(circuit.scores["readers"].per_example, expected.per_example)
+    assert circuit.scores["senders"].metric == "logit_difference"
+
+
+def test_scores_that_are_not_finite_choose_no_heads(two_heads):
+    model, pairs = two_heads
+    loud = jm.Model(model.config, {"params": {**model.weights, "unembed": 1e4 * model.weights["unembed"]}})
+    with pytest.raises(ValueError, match=r'mean scores of . of 6 heads are not finite.*metric="log_probability"'):
+        jm.discover(loud, pairs, chain=CHAIN[:1])
+    with pytest.raises(ValueError, match="mean scores of 1 of 6 heads are not finite"):
+        fake_scores([-0.5, np.nan], [0, 0], [0, 0]).top(1)
+
+
+@pytest.mark.parametrize("options", [{"min_effect": np.nan}, {"min_effect": -1}, {"min_effect": 5}])
+def test_a_smallest_effect_that_is_no_fraction_is_refused(two_heads, options):
+    with pytest.raises(ValueError, match="min_effect=.*; expected a fraction from 0 to 1"):
+        jm.discover(*two_heads, chain=CHAIN, **options)
+
+
+def test_unknown_groups_are_named(two_heads):
+    with pytest.raises(ValueError, match=r"done has the groups \['reader'\]"):
+        jm.discover(*two_heads, chain=CHAIN, done={"reader": fake_scores([-0.5, 0], [0, 0], [0, 0])})
+    circuit = jm.Circuit({"readers": [(0, 0)]}, {"readers": "last"})
+    with pytest.raises(ValueError, match=r"Unknown groups \['reader'\]; the circuit has \['readers'\]"):
+        circuit.without({"reader": [(0, 0)]})
+    with pytest.raises(ValueError, match=r"roles says nothing of the groups \['readers'\]"):
+        jm.Circuit({"readers": [(0, 0)]}, {})
+
+
 def test_the_default_chain_is_that_of_the_paper():
     assert [(s.group, s.sender, s.receivers, s.via, s.k) for s in jm.PAPER_CHAIN] == [
         ("value_fetcher", "last", None, None, 20),
@@ -110,7 +145,9 @@ def test_the_default_chain_is_that_of_the_paper():
     ("k", "message"),
     [
         ({"readers": 7}, r"stage 'readers': k=7, but the model has 6 heads \(3 layers x 2\)"),
-        ({"readers": 0}, "k=0; expected at least 1"),
+        ({"readers": 0}, "k=0; expected a whole number from 1 on"),
+        ({"readers": 2.5}, "k=2.5; expected a whole number"),
+        ({"readers": "four"}, "k='four'; expected a whole number"),
         ({"writers": 2}, r"k names the groups \['writers'\]; the chain has"),
     ],
 )
@@ -134,6 +171,9 @@ def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
         ((jm.Stage("a", "last", via="q"),), "with via='q'"),
         ((CHAIN[0], jm.Stage("a", "last", "readers")), "with via=None"),
         ((CHAIN[0], jm.Stage("a", "last", "readers", "z")), "with via='z'"),
+        ((CHAIN[0], jm.Stage("a", "query_box")), "sender='query_box' without receivers"),
+        ((jm.Stage("../a", "last"),), r"group '\.\./a': files are named by groups"),
+        ((jm.Stage("a/b", "last"),), "group 'a/b': files are named by groups"),
     ],
 )
 def test_chains_that_do_not_fit_together_are_refused(stages, message):

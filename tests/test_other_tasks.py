@@ -63,9 +63,17 @@ def check_predictions(found: jm.Predictions, *shape: int) -> None:
     assert np.shape(low) == np.shape(high) == shape and np.all(low <= high)
 
 
-def test_accuracy_is_a_fraction(model, pairs):
-    found = jm.accuracy(model, pairs)
-    assert isinstance(found, float) and 0 <= found <= 1
+def test_answers_and_their_accuracy(model, pairs):
+    answers = np.asarray(model(pairs.clean)[0])[np.arange(COUNT), pairs.position("last")].argmax(-1)
+    pairs.labels[::2] = answers[::2]
+    found = jm.predict(model, pairs, batch_size=4)
+    check_predictions(found)
+    np.testing.assert_array_equal(found.correct, pairs.labels == answers)
+    assert isinstance(jm.accuracy(model, pairs), float) and jm.accuracy(model, pairs) == found.accuracy
+    assert jm.accuracy(model, pairs[found.correct]) == 1
+    broken = jm.Model(model.config, {"params": {**model.weights, "embed": model.weights["embed"] * np.nan}})
+    with pytest.raises(ValueError, match="logits are not finite"):
+        jm.predict(broken, pairs)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +164,9 @@ def test_the_cross_model_sweep_over_heads(model, tuned, pairs):
     found = jm.cmap_heads(model, tuned, pairs, "second")
     assert has(found.accuracy, (LAYERS, HEADS), np.float64) and isinstance(found.clean_accuracy, float)
     assert has(found.scores.per_example, (LAYERS, HEADS, COUNT), np.float32)
+    helpers = [found.scores.mean[head] for head in found.top(LAYERS * HEADS)]
+    assert helpers == sorted(helpers, reverse=True) and (found.scores.mean > 0).sum() <= len(helpers)
+    assert found.top(1) == [tuple(np.argwhere(found.scores.mean == found.scores.mean.max())[0].tolist())]
 
 
 @pytest.mark.parametrize("control", [False, True])
@@ -163,3 +174,23 @@ def test_knockouts(model, pairs, control):
     random = jm.random_target(pairs, "last")
     assert has(random, (COUNT,), int) and (random < pairs.position("last")).all()
     check_predictions(jm.knockout(model, pairs, "last", random if control else "second"), LAYERS)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda model, tuned, pairs, means: jm.accuracy(model, pairs),
+        lambda model, tuned, pairs, means: jm.path_patch(model, pairs),
+        lambda model, tuned, pairs, means: jm.evaluate(model, pairs, [CIRCUIT], means),
+        lambda model, tuned, pairs, means: jm.patch_activations(model, pairs, CIRCUIT),
+        lambda model, tuned, pairs, means: jm.cmap(model, tuned, pairs, CIRCUIT),
+        lambda model, tuned, pairs, means: jm.cmap_heads(model, tuned, pairs),
+        lambda model, tuned, pairs, means: jm.knockout(model, pairs, "last", "second"),
+        lambda model, tuned, pairs, means: jm.dcm.train(model, pairs, [(0, 1)], batch_size=4),
+        lambda model, tuned, pairs, means: jm.dcm.accuracy(model, pairs, [(0, 1)], np.ones((1, 1))),
+    ],
+)
+def test_labels_outside_the_vocabulary_are_refused(model, tuned, pairs, means, method):
+    other = dataclasses.replace(pairs, labels=pairs.labels + VOCAB)
+    with pytest.raises(ValueError, match="labels reach from .* made with another tokenizer"):
+        method(model, tuned, other, means)

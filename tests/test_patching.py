@@ -61,6 +61,42 @@ def test_roles_that_are_one_token_patch_the_heads_of_both(models, pairs):
     assert_close(found, expected, TOLERANCES.recompiled)
 
 
+def test_heads_of_roles_that_are_one_token_take_the_values_of_their_own_role(models, pairs):
+    model = models[0]
+    one = {"last": pairs.positions["last"], "a": pairs.positions["early"], "b": pairs.positions["early"]}
+    two = {"last": pairs.corrupt_positions["last"], "a": pairs.corrupt_positions["early"]}
+    two["b"] = two["a"] + 1
+    clash = jm.Pairs(pairs.clean, pairs.corrupt, pairs.labels, one, two)
+    heads = {"a": [(0, 0), (1, 1)], "b": [(0, 2), (1, 3)]}
+    rows, z = np.arange(len(pairs)), model(pairs.corrupt, capture=("z",))[1]["z"]
+    weight, value = np.zeros((4, 1, 1, 4), np.float32), np.zeros((4, len(pairs), 1, 4, 8), np.float32)
+    for role, chosen in heads.items():
+        for layer, head in chosen:
+            weight[layer, :, :, head], value[layer, :, 0, head] = 1, z[layer, rows, two[role], head]
+    expected = full_forward.last_logits(model, clash, jm.Interventions(z=jm.Patch(weight, value, one["a"][:, None])))
+    for order in (heads, dict(reversed(heads.items()))):
+        assert_close(jm.patch_activations(model, clash, order).logits, expected, TOLERANCES.cone)
+    with pytest.raises(ValueError, match=r"Head \(1, 1\) is patched at 'a' and at 'b'. In example 0 both are token"):
+        jm.patch_activations(model, clash, {"a": [(0, 0), (1, 1)], "b": [(1, 1)]})
+
+
+def test_a_circuit_is_patched_as_its_heads_by_role_are(models, pairs):
+    circuit = jm.Circuit({"one": HEADS["last"], "two": HEADS["early"]}, {"one": "last", "two": "early"})
+    by_role = {"last": HEADS["last"], "early": HEADS["early"]}
+    found, expected = (jm.patch_activations(models[0], pairs, x).logits for x in (circuit, by_role))
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(TypeError, match="expected a Circuit, or its heads"):
+        jm.cmap(*models, pairs, HEADS["last"])
+
+
+def test_collected_values_are_of_the_pairs_that_they_were_collected_of(models, pairs, random_pairs):
+    kept = jm.collect(models[1], pairs, HEADS)
+    with pytest.raises(ValueError, match="collected of z have shape .*; these pairs need"):
+        jm.cmap(models[0], kept, pairs[:3], HEADS)
+    with pytest.raises(ValueError, match="collected of other prompts or positions"):
+        jm.cmap(models[0], kept, random_pairs(models[0], seed=1), HEADS)
+
+
 @pytest.mark.parametrize("components", COMPONENTS, ids="+".join)
 def test_cross_model_patching_equals_full_forwards_with_the_tuned_models_activations(models, pairs, components):
     base, tuned = models
@@ -245,6 +281,7 @@ def test_a_fine_tune_can_be_given_the_output_projections_of_its_base(models):
         (lambda m, p: jm.knockout(m, p, "query_box", "last"), "the target must be before the source"),
         (lambda m, p: jm.knockout(m, p, "last", "last"), "the target must be before the source"),
         (lambda m, p: jm.knockout(m, p, "last", np.zeros(3, int)), r"target has shape \(3,\)"),
+        (lambda m, p: jm.knockout(m, p, "last", np.full(5, -1)), "target holds the position -1"),
         (lambda m, p: jm.knockout(m, p, batch_size=0), "batch_size=0"),
         (lambda m, p: jm.random_target(p, "first"), "Unknown role"),
     ],

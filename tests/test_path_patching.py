@@ -75,7 +75,8 @@ def test_rounding_of_low_precision_does_not_pass_for_an_effect(
 @pytest.mark.parametrize("how", [{}, {"dtype": "bfloat16"}, {"precision": "BF16_BF16_F32"}], ids=str)
 def test_receivers_in_the_first_layer_are_reached_by_no_head(random_model, random_pairs, how):
     model = random_model(**how)
-    found = jm.path_patch(model, random_pairs(model), "early", [(0, 1)], "v")
+    with pytest.warns(UserWarning, match="No head has a path"):
+        found = jm.path_patch(model, random_pairs(model), "early", [(0, 1)], "v")
     assert not found.per_example.any() and (found.probability > 0).all()
 
 

@@ -40,6 +40,7 @@ REFUSED = {
     "value with a head dim for a residual site": (Interventions(resid_pre=Patch(1.0, Z)), ["resid_pre.value", "24"]),
     "weight of another rank": (Interventions(mlp_out=Patch(Z, Z[..., 0, :1])), ["mlp_out.weight", "(4, 2, 6)"]),
     "pattern without keys": (Interventions(pattern=Patch(1.0, Z)), ["pattern.value", "(4, 2, 6, 4, 6)"]),
+    "lists": (Interventions(z=Patch([[1.0]], Z)), ["z.weight is a list", "expected an array"]),
     "knockout of floats": (Interventions(knockout=np.ones((T, 1, T), np.float32)), ["knockout", "float32", "bool"]),
     "knockout of another length": (Interventions(knockout=np.ones((5, 1, 5), bool)), ["knockout", "(5, 1, 5)"]),
     "knockout of nothing": (Interventions(knockout=np.zeros((T, 1, T), bool)), ["knockout", "nothing"]),
@@ -96,9 +97,24 @@ def test_tokens_that_are_not_ids_of_the_vocabulary_are_refused(model, tokens, wo
 
 @pytest.mark.parametrize(
     ("heads", "words"),
-    [([(0, 4)], ["(0, 4)", "heads 0..3"]), ([(-1, 0)], ["(-1, 0)", "layers 0..3"]), ([], ["selects nothing"])],
+    [
+        ([(0, 4)], ["(0, 4)", "heads 0..3"]),
+        ([(-1, 0)], ["(-1, 0)", "layers 0..3"]),
+        ([], ["selects nothing"]),
+        ((3, 2), ["of one head [(3, 6)]"]),
+        ([(2.0, 1)], ["(2.0, 1)", "written (layer, head)"]),
+    ],
 )
 def test_heads_that_do_not_exist_are_refused(model, heads, words):
     with pytest.raises(ValueError) as error:
         jm.head_weights(model.config, heads)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_bare_patch_is_no_interventions(model):
+    with pytest.raises(TypeError, match=r"interventions is a Patch; expected jm.Interventions\(z=jm.Patch"):
+        model(TOKENS, Patch(1.0, Z))
+
+
+def test_a_model_is_called_inside_jit_too(model):
+    np.testing.assert_allclose(jax.jit(lambda tokens: model(tokens)[0])(TOKENS), model(TOKENS)[0], rtol=1e-4, atol=1e-5)

@@ -3,10 +3,6 @@
 from importlib import resources
 from pathlib import Path
 
-# Heads of each group of its circuit. The chain's own numbers are fewer: with those the circuit is easy to read, with
-# these it does the task.
-HEADS = {"value_fetcher": 12, "object_lookup": 8, "object_binder": 8, "label_matcher": 12}
-
 
 def path(name: str) -> Path:
     """Path of a file or folder of the demo: "base", "tuned", "chain.toml" or "MODEL_CARD.md".

@@ -1,0 +1,65 @@
+"""Pairs hold what was given, row by row, and refuse what cannot be prompts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import jaxmech as jm
+
+GOOD = {
+    "clean": [[1, 2, 3], [4, 5, 0]],
+    "corrupt": [[1, 2, 3, 4], [4, 5, 6, 0]],
+    "labels": [7, 8],
+    "positions": {"last": [2, 1], "early": [0, 1]},
+    "corrupt_positions": {"last": [3, 2], "early": [1, 0]},
+}
+
+
+def test_rows_are_taken_of_everything():
+    pairs = jm.Pairs(**GOOD)
+    for rows in (slice(1, 2), np.array([1]), np.array([False, True])):
+        one = pairs[rows]
+        assert len(one) == 1 and one.labels.tolist() == [8] and one.clean.tolist() == [[4, 5, 0]]
+        assert one.position("early").tolist() == [1] and one.corrupt_position("last").tolist() == [2]
+    assert dataclasses.replace(pairs, labels=[0, 0]).labels.tolist() == [0, 0]
+    assert pairs != pairs[:], "two objects; arrays are compared one by one"
+
+
+@pytest.mark.parametrize("rows", [0, np.int64(1)])
+def test_one_row_is_a_slice(rows):
+    with pytest.raises(TypeError, match=r"for one example take pairs\[i : i \+ 1\]"):
+        jm.Pairs(**GOOD)[rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clean": [[1, 2, 3], [4, 5]]}, "clean is no array: .* Pad the prompts on the right"),
+        ({"clean": [1, 2, 3]}, r"clean has shape \(3,\); expected 2 axes"),
+        ({"clean": [[1.0, 2, 3], [4, 5, 0]]}, "clean has dtype float64; expected integer token ids"),
+        ({"clean": [[1, 2, -100], [4, 5, 0]]}, "clean holds the negative id -100; pad with any real token id"),
+        ({"clean": [[1, 2, 2**33], [4, 5, 0]]}, "clean holds 8589934592, which is no 32-bit number"),
+        ({"labels": [7, -1]}, r"labels holds the negative id -1\.$"),
+        ({"labels": [7]}, "labels has 1 examples, clean has 2"),
+        ({"corrupt": [[1, 2, 3, 4]]}, "corrupt has 1 examples, clean has 2"),
+        ({"corrupt": None}, "corrupt_positions given without corrupt prompts"),
+        ({"positions": {"early": [0, 1]}}, "'last' .* is missing"),
+        ({"positions": {"last": [2]}}, r"positions\['last'\] has 1 examples, the prompts 2"),
+        ({"positions": {"last": [2, 3]}}, r"positions\['last'\] of example 1 is 3; expected 0..2"),
+        ({"positions": {"last": [2, -1]}}, "of example 1 is -1; .* Positions are counted from the start"),
+        ({"positions": {"last": [2, 1], "early": [0, 2]}}, r"positions\['early'\] of example 1 is 2; expected 0..1"),
+        ({"positions": {"last": [2.0, 1.0]}}, "dtype float64; expected integer positions"),
+    ],
+)
+def test_what_cannot_be_prompts_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        jm.Pairs(**{**GOOD, **change})
+
+
+def test_unknown_roles_are_named():
+    pairs = jm.Pairs(**GOOD)
+    with pytest.raises(ValueError, match=r"Unknown role 'first'; these pairs have positions for \['early', 'last'\]"):
+        pairs.position("first")
+    with pytest.raises(ValueError, match="no corrupt prompts"):
+        jm.Pairs(GOOD["clean"], None, GOOD["labels"], GOOD["positions"]).corrupt_position("last")
