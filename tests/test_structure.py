@@ -90,11 +90,12 @@ def test_every_module_says_what_it_owns():
 
 def test_the_examples_of_the_readme_run_as_written(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2 and sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 10
+    assert len(blocks) == 3 and sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 10
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert re.match(r"accuracy 0\.\d\d\n\[\[", printed)
     assert names["lookup"].mean.min() < -0.5
+    assert set(names["circuit"].groups) == {"movers", "readers"} and all(names["circuit"].groups.values())
     assert names["captured"]["pattern"].shape == (4, 70, 54, 8, 54)
