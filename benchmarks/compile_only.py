@@ -2,14 +2,16 @@
 
     python benchmarks/compile_only.py --target h200 --shapes 7b,8b --out out/compile_only.json
     python benchmarks/compile_only.py --target v5p --shapes 7b --parts stages
+    python benchmarks/compile_only.py --target rtx4090 --shapes 7b --models 1 --share 0.9
 
 Runs the methods as `gpu_7b.py` does, with weights that have a shape but no data, and catches the compiled functions
 that they call: instead of running, each is compiled once for the target (`benchmarks/targets.py`) and answers with
-zeros. Calls are split as they would be on that device beside two models. For each kernel:
+zeros. Calls are split as they would be on that device, of which JAX has a share, beside one model or two; by default as
+in `gpu_7b.py`, where the other share is PyTorch's. For each kernel:
 
   calls        how often it would run
-  arguments, temporaries
-               XLA's plan of the device's memory
+  arguments, temporaries, results
+               XLA's plan of the device's memory, and whether there is that much
   bodies       of the program and of each of its loops and branches: operations of the matrix products, bytes that
                everything else moves (`benchmarks/hlo.py`), and the share of the products in the time of both at the
                rates --rate and --bandwidth; of GPUs' programs
@@ -46,7 +48,6 @@ from jaxmech import batches, memory  # noqa: E402
 from jaxmech.model import abstract_params  # noqa: E402
 
 PARTS = ("stages", "circuits", "DCM", "CMAP", "knockout")
-TWO_MODELS_BESIDE = 0.6  # of the device's memory is JAX's in gpu_7b.py; the rest is PyTorch's
 
 
 def main() -> None:
@@ -58,6 +59,8 @@ def main() -> None:
     parser.add_argument("--circuit-prompts", type=int, default=500)
     parser.add_argument("--circuits", type=int, default=100)
     parser.add_argument("--dcm-prompts", type=int, default=1000)
+    parser.add_argument("--models", type=int, default=2, help="that are on the device")
+    parser.add_argument("--share", type=float, default=0.6, help="of the device's memory that JAX has")
     parser.add_argument("--rate", type=float, default=750e12, help="operations a second of large matrix products")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second of the device's memory")
     parser.add_argument("--hlo", type=Path, help="folder for the compiled programs' text")
@@ -79,9 +82,10 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shape = dataclasses.replace(shapes.SHAPES[name], prompts=options.prompts)
     weights = abstract_params(shape.config)
     size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    memory.CPU_BUDGET = int(memory.DEVICE_FRACTION * (TWO_MODELS_BESIDE * target.memory - 2 * size))
+    free = options.share * target.memory - options.models * size
+    memory.CPU_BUDGET = int(memory.DEVICE_FRACTION * free)
     if memory.CPU_BUDGET < GIB:
-        raise SystemExit(f"{options.target} has {target.memory / GIB:.0f} GiB; two models of {name} do not fit.")
+        raise SystemExit(f"{options.target} has {target.memory / GIB:.0f} GiB; the models of {name} do not fit.")
     batches.ALIGNMENT["cpu"] = batches.ALIGNMENT["gpu"]  # what is planned here is for the target
     model = jm.Model(shape.config, weights)
     work = bench_methods.Work(shape, model, model, shapes.pairs(shape), None)
@@ -113,7 +117,9 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with recorded(target) as record:
                 run()
             for kernel in record.kernels.values():
-                yield {"work": label, "cone_flops": cone.get(label), **_row(kernel, options, f"{name} {label}")}
+                row = _row(kernel, options, f"{name} {label}")
+                needed = row["argument_bytes"] - size + row["temporary_bytes"] + row["result_bytes"]
+                yield {"work": label, "cone_flops": cone.get(label), **row, "fits": bool(needed <= free)}
 
 
 def study_dcm(work: bench_methods.Work, prompts: int) -> Any:
@@ -199,6 +205,7 @@ def _row(kernel: Kernel, options: argparse.Namespace, label: str) -> dict[str, A
         "compile_seconds": kernel.seconds,
         "argument_bytes": plan.argument_size_in_bytes,
         "temporary_bytes": plan.temp_size_in_bytes,
+        "result_bytes": plan.output_size_in_bytes,
         "bodies": [] if TARGETS[options.target].platform == "tpu" else list(_bodies(text, options)),
     }
 
@@ -221,7 +228,8 @@ def line(row: dict[str, Any]) -> str:
     """A row for people."""
     head = (
         f"{row['work']}: {row['kernel']} x {row['calls']}, compiled in {row['compile_seconds']:.1f} s, arguments "
-        f"{row['argument_bytes'] / GIB:.1f} GiB, temporaries {row['temporary_bytes'] / GIB:.1f} GiB"
+        f"{row['argument_bytes'] / GIB:.1f} GiB, temporaries {row['temporary_bytes'] / GIB:.1f} GiB, results "
+        f"{row['result_bytes'] / GIB:.1f} GiB{'' if row['fits'] else ': DOES NOT FIT'}"
     )
     bodies = [
         f"  {x['flops'] / 1e12:8.2f} TFLOP, {x['bytes_moved'] / 1e9:6.1f} GB moved, products "

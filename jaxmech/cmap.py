@@ -5,7 +5,7 @@ patches every single head in turn, on the causal cone of its role.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,8 +68,8 @@ def collect(
 ) -> HeadValues:
     """Runs the clean prompts through `model` and keeps its heads' activations at `roles`, on the host.
 
-    With these, `cmap` on the same pairs needs the tuned model no longer: load it, collect, drop it, load the base. For
-    two models that do not fit into memory together.
+    With these, `cmap` and `cmap_heads` on the same pairs need the tuned model no longer: load it, collect, drop it,
+    load the base. For two models that do not fit into memory together.
     """
     components, roles = _check_components(components), tuple(roles)
     source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
@@ -121,13 +121,7 @@ def cmap(
             raise ValueError('compat="paper" patches tokens that `collect` does not keep; give the tuned model itself.')
         _check_same_shape(base, tuned)
         return _paper_cmap(base, tuned, pairs, roles, mask, components, batch_size)
-    if isinstance(tuned, HeadValues):
-        _check_collected(base.config, tuned, pairs)
-        values = partial(_chosen_values, tuned, [_index(tuned, role) for role in roles], components)
-    else:
-        _check_same_shape(base, tuned)
-        source = check_prompts(tuned.config, pairs), positions_of(pairs.position, roles)
-        values = partial(head_values, tuned, source, sites=components)
+    values = _values_of(base, tuned, pairs, roles, components)
     return patched_predictions(base, pairs, roles, mask, values, batch_size)
 
 
@@ -153,7 +147,7 @@ class HeadSweep:
 
 def cmap_heads(
     base: Model,
-    tuned: Model,
+    tuned: Model | HeadValues,
     pairs: Pairs,
     role: str = "last",
     components: Sequence[str] = ("z",),
@@ -167,6 +161,7 @@ def cmap_heads(
     own on (`jaxmech.cone`).
 
     Args:
+      tuned: a model of the same shape, or what `collect` kept of it for these pairs.
       metric: "probability" or "log_probability", see `jaxmech.metrics`.
 
     Raises:
@@ -175,7 +170,7 @@ def cmap_heads(
     components, config = _check_components(components), base.config
     if metric not in METRICS[:2]:
         raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS[:2])}.")
-    _check_same_shape(base, tuned)
+    values_of = _values_of(base, tuned, pairs, [role], components)
     tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
     if batch_size is None:
         batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
@@ -187,9 +182,8 @@ def cmap_heads(
     correct = np.zeros((len(heads), len(pairs)), bool)
     clean_correct, probability = np.zeros(len(pairs), bool), np.zeros(len(pairs), np.float32)
     for rows in batches.rows:
-        values = head_values(tuned, (tokens, p[:, None]), rows, sites=components)
         prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
-        inputs = _prepare(config, base.weights, prompts, suffixes, values, pairs.labels[rows])
+        inputs = _prepare(config, base.weights, prompts, suffixes, values_of(rows), pairs.labels[rows])
         for call in calls:
             run = over_rows(base.weights, np.append(NO_HEAD, call))
             found, right = jax.device_get(_run_heads(config, base.weights, inputs, run))
@@ -320,6 +314,18 @@ def _check_collected(config: Config, values: HeadValues, pairs: Pairs) -> None:
             raise ValueError(f"The values collected of {site} have shape {found.shape}; these pairs need {here}.")
     if _fingerprint(check_prompts(config, pairs), positions_of(pairs.position, values.roles)) != values.prompts:
         raise ValueError("These values were collected of other prompts or positions; collect them of these pairs.")
+
+
+def _values_of(
+    base: Model, tuned: Model | HeadValues, pairs: Pairs, roles: Sequence[str], components: Sequence[str]
+) -> Callable[[np.ndarray], dict[str, Array]]:
+    """A function from rows of `pairs` [b] to what `tuned` computes there, {site: [L, b, R, N, H]}."""
+    if isinstance(tuned, HeadValues):
+        _check_collected(base.config, tuned, pairs)
+        return partial(_chosen_values, tuned, [_index(tuned, role) for role in roles], components)
+    _check_same_shape(base, tuned)
+    source = check_prompts(tuned.config, pairs), positions_of(pairs.position, roles)
+    return partial(head_values, tuned, source, sites=components)
 
 
 def _index(values: HeadValues, role: str) -> int:

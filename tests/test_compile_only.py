@@ -84,11 +84,12 @@ def test_every_kernel_of_every_method_is_compiled_and_none_is_run(tmp_path, monk
     compile_only.main()
     kernels = json.loads(out.read_text())["shapes"]["tiny"]["kernels"]
     stages = ["1 value_fetcher", "2 pos_transmitter", "3 pos_detector", "4 struct_reader"]
-    methods = ["circuits", "DCM", "CMAP of groups", "CMAP of heads", "knockout"]
+    methods = ["circuits", "DCM", "DCM of a study", "CMAP of groups", "CMAP of heads", "knockout"]
     assert {kernel["work"] for kernel in kernels} == {f"stage {name}" for name in stages} | set(methods)
     printed = capsys.readouterr().out
     for kernel in kernels:
         assert kernel["calls"] >= 1 and kernel["argument_bytes"] > 0 and kernel["compile_seconds"] > 0
+        assert kernel["fits"] and kernel["result_bytes"] > 0
         assert sum(body["flops"] for body in kernel["bodies"]) > 0, kernel["kernel"]
         assert f"{kernel['work']}: {kernel['kernel']} x {kernel['calls']}, compiled in" in printed
     assert len(list((tmp_path / "hlo").iterdir())) == len(kernels)
@@ -96,5 +97,5 @@ def test_every_kernel_of_every_method_is_compiled_and_none_is_run(tmp_path, monk
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compile_only", "--target", "v6e", "--shapes", "8b"])
-    with pytest.raises(SystemExit, match="v6e has 32 GiB; two models of 8b do not fit."):
+    with pytest.raises(SystemExit, match="v6e has 32 GiB; the models of 8b do not fit."):
         compile_only.main()

@@ -91,6 +91,9 @@ def test_a_circuit_is_patched_as_its_heads_by_role_are(models, pairs):
 
 def test_collected_values_are_of_the_pairs_that_they_were_collected_of(models, pairs, random_pairs):
     kept = jm.collect(models[1], pairs, HEADS)
+    for role in HEADS:
+        found, expected = (jm.cmap_heads(models[0], tuned, pairs, role) for tuned in (kept, models[1]))
+        np.testing.assert_array_equal(found.scores.per_example, expected.scores.per_example)
     with pytest.raises(ValueError, match="collected of z have shape .*; these pairs need"):
         jm.cmap(models[0], kept, pairs[:3], HEADS)
     with pytest.raises(ValueError, match="collected of other prompts or positions"):
