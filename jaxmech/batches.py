@@ -14,8 +14,8 @@ from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Span, Suffixes
 
 BUCKETS = 4  # parts of a batch that attend together, padded to the longest suffix and prefix in it
-# Packed tokens, widths of suffixes and lengths of prefixes are multiples of this where that adds little: the matrix
-# units of GPUs and TPUs take no others, and where sizes are not, XLA copies the operands of every product.
+# Packed tokens, widths of suffixes, lengths of prefixes and examples are multiples of this where that adds little: the
+# matrix units of GPUs and TPUs take no others, and where sizes are not, XLA copies the operands of every product.
 ALIGNMENT = {"cpu": 1, "gpu": 8, "tpu": 8}
 
 
@@ -61,7 +61,8 @@ class Batches:
         count = -(-len(p) // size)
         order = np.argsort(-length, kind="stable")
         rows = [order[first::count] for first in range(count)]
-        rows = [np.pad(batch, (0, len(rows[0]) - len(batch)), "edge") for batch in rows]
+        together = _rounded_up(len(rows[0]))
+        rows = [np.pad(batch, (0, together - len(batch)), "edge") for batch in rows]
         shared_tokens, shared_prefixes = shared_length([tokens[:, batch].reshape(-1, width) for batch in rows])
         return cls(
             tokens=tokens,
@@ -92,11 +93,12 @@ class Batches:
 
 
 def equal_parts(count: int, size: int, copies: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices 0 .. count - 1 in parts of min(size, count); the last part wraps around, so that all are of one shape.
+    """Indices 0 .. count - 1 in parts of min(size, count), or a little more, which are of one shape.
+
+    What fills up a part are indices from 0 on.
 
     Args:
-      copies: of the model, that share a part: it is so much larger that they divide its size, and wraps around if need
-        be.
+      copies: of the model, that share a part: it is so much larger that they divide its size.
 
     Yields:
       The indices of a part, and which of them are new there, bool.
@@ -106,8 +108,7 @@ def equal_parts(count: int, size: int, copies: int = 1) -> Iterator[tuple[np.nda
     """
     if size < 1:
         raise ValueError(f"batch_size={size}; expected at least 1.")
-    size = min(size, count)
-    size += -size % copies
+    size = _rounded_up(min(size, count), copies)
     for start in range(0, count, size):
         indices = np.arange(start, start + size)
         yield indices % count, indices < count
@@ -135,6 +136,13 @@ def calls_of_equal_size(
 def _aligned(size: int) -> int:
     step = ALIGNMENT.get(jax.default_backend(), 1)
     return size if size < 2 * step else size + -size % step
+
+
+def _rounded_up(examples: int, copies: int = 1) -> int:
+    """So many examples or a few more: a multiple of `copies`, and of the alignment if that adds a fiftieth at most."""
+    examples += -examples % copies
+    more = -examples % math.lcm(ALIGNMENT.get(jax.default_backend(), 1), copies)
+    return examples + more if 50 * more <= examples else examples
 
 
 def _spans(batches: list[np.ndarray], p: np.ndarray, length: np.ndarray, tokens: int) -> list[Span]:

@@ -12,7 +12,6 @@ Axes as in `jaxmech.model`; R vital tokens of a prompt, C circuits, U distinct t
 1, or one for each example.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -334,14 +333,12 @@ def _call_sizes(
     config: Config, circuits: int, pairs: Pairs, roles: int, batch_size: int | None, *, full: bool
 ) -> tuple[int, int]:
     """Examples and circuits in one call that fit the memory budget."""
-    N, H, D, F, T = config.num_heads, config.head_dim, config.width, config.mlp_width, pairs.clean.shape[1]
-    item, budget = config.compute_dtype.itemsize, memory.budget()
-    tokens = T if full else roles
-    activations = item * tokens * (4 * D + 3 * F + 4 * N * H) + 12 * tokens * N * (T + tokens)
-    shared = 2 * item * T * config.num_kv_heads * H + 4 * config.num_layers * roles * N * H
-    logits = 8 * config.vocab_size
+    T = pairs.clean.shape[1]
+    tokens, logits = T if full else roles, memory.of_logits(config)
+    activations = memory.of_tokens(config, tokens) + memory.of_attention(config, tokens, T + tokens)
+    shared = memory.of_keys_and_values(config, T, 1) + memory.of_heads(config, roles, config.num_layers)
     if batch_size is None:
-        batch_size = max(1, int(budget / (shared + activations + logits)))
+        batch_size = memory.fitting(shared + activations + logits)
     examples = min(len(pairs), batch_size)
     per_circuit = examples * (logits + (0 if full else activations))
-    return examples, min(circuits, max(1, math.floor(budget / per_circuit)))
+    return examples, min(circuits, memory.fitting(per_circuit))

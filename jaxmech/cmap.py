@@ -172,11 +172,12 @@ def cmap_heads(
         raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS[:2])}.")
     values_of = _values_of(base, tuned, pairs, [role], components)
     tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
+    copies = row_devices(base.weights)
     if batch_size is None:
-        batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
+        batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1], (config.num_heads + 1) / copies)
     batches = Batches.plan([tokens], p, last, batch_size)
     heads = np.arange(config.num_layers * config.num_heads)
-    work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(base.weights)
+    work = batches.capacity / TOKENS_PER_CALL
     calls = calls_of_equal_size(heads, work, most=config.num_layers, copies=copies, besides=1)
     scores = np.zeros((len(heads), len(pairs)), np.float32)
     correct = np.zeros((len(heads), len(pairs)), bool)
@@ -340,10 +341,10 @@ def _chosen_values(values: HeadValues, roles: list[int], components: Sequence[st
     return {site: values.values[site][:, rows][:, :, roles] for site in components}
 
 
-def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int) -> int:
-    """Examples whose clean cache and whose streams for all heads of a layer fit the memory budget."""
-    N, H, D, F, L = config.num_heads, config.head_dim, config.width, config.mlp_width, config.num_layers
-    item, length = config.compute_dtype.itemsize, float(lengths.mean())
-    cache = L * (2 * tokens * config.num_kv_heads * H + length * D + N * H)
-    stream = length * (4 * D + 3 * F + 4 * N * H + 3 * N * tokens)
-    return max(1, int(memory.budget() / (item * (cache + (N + 1) * stream) + 8 * (N + 1) * config.vocab_size)))
+def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int, rows: float) -> int:
+    """Examples whose clean cache and whose streams, for so many heads at a time, fit the memory budget."""
+    length, layers = float(lengths.mean()), config.num_layers
+    cache = memory.of_keys_and_values(config, tokens, layers) + memory.of_streams(config, length, layers)
+    stream = memory.of_tokens(config, length) + memory.of_attention(config, length, tokens)
+    values = memory.of_heads(config, 1, layers)
+    return memory.fitting(cache + values + rows * (stream + memory.of_logits(config)))

@@ -35,7 +35,6 @@ from jaxmech.interventions import head_mask
 from jaxmech.loading import Model
 from jaxmech.model import Params, label_logits, unembed
 from jaxmech.pairs import Pairs
-from jaxmech.patching import bytes_per_token
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
@@ -278,14 +277,14 @@ def _run_all(
       orders: [orders, steps, E].
     """
     config, weights = model.config, model.weights
-    of_prompts = of_runs = memory.budget() // 2
     kept = base_bytes(config, sets, role, first)
-    segments = cut(orders, of_prompts // (len(sets) * kept))
+    segments = cut(orders, memory.fitting(2 * len(sets) * kept))  # half of the budget is for the runs
     prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
     targets = [collect_targets(model, pairs, role, first) for pairs in desiderata]
     targets = jax.tree.map(lambda *x: jnp.stack(x), *targets)
     of_run = orders.shape[2] * (2 * kept + _stream_bytes(config, sets, role, first))
-    calls = list(equal_parts(len(arguments.lam), max(1, of_runs // of_run), row_devices(weights)))
+    copies = row_devices(weights)
+    calls = list(equal_parts(len(arguments.lam), copies * memory.fitting(2 * of_run), copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
 
@@ -390,18 +389,18 @@ def _answers(config: Config, weights: Params, batch: _Batch, weight: Array, *, f
     return jax.vmap(one)(weight)
 
 
-def _stream_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> int:
+def _stream_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> float:
     """Bytes that a training step takes for the suffix of one example, forward and backward."""
     T, width = lengths(sets, role)
-    inputs = (config.num_layers - first) * config.width * config.compute_dtype.itemsize
-    return width * (inputs + 2 * bytes_per_token(config, T))
+    inputs = memory.of_streams(config, width, config.num_layers - first)
+    return inputs + 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
 
 
 def _examples_per_call(config: Config, pairs: Pairs, role: str, first: int, masks: int) -> int:
     """Examples whose prompts and whose streams for all masks fit the memory budget."""
     T, width = lengths([pairs], role)
-    streams = masks * (width * bytes_per_token(config, T) + 4 * config.vocab_size)
-    return max(1, memory.budget() // (2 * base_bytes(config, [pairs], role, first) + streams))
+    stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
+    return memory.fitting(2 * base_bytes(config, [pairs], role, first) + masks * stream)
 
 
 def _first_layer(config: Config, heads: Heads) -> int:

@@ -24,7 +24,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
-from jaxmech.patching import bytes_per_token, examples_per_call, head_values
+from jaxmech.patching import examples_per_call, head_values
 from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Suffixes
 
@@ -63,10 +63,11 @@ class BasePrompts:
         self._p = np.concatenate([pairs.position(role) for pairs in sets])
         self._last = np.concatenate([pairs.position("last") for pairs in sets])
         starts = len(sets[0]) * np.arange(len(sets))
-        needed = base_bytes(model.config, sets, role, 0) * 2 + T * bytes_per_token(model.config, T)
+        config = model.config
+        needed = 2 * base_bytes(config, sets, role, 0) + memory.of_tokens(config, T) + memory.of_attention(config, T, T)
         together = [(starts[:, None] + part).reshape(-1) for part in parts]
         count = len(together[0])
-        calls = min(count, math.ceil(count * needed / memory.budget()))
+        calls = math.ceil(count / memory.fitting(needed))
         size = math.ceil(count / calls)
         self._rows = [np.resize(rows, (calls, size)) for rows in together]
         self._split = shared_length([self._tokens[call] for rows in self._rows for call in rows])
@@ -88,11 +89,10 @@ def lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
     return max(pairs.clean.shape[1] for pairs in sets), max(widths)
 
 
-def base_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> int:
+def base_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> float:
     """Bytes of `Base` of one prompt."""
     T, width = lengths(sets, role)
-    keys_and_values = 2 * (config.num_layers - first) * T * config.num_kv_heads * config.head_dim
-    return config.compute_dtype.itemsize * (keys_and_values + width * config.width)
+    return memory.of_keys_and_values(config, T, config.num_layers - first) + memory.of_streams(config, width, 1)
 
 
 @partial(jax.jit, static_argnames=("config", "first", "width"))

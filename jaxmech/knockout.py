@@ -137,8 +137,7 @@ def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
 
 def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int) -> int:
     """Examples whose clean cache and whose suffixes, for one first layer, fit the memory budget."""
-    N, H, D, F, L = config.num_heads, config.head_dim, config.width, config.mlp_width, config.num_layers
-    item, length = config.compute_dtype.itemsize, float(lengths.mean())
-    cache = L * (2 * tokens * config.num_kv_heads * H + length * D)
-    stream = length * (4 * D + 3 * F + 4 * N * H + 3 * N * tokens)
-    return max(1, int(memory.budget() / (item * (cache + stream) + 8 * config.vocab_size)))
+    length, layers = float(lengths.mean()), config.num_layers
+    cache = memory.of_keys_and_values(config, tokens, layers) + memory.of_streams(config, length, layers)
+    stream = memory.of_tokens(config, length) + memory.of_attention(config, length, tokens)
+    return memory.fitting(cache + stream + memory.of_logits(config))

@@ -1,8 +1,13 @@
-"""How much memory a call may fill: sweeps split themselves into chunks that fit this budget."""
+"""How much memory a call may fill, and what its parts take: sweeps split themselves into chunks that fit the budget.
+
+Sizes are in bytes, of activations in the compute dtype; what is counted is what XLA would hold at most, in a layer.
+"""
 
 from typing import Any
 
 import jax
+
+from jaxmech.config import Config
 
 CPU_BUDGET = 2**30  # bytes; a CPU reports no limit, and larger chunks are not faster there
 DEVICE_FRACTION = 0.5  # of what is free; the rest is for what XLA needs besides the arrays that are counted
@@ -14,3 +19,39 @@ def budget(device: Any = None) -> int:
     if not stats or "bytes_limit" not in stats:
         return CPU_BUDGET
     return int(DEVICE_FRACTION * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+
+
+def of_tokens(config: Config, count: float) -> float:
+    """Tokens in one layer: their stream, heads and MLP, without attention."""
+    heads = config.num_heads * config.head_dim
+    return config.compute_dtype.itemsize * count * (4 * config.width + 3 * config.mlp_width + 4 * heads)
+
+
+def of_attention(config: Config, queries: float, keys: float) -> float:
+    """Attention of one prompt in one layer: scores and their exponentials in float32, and the pattern."""
+    return (8 + config.compute_dtype.itemsize) * config.num_heads * queries * keys
+
+
+def of_streams(config: Config, tokens: float, layers: int) -> float:
+    """The residual stream at so many tokens, kept for `layers` layers."""
+    return config.compute_dtype.itemsize * layers * tokens * config.width
+
+
+def of_heads(config: Config, tokens: float, layers: int) -> float:
+    """z, or q, of all heads at so many tokens, kept for `layers` layers."""
+    return config.compute_dtype.itemsize * layers * tokens * config.num_heads * config.head_dim
+
+
+def of_keys_and_values(config: Config, tokens: float, layers: int) -> float:
+    """Keys and values of so many tokens, kept for `layers` layers."""
+    return 2 * config.compute_dtype.itemsize * layers * tokens * config.num_kv_heads * config.head_dim
+
+
+def of_logits(config: Config) -> float:
+    """The logits of one token and their exponentials, in float32."""
+    return 8 * config.vocab_size
+
+
+def fitting(bytes_each: float) -> int:
+    """How many of what takes `bytes_each` fit the budget, 1 at least."""
+    return max(1, int(budget() / bytes_each))

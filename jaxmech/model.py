@@ -24,6 +24,7 @@ from jaxmech.interventions import SITES, Interventions, apply_patch, knocked_out
 
 Params = Mapping[str, Any]
 FORBIDDEN = float(jnp.finfo(jnp.float32).min)
+FEW_KEYS = 8  # fewer are no matrix product: GPUs would pad it by copies, and CPUs take many times as long
 
 
 class Llama(nn.Module):
@@ -329,7 +330,13 @@ def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) ->
 def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
     groups = v.shape[-2], pattern.shape[-3] // v.shape[-2]
     grouped = pattern.reshape(*pattern.shape[:-3], *groups, *pattern.shape[-2:])
-    z = einsum(config, "...kgts,...skh->...tkgh", grouped, v)
+    if 0 < v.shape[-3] < FEW_KEYS:
+        weight = jnp.moveaxis(grouped, -2, -4)[..., None]  # [..., T, K, G, S, 1]
+        values = v[..., None, :, :, None, :].astype(jnp.float32)  # [..., 1, S, K, 1, H]
+        products = (weight[..., s, :] * values[..., s, :, :, :] for s in range(v.shape[-3]))
+        z = reduce(jnp.add, products).astype(v.dtype)
+    else:
+        z = einsum(config, "...kgts,...skh->...tkgh", grouped, v)
     return z.reshape(*z.shape[:-3], pattern.shape[-3], config.head_dim)
 
 

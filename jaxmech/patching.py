@@ -182,10 +182,5 @@ def positions_of(position: Any, roles: Sequence[str]) -> np.ndarray:
 def examples_per_call(config: Config, pairs: Pairs) -> int:
     """Examples whose activations in one layer and logits fit the memory budget."""
     T = pairs.clean.shape[1]
-    return max(1, int(memory.budget() / (T * bytes_per_token(config, T) + 8 * config.vocab_size)))
-
-
-def bytes_per_token(config: Config, keys: int) -> int:
-    """Bytes of the activations of one token that attends to `keys`, in one layer."""
-    N, H, D, F = config.num_heads, config.head_dim, config.width, config.mlp_width
-    return config.compute_dtype.itemsize * (4 * D + 3 * F + 4 * N * H) + 12 * N * keys
+    forward = memory.of_tokens(config, T) + memory.of_attention(config, T, T)
+    return memory.fitting(forward + memory.of_logits(config))

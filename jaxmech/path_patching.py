@@ -157,7 +157,7 @@ def plan(
     batch_size: int | None = None,
 ) -> Plan:
     """Checks a sweep and splits it; arguments and errors as for `path_patch`."""
-    config = model.config
+    config, copies = model.config, row_devices(model.weights)
     mask = _receiver_mask(config, receivers, via)
     wrong_labels = check_metric(metric, wrong_labels, pairs.labels, config.vocab_size)
     corrupt_p, p, last = pairs.corrupt_position(sender), pairs.position(sender), pairs.position("last")
@@ -173,11 +173,12 @@ def plan(
             stacklevel=3,
         )
     if batch_size is None:
-        batch_size = _examples_per_call(config, last - p + 1, prompts[0].shape[1], live=mask is not None)
+        rows = (config.num_heads + 1) / copies
+        batch_size = _examples_per_call(config, last - p + 1, prompts[0].shape[1], rows, live=mask is not None)
     batches = Batches.plan(prompts, p, last, batch_size)
     sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
     heads, work = np.arange(sender_layers * config.num_heads), _work(batches, live=mask is not None)
-    calls = _calls(config, mask, heads, work, row_devices(model.weights))
+    calls = _calls(config, mask, heads, work, copies)
     return Plan(batches, corrupt_p, pairs.labels, wrong_labels, mask, calls)
 
 
@@ -287,16 +288,13 @@ def _receiver_mask(config: Config, receivers: Iterable[Sequence[int]] | None, vi
     return head_mask(config, receivers)
 
 
-def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int, *, live: bool) -> int:
-    """Examples that fit the memory budget: their clean cache, and the widest activations of all senders of a layer."""
-    N, H, D, F = config.num_heads, config.head_dim, config.width, config.mlp_width
-    length, width, T = float(lengths.mean()), int(lengths.max()), tokens
-    per_token = 4 * D + 3 * F + 4 * N * H
-    cache = config.num_layers * ((length + 1) * D + N * H)
-    sender = per_token
+def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int, rows: float, *, live: bool) -> int:
+    """Examples that fit the memory budget: their clean cache, and the activations of so many senders at a time."""
+    length, width, layers = float(lengths.mean()), int(lengths.max()), config.num_layers
+    cache = memory.of_streams(config, length + 1, layers) + memory.of_heads(config, 1, layers)
+    sender = memory.of_tokens(config, length if live else 1)
     if live:
-        cache += 2 * config.num_layers * T * config.num_kv_heads * H
-        sender = length * per_token + config.num_layers * N * H + 4 * width * N * H + 3 * width * N * (T + width)
-    item = config.compute_dtype.itemsize
-    per_example = item * cache + (N + 1) * (item * sender + 8 * config.vocab_size)
-    return max(1, int(memory.budget() / per_example))
+        cache += memory.of_keys_and_values(config, tokens, layers)
+        sender += memory.of_heads(config, 1, layers)  # what the receivers read
+        sender += memory.of_heads(config, 4 * width, 1) + memory.of_attention(config, width, tokens + width)
+    return memory.fitting(cache + rows * (sender + memory.of_logits(config)))

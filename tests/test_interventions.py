@@ -9,6 +9,7 @@ from conftest import TOLERANCES, assert_close
 import jaxmech as jm
 from jaxmech import Interventions, Patch
 from jaxmech.interventions import HEAD_SITES, SITES
+from jaxmech.model import FEW_KEYS
 
 B, T = 3, 9
 LAYERS, HEADS = 4, 4
@@ -163,6 +164,18 @@ def test_a_knockout_broadcasts(model, runs, full):
     wide = np.broadcast_to(small, (LAYERS, B, T, HEADS, T)) if full else small[None, None]
     expected, _ = model(tokens, Interventions(knockout=block_key(4, 1)))
     assert_close(model(tokens, Interventions(knockout=wide))[0], expected, TOLERANCES.recompiled)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_prompts_of_few_tokens_are_the_start_of_longer_ones(random_model, dtype, kv_heads):
+    """Attention to few keys is a sum, to more a matrix product."""
+    model = random_model(num_kv_heads=kv_heads, dtype=dtype)
+    tokens = np.random.default_rng(0).integers(0, 50, (3, FEW_KEYS + 2))
+    whole, _ = model(tokens)
+    tolerance = TOLERANCES.recompiled if dtype == "float32" else TOLERANCES.bfloat16
+    for length in (1, 3, FEW_KEYS - 1, FEW_KEYS):
+        assert_close(model(tokens[:, :length])[0], whole[:, :length], tolerance)
 
 
 def test_the_linen_module_applied_to_params_is_the_model(model, runs):
