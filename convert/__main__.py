@@ -54,6 +54,11 @@ def run(options: Options) -> None:
     """Reads `options.model` and writes `options.out`. Raises what `read_config`, `read_params` and `save` raise."""
     checkpoint.check_output(options.out, overwrite=options.overwrite)
     model = convert.local_path(options.model)
+    if checkpoint.is_checkpoint(model):
+        raise ValueError(
+            f"{options.model} is converted already: it is an Orbax checkpoint, which jaxmech.load reads. To merge an "
+            "adapter or for another dtype, convert the model that it was made from."
+        )
     adapter = None if options.adapter is None else convert.local_path(options.adapter)
     config = convert.read_config(model, adapter, dtype=options.dtype, param_dtype=options.dtype)
     tokenizer = convert.read_tokenizer(model, config, adapter)

@@ -6,195 +6,36 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import convert
 import jaxmech as jm
+from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
 from jaxmech.discovery import PAPER_CHAIN, Stage, discover, read_chain
-from jaxmech.files import write_text
+from jaxmech.files import check_file, check_folder, write_text
 from jaxmech.report import (
     accuracy_table,
     circuit_table,
     deviation_tables,
     heat_map,
+    report_files,
     save_figure,
     study_tables,
     write_report,
 )
-from jaxmech.run_folder import RunFolder, fingerprint, text_hash
+from jaxmech.run_folder import RunFolder, earlier_config, fingerprint, text_hash
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, run
+from jaxmech.study.chains import check_boxes_chain, check_number_of_heads
 from jaxmech.verify import verify
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Demo:
-    """The whole study on the pair of small models that ship with jaxmech, in a few minutes, with a report."""
-
-    out: Path = Path("out/demo")
-    """Folder for results."""
-    quick: bool = False
-    """Fewer prompts and steps: half a minute, rough numbers."""
-    seed: int = 0
-    """Seed of all draws."""
-    overwrite: bool = False
-    """Start anew whatever --out holds; without it, an interrupted demo goes on."""
-
-
-@dataclass(frozen=True)
-class StudyCommand:
-    """The whole study of a base model and its fine-tuned descendants, with a report; can be interrupted and resumed."""
-
-    base: Path
-    """Checkpoint of the base model: a Hugging Face directory, or an Orbax directory written by `python -m convert`."""
-    tuned: tyro.conf.UseAppendAction[tuple[Path, ...]]
-    """Checkpoint of a fine-tuned descendant, or a LoRA adapter of --base; give it once for each."""
-    out: Path
-    """Folder for results.json, report.html and figures."""
-    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Run this stage alone; give it once for each."""
-    start: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Run this stage and all behind it anew."""
-    quick: bool = False
-    """Far fewer prompts and steps, to see that everything runs; rough numbers."""
-    data: Path | None = None
-    """JSONL file of examples (key "sentence"); without it, scenes are made."""
-    scenes: int = 50
-    """Scenes of the prompts that are evaluated; every box of a scene is queried in turn."""
-    boxes: int = 7
-    """Boxes in a scene, 2 to 10."""
-    contexts: int = 500
-    """Prompts over which ablated activations are averaged."""
-    chain: Path | None = None
-    """TOML file of stages of discovery; without it, the paper's four."""
-    k: dict[str, int] = field(default_factory=dict)
-    """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
-    random_circuits: int = 10
-    """Random circuits to compare a circuit's faithfulness with."""
-    random_subsets: int = 20
-    """Random sets of heads for completeness."""
-    threshold: float = 0.01
-    """Least minimality score of a head that stays in the circuit."""
-    train: int = 1000
-    """Pairs to train masks (DCM) on; --validation and --test to choose and to test them."""
-    validation: int = 500
-    """Pairs to choose masks by."""
-    test: int = 500
-    """Pairs to test masks on."""
-    lam: float = 0.01
-    """Weight of the number of heads in the loss of DCM, logits per head."""
-    repeats: int = 10
-    """Repeats of activation patching, with new pairs each."""
-    patched: int = 500
-    """Pairs of one repeat."""
-    seed: int = 0
-    """Seed of all draws."""
-    add_bos: bool | None = None
-    """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
-    dtype: str = "float32"
-    """dtype of parameters and activations: float32, bfloat16 or float16."""
-    precision: str = "highest"
-    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
-    batch_size: int | None = None
-    """Examples per call; without it, as many as fit the memory budget."""
-    copies: int | None = None
-    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
-    models_in_memory: int = 2
-    """Models that are held at a time; others are loaded again when they are needed."""
-    compat: Literal["paper"] | None = None
-    """"paper": reproduce the deviations of the published code (docs/paper_compat.md)."""
-    overwrite: bool = False
-    """Start anew whatever --out holds; without it, an interrupted study with the same settings goes on."""
-
-
-@dataclass(frozen=True)
-class Discover:
-    """Find the entity-tracking circuit of a model by the chain of path-patching sweeps."""
-
-    model: Path
-    """Checkpoint: a Hugging Face directory, or an Orbax directory written by `python -m convert`."""
-    out: Path
-    """Folder for config.json, scores.npz, circuit.json and one heat map per stage."""
-    adapter: Path | None = None
-    """LoRA adapter of --model to merge in; --model then is a Hugging Face directory."""
-    data: Path | None = None
-    """JSONL file of examples (key "sentence"); without it, scenes are made."""
-    scenes: int = 50
-    """Scenes to make; every box of a scene is queried in turn."""
-    boxes: int = 7
-    """Boxes in a scene, 2 to 10."""
-    seed: int = 0
-    """Seed of scenes and corrupt prompts."""
-    chain: Path | None = None
-    """TOML file of stages; without it, the paper's four."""
-    k: dict[str, int] = field(default_factory=dict)
-    """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
-    min_effect: float = 1e-3
-    """Smallest relative loss of probability for which a head is selected."""
-    add_bos: bool | None = None
-    """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
-    dtype: str = "float32"
-    """dtype of parameters and activations: float32, bfloat16 or float16."""
-    precision: str = "highest"
-    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
-    batch_size: int | None = None
-    """Examples per call; without it, as many as fit the memory budget."""
-    copies: int | None = None
-    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
-    overwrite: bool = False
-    """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Write scenes with boxes as JSONL, key "sentence"."""
-
-    out: Path
-    """File to write."""
-    scenes: int = 50
-    """Scenes; every box of a scene is queried in turn."""
-    boxes: int = 7
-    """Boxes in a scene, 2 to 10."""
-    seed: int = 0
-    """Seed of the scenes."""
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Compare a model with transformers' own, site by site and layer by layer. Exit status 1 if one deviates."""
-
-    model: Path
-    """Checkpoint: a Hugging Face directory, or an Orbax directory written by `python -m convert`."""
-    against: Path | None = None
-    """Hugging Face directory of the same model; without it, --model itself if that is one."""
-    adapter: Path | None = None
-    """LoRA adapter of --model to merge in; --against then is the merged model."""
-    prompts: int = 2
-    """Prompts of random tokens."""
-    length: int = 64
-    """Tokens of each."""
-    seed: int = 0
-    """Seed of the tokens."""
-    text: str | None = None
-    """Prompt to take instead of random tokens."""
-    out: Path | None = None
-    """JSON file for all numbers."""
-
-
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[StudyCommand, tyro.conf.subcommand("study")]
-    | Annotated[Discover, tyro.conf.subcommand("discover")]
-    | Annotated[Data, tyro.conf.subcommand("data")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_data(options: Data) -> None:
     """`jaxmech data`."""
+    check_file(options.out)
     examples = jm.boxes.make(options.scenes, options.boxes, options.seed)
     jm.boxes.write(options.out, examples)
     console.print(f"Wrote {len(examples)} examples to {options.out}; the first: {examples[0].sentence}")
@@ -221,6 +63,8 @@ def run_verify(options: Verify) -> None:
     """`jaxmech verify`."""
     values = {f.name: getattr(options, f.name) for f in fields(options)}
     path, out = values.pop("model"), values.pop("out")
+    if out is not None:
+        check_file(out)
     report = verify(path, **values)
     for check in report.checks:
         line = f"{check.name}: {'' if check.ok else 'NO, '}{check.detail}"
@@ -256,7 +100,8 @@ def run_demo(options: Demo) -> None:
 def run_study(options: StudyCommand) -> None:
     """`jaxmech study`."""
     values: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
-    values["chain"] = PAPER_CHAIN if options.chain is None else read_chain(options.chain)
+    values["chain"] = _chain(options.chain)
+    _check_data(options.data)
     settings = Settings(**values)
     settings = settings.quick() if options.quick else settings
     _study_into(options.out, settings, only=options.only, start=options.start, overwrite=options.overwrite)
@@ -267,7 +112,7 @@ def _study_into(
 ) -> None:
     """Runs a study in its folder, writes the report and prints the most important numbers."""
     began = time.perf_counter()
-    folder = StudyFolder.open(out, settings, overwrite=overwrite)
+    folder = StudyFolder.open(out, settings, report=_earlier_report(out), overwrite=overwrite)
     done = [f"{STAGES[stage].title} ({', '.join(parts)})" for stage, parts in folder.parts.items()]
     if done:
         console.print(f"Going on with the study in {out}; done already: {'; '.join(done)}.", highlight=False)
@@ -299,30 +144,44 @@ def _study_progress():
 
 def run_discover(options: Discover) -> None:
     """`jaxmech discover`."""
-    if options.data is None:
-        examples = jm.boxes.make(options.scenes, options.boxes, options.seed)
-    else:
-        examples = jm.boxes.read(options.data)
-    chain = PAPER_CHAIN if options.chain is None else read_chain(options.chain)
+    chain = _chain(options.chain)
+    check_boxes_chain(chain, options.k, options.min_effect)
+    check_folder(options.out)
+    examples = _examples(options)
     mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
     model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision, mesh=mesh)
     if model.tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
+    check_number_of_heads(chain, options.k, model.config)
     with _warnings_printed():
         pairs = jm.boxes.pairs(
             examples, model.tokenizer, seed=options.seed, split_objects="drop", add_bos=options.add_bos
         )
-    sources = {
-        "model_files": fingerprint(options.model),
-        "adapter_files": None if options.adapter is None else fingerprint(options.adapter),
-        "examples": text_hash(example.sentence for example in examples),
-    }
-    settings = _settings(options) | {"stages": [asdict(stage) for stage in chain]}
-    run = RunFolder.open(options.out, settings | sources, overwrite=options.overwrite)
+    run = _run_folder(options, chain, examples)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
     _print_accuracies({(options.adapter or options.model).name: model}, pairs)
     _discover_into(run, model, pairs, chain, k=options.k, min_effect=options.min_effect, batch_size=options.batch_size)
+
+
+def _run_folder(options: Discover, chain: Sequence[Stage], examples: Sequence[jm.boxes.Example]) -> RunFolder:
+    """The folder at --out. Models and data are the same if their files are, however their paths are spelt."""
+    settings = _settings(options)
+    given = {name: settings.pop(name) for name in ("model", "adapter", "data", "chain")}
+    settings["stages"] = [asdict(stage) for stage in chain]
+    adapter = options.adapter and convert.local_path(options.adapter)
+    sources = {
+        "model_files": fingerprint(convert.local_path(options.model)),
+        "adapter_files": adapter and fingerprint(adapter),
+        "examples": text_hash(example.sentence for example in examples),
+    }
+    earlier = earlier_config(options.out).get("stages") or []
+    groups = [stage.group for stage in chain] + [
+        str(stage.get("group")) for stage in earlier if isinstance(stage, dict)
+    ]
+    names = ["scores.npz", "circuit.json", *[f"{group}.png" for group in groups if Path(group).name == group]]
+    outputs = [options.out / name for name in names]
+    return RunFolder.open(options.out, settings | sources, given=given, outputs=outputs, overwrite=options.overwrite)
 
 
 def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequence[Stage], **options: Any) -> None:
@@ -342,6 +201,37 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
             save_figure(figure, run.path / f"{stage.group}.png")
     console.print(circuit_table(chain, circuit))
     console.print(f"Results are in {run.path}: circuit.json, scores.npz, config.json and a heat map (PNG) per stage.")
+
+
+def _chain(file: Path | None) -> tuple[Stage, ...]:
+    """The chain of --chain."""
+    if file is None:
+        return PAPER_CHAIN
+    if not file.is_file():
+        raise FileNotFoundError(f"--chain {file}: there is no such file; expected TOML, one [[stage]] table per stage.")
+    return read_chain(file)
+
+
+def _check_data(file: Path | None) -> None:
+    """FileNotFoundError if --data is given and not there."""
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"--data {file}: there is no such file; expected a JSONL file of examples.")
+
+
+def _examples(options: Discover) -> list[jm.boxes.Example]:
+    """The examples of --data, or made."""
+    if options.data is None:
+        return jm.boxes.make(options.scenes, options.boxes, options.seed)
+    _check_data(options.data)
+    return jm.boxes.read(options.data)
+
+
+def _earlier_report(out: Path) -> list[Path]:
+    """The files of the report that an earlier study left in --out."""
+    try:
+        return report_files(out, json.loads((out / "results.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or one that cannot be read
+        return [out / "report.html"]
 
 
 def _settings(options: Any) -> dict[str, Any]:
@@ -371,13 +261,16 @@ def _progress(chain: Sequence[Stage]):
 
 @contextmanager
 def _warnings_printed() -> Iterator[None]:
-    """Prints the warnings of the library as notes."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Prints the warnings of the library as notes, as they come."""
+
+    def note(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if issubclass(category, UserWarning):
+            console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note
         yield
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            console.print(f"note: {warning.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 _COMMANDS: dict[type, Any] = {

@@ -1,11 +1,14 @@
-"""The folder of one discovery run: its settings and what it found, written stage by stage, so that it can resume.
+"""The folder of one run: its settings and what it found, written stage by stage, so that it can resume.
 
-Holds config.json (settings, the model's and the data's fingerprints, versions), scores.npz (every finished sweep) and
-circuit.json (the paper's format). Figures beside them are the commands' business.
+Holds config.json (settings, the model's and the data's fingerprints, versions) and, of a discovery run, scores.npz
+(every finished sweep) and circuit.json (the paper's format). Nothing in the folder changes before the first result is
+kept. Figures beside them are the commands' business.
 """
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmech.files import replacing, write_text
+from jaxmech.files import check_folder, replacing, write_text
 from jaxmech.scores import PathScores
 
+CONFIG, SCORES, CIRCUIT = "config.json", "scores.npz", "circuit.json"
 _PACKAGES = ("jaxmech", "jax", "flax", "transformers", "numpy")
+_ANEW = "Choose another --out, or start anew with --overwrite."
 
 
 @dataclass
@@ -26,49 +31,92 @@ class RunFolder:
 
     Attributes:
       path: the folder.
+      config: what its config.json holds, or will hold once a result is kept.
       scores: {group: scores} of the sweeps that are finished.
+      replaced: files of an earlier run, which are removed when the first result of this one is kept.
+      begun: whether config.json is that of this run.
     """
 
     path: Path
+    config: dict[str, Any]
     scores: dict[str, PathScores] = field(default_factory=dict)
+    replaced: tuple[Path, ...] = ()
+    begun: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> "RunFolder":
-        """Starts a run, or takes up the one in `path` if it has the same settings.
+    def open(
+        cls,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        given: Mapping[str, Any] | None = None,
+        outputs: Iterable[Path] = (),
+        overwrite: bool = False,
+    ) -> "RunFolder":
+        """Starts a run, or takes up the one in `path` if it has the same settings. Writes nothing yet.
 
         Args:
           settings: everything that the results depend on, as JSON values; versions of packages are added.
+          given: kept in config.json as well, but free to differ: where things lie that `settings` has hashes of.
+          outputs: files that such runs write, beside config.json; with `overwrite`, they are removed when the first
+            result is kept.
           overwrite: start anew whatever the folder holds.
 
         Raises:
-          ValueError: the folder holds a run with other settings and `overwrite` is False.
+          NotADirectoryError, PermissionError: `path` is no folder, or may not be written to.
+          ValueError: `overwrite` is False, and the folder holds a run with other settings, outputs without settings, or
+            a damaged file; or config.json is not that of a run.
         """
-        folder = cls(Path(path))
-        config = json.loads(json.dumps({**settings, "versions": {name: version(name) for name in _PACKAGES}}))
-        file = folder.path / "config.json"
-        if file.exists() and not overwrite:
-            folder._check_same(json.loads(file.read_text(encoding="utf-8")), config)
-            folder.scores = _load_scores(folder.path / "scores.npz")
-            return folder
-        (folder.path / "scores.npz").unlink(missing_ok=True)
-        write_text(file, json.dumps(config, indent=2) + "\n")
-        return folder
+        path, given = Path(path), dict(given or {})
+        check_folder(path)
+        there = tuple(file for file in dict.fromkeys(outputs) if file.is_file())
+        versions = {name: version(name) for name in _PACKAGES}
+        config = json.loads(json.dumps({**given, **settings, "versions": versions}))
+        if overwrite:
+            _check_config_of_a_run(path)
+            return cls(path, config, replaced=there)
+        if (path / CONFIG).exists():
+            _check_same(path, config, given)
+            return cls(path, config, _load_scores(path / SCORES), begun=True)
+        if there:
+            found = ", ".join(str(file.relative_to(path)) for file in there[:3]) + ", ..." * (len(there) > 3)
+            raise ValueError(f"{path} holds results ({found}) without the {CONFIG} that says what they are of. {_ANEW}")
+        return cls(path, config)
+
+    def begin(self) -> None:
+        """Writes config.json if it is not that of this run, and removes what this run replaces."""
+        if self.begun:
+            return
+        for file in self.replaced:
+            file.unlink(missing_ok=True)
+        write_text(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+        self.begun = True
 
     def keep(self, group: str, scores: PathScores) -> None:
         """Saves a finished sweep."""
+        self.begin()
         self.scores[group] = scores
         arrays: dict[str, Any] = {name: found.per_example for name, found in self.scores.items()}
         arrays |= {f"{name}.probability": found.probability for name, found in self.scores.items()}
-        with replacing(self.path / "scores.npz") as temporary, open(temporary, "wb") as stream:
+        with replacing(self.path / SCORES) as temporary, open(temporary, "wb") as stream:
             np.savez_compressed(stream, **arrays)
 
-    def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            raise ValueError(
-                f"{self.path} holds a run with other settings ({', '.join(changed)} differ). Choose another --out, or "
-                "start anew with --overwrite."
-            )
+
+def earlier_config(path: str | Path) -> dict[str, Any]:
+    """What config.json in `path` holds; empty if there is none that can be read."""
+    try:
+        found = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_json(file: Path, remedy: str) -> Any:
+    """What a file of a run holds. ValueError names the file and says the remedy if it is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: it is not JSON ({error}). {remedy}") from error
 
 
 def fingerprint(path: str | Path) -> str:
@@ -90,10 +138,32 @@ def text_hash(lines: Iterable[str]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
+def _check_same(path: Path, now: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """ValueError if config.json says of a key that is not `given` something else than `now`."""
+    before = read_json(path / CONFIG, _ANEW)
+    if not isinstance(before, dict):
+        raise ValueError(f"{path / CONFIG} is damaged: it holds {before!r}, not the settings of a run. {_ANEW}")
+    keys = (before.keys() | now.keys()) - given.keys()
+    if changed := sorted(key for key in keys if before.get(key) != now.get(key)):
+        raise ValueError(f"{path} holds a run with other settings ({', '.join(changed)} differ). {_ANEW}")
+
+
+def _check_config_of_a_run(path: Path) -> None:
+    """ValueError if config.json is something else's, such as a model's, and must not be replaced."""
+    if (found := earlier_config(path)) and "jaxmech" not in (found.get("versions") or {}):
+        raise ValueError(f"{path / CONFIG} is not that of a run, so it is not overwritten; choose another --out.")
+
+
 def _load_scores(file: Path) -> dict[str, PathScores]:
     """All stages of the npz: GROUP (per example, [L, N, B]) and GROUP.probability ([B])."""
     if not file.exists():
         return {}
-    with np.load(file, allow_pickle=False) as arrays:
-        groups = [name for name in arrays.files if not name.endswith(".probability")]
-        return {group: PathScores(arrays[group], arrays[f"{group}.probability"]) for group in groups}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            groups = [name for name in arrays.files if not name.endswith(".probability")]
+            return {group: PathScores(arrays[group], arrays[f"{group}.probability"]) for group in groups}
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Delete it, and the same command finds the scores again, or start anew with "
+            "--overwrite."
+        ) from error

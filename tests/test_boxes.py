@@ -222,7 +222,7 @@ def test_one_scene_is_too_few_for_pairs():
         boxes.pairs(boxes.make(1, 3), word_level())
 
 
-@pytest.mark.parametrize("arguments", [{"n_scenes": 0}, {"n_boxes": 1}, {"n_boxes": 11}])
+@pytest.mark.parametrize("arguments", [{"n_scenes": 0}, {"n_boxes": 1}, {"n_boxes": 11}, {"seed": -1}])
 def test_impossible_scenes_are_refused(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}={next(iter(arguments.values()))}; expected"):
         boxes.make(**arguments)
@@ -258,3 +258,11 @@ def test_an_empty_or_missing_file_is_named(tmp_path):
         boxes.read(tmp_path / "empty.jsonl")
     with pytest.raises(FileNotFoundError, match="absent.jsonl"):
         boxes.read(tmp_path / "absent.jsonl")
+    with pytest.raises(IsADirectoryError, match="is a folder; expected a JSONL file"):
+        boxes.read(tmp_path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="binary.jsonl is not text in UTF-8 .*expected JSONL"):
+        boxes.read(tmp_path / "binary.jsonl")

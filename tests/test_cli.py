@@ -9,9 +9,10 @@ from conftest import TOLERANCES, assert_close
 import jaxmech as jm
 from jaxmech import cli
 from jaxmech.run_folder import RunFolder
+from jaxmech.study import STAGES
 
 CHAIN = str(jm.demo.path("chain.toml"))
-BASE = str(jm.demo.path("base"))
+BASE, TUNED = str(jm.demo.path("base")), str(jm.demo.path("tuned"))
 
 
 def discover(out, *more: str) -> None:
@@ -36,12 +37,23 @@ def test_the_demo_is_a_study_with_a_report_and_goes_on_when_it_is_called_again(t
     assert "Going on with the study" in capsys.readouterr().out
     assert (tmp_path / "results.json").read_bytes() == before
 
+    everything = contents(tmp_path)
+    study = ["study", "--base", BASE, "--tuned", TUNED, "--chain", CHAIN, "--out", str(tmp_path), "--overwrite"]
+    for bad in (["--only", "nope"], ["--k", "value_fetcher", "33"], ["--k", "typo", "3"], ["--data", "none.jsonl"]):
+        with pytest.raises(SystemExit):
+            cli.main([*study, *bad])
+        assert contents(tmp_path) == everything
+    (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
+    cli.main([*study, "--scenes", "2", "--only", "knockout"])
+    left = contents(tmp_path)
+    assert "figures/mine.png" in left and "circuits/base.json" not in left and "parts/dcm.base.json" not in left
+    assert "figures/accuracy.png" in everything and "figures/accuracy.png" not in left
+
 
 def test_study_takes_its_settings_from_the_command_line(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "_study_into", lambda out, settings, **rest: seen.append((out, settings, rest)))
-    tuned = str(jm.demo.path("tuned"))
-    command = ["study", "--base", BASE, "--tuned", tuned, "--tuned", str(tmp_path / "x"), "--out", str(tmp_path / "o")]
+    command = ["study", "--base", BASE, "--tuned", TUNED, "--tuned", str(tmp_path / "x"), "--out", str(tmp_path / "o")]
     cli.main(
         [*command, "--chain", CHAIN, "--k", "value_fetcher", "3", "--only", "cmap", "--from", "dcm", "--lam", "0.1"]
     )
@@ -115,6 +127,42 @@ def test_results_of_other_settings_are_not_overwritten_unless_asked(tmp_path, ca
     assert (tmp_path / "scores.npz").read_bytes() != before
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_overwrite_with_a_bad_option_leaves_everything_and_with_a_good_one_nothing_old(tmp_path, capsys):
+    discover(tmp_path)
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    before = contents(tmp_path)
+    for bad in (["--k", "typo", "3"], ["--k", "value_fetcher", "33"], ["--min-effect", "-1"]):
+        with pytest.raises(SystemExit):
+            discover(tmp_path, *bad, "--overwrite")
+        assert contents(tmp_path) == before
+    (tmp_path / "one.toml").write_text('[[stage]]\ngroup = "only_one"\nsender = "last"')
+    command = ["discover", "--model", BASE, "--scenes", "6", "--out", str(tmp_path), "--overwrite"]
+    cli.main([*command, "--chain", str(tmp_path / "one.toml")])
+    written = {"config.json", "scores.npz", "circuit.json", "only_one.png"}
+    assert set(contents(tmp_path)) == {"one.toml", "mine.png", *written}
+
+
+def test_a_rejected_option_does_not_stand_in_the_way_of_the_corrected_one(tmp_path):
+    with pytest.raises(SystemExit):
+        discover(tmp_path, "--k", "value_fetcher", "33")
+    discover(tmp_path, "--k", "value_fetcher", "3")
+
+
+def test_a_run_goes_on_however_its_paths_are_spelt(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mybase").symlink_to(BASE)
+    (tmp_path / "mychain.toml").write_text(open(CHAIN).read())
+    monkeypatch.chdir(tmp_path)
+    command = ["discover", "--scenes", "6", "--out", "out"]
+    cli.main([*command, "--model", "mybase", "--chain", "mychain.toml"])
+    capsys.readouterr()
+    cli.main([*command, "--model", str(tmp_path / "mybase"), "--chain", CHAIN])
+    assert "finished stages: value_fetcher, object_lookup" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_path, capsys):
     cli.main(["discover", "--model", BASE, "--scenes", "6", "--out", str(tmp_path), "--min-effect", "0.01"])
     printed = " ".join(capsys.readouterr().out.split())
@@ -127,11 +175,17 @@ def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_p
     ("arguments", "message"),
     [
         (["--model", "no/such/model"], "No checkpoint directory at no/such/model"),
-        (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"),
-        (["--chain", "no/such/chain.toml"], "no/such/chain.toml"),
+        (["--data", "no/such/file.jsonl"], "--data no/such/file.jsonl: there is no such file"),
+        (["--chain", "no/such/chain.toml"], "--chain no/such/chain.toml: there is no such file"),
+        (["--out", f"{BASE}/config.json"], "config.json is a file; expected a folder"),
+        (["--out", BASE], "holds a run with other settings"),
+        (["--out", BASE, "--overwrite"], "config.json is not that of a run, so it is not overwritten"),
+        (["--k", "typo", "3"], "k names typo; the groups of the chain are value_fetcher, object_lookup"),
+        (["--k", "value_fetcher", "0"], "k=0; expected"),
+        (["--min-effect", "nan"], "min_effect=nan; expected a fraction"),
+        (["--seed", "-1"], "seed=-1; expected at least 0"),
         (["--k", "value_fetcher", "33"], "k=33, but the model has 32 heads"),
         (["--boxes", "11"], "n_boxes=11; expected 2 to 10"),
-        (["--dtype", "float64"], "float64"),
         (["--copies", "3"], "rows=3, but there are 8 devices"),
     ],
 )
@@ -141,3 +195,45 @@ def test_bad_input_ends_with_a_message_and_status_2(tmp_path, capsys, arguments,
     assert stop.value.code == 2
     printed = " ".join(capsys.readouterr().err.split())
     assert "error:" in printed and message in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "fp16"], "invalid choice 'fp16' for argument '--dtype'"),
+        (["--k", "value_fetcher", "x"], "parsing --k: the group 'value_fetcher' is followed by 'x'; expected a number"),
+        (["--k", "value_fetcher", "3", "b"], "parsing --k: the group 'b' is followed by nothing; expected a number"),
+        (["--k", "b", "3", "b", "4"], "parsing --k: the group 'b' is given twice"),
+    ],
+)
+def test_options_that_cannot_be_parsed_are_named(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        discover(tmp_path / "run", *arguments)
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", [["discover", "--model", BASE], ["study", "--base", BASE, "--tuned", TUNED]])
+def test_a_chain_that_cannot_work_is_refused_before_anything_is_written(tmp_path, capsys, command):
+    chain = jm.demo.path("chain.toml").read_text().replace('"query_box"', '"object"')
+    (tmp_path / "chain.toml").write_text(chain)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--chain", str(tmp_path / "chain.toml"), "--out", str(tmp_path / "out"), "--scenes", "6"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "has the sender 'object'; boxes prompts have the roles" in printed.err
+    assert not printed.out
+    assert [file.name for file in tmp_path.iterdir()] == ["chain.toml"]
+
+
+def test_help_names_the_stages_and_has_no_empty_defaults(capsys):
+    for command in ("study", "discover", "verify"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "Meta's" in printed and "Hugging Face Hub" in printed
+        assert "{None}" not in printed and "(default: )" not in printed
+        if command == "study":
+            only, anew = printed.split("--only STR")[1].split("--from STR")
+            for stage in STAGES:
+                assert stage in only and stage in anew.split("--quick")[0]

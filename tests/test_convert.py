@@ -20,7 +20,7 @@ import convert
 import jaxmech as jm
 from convert import params
 from convert.__main__ import main
-from jaxmech import host_arrays
+from jaxmech import checkpoint, host_arrays
 from jaxmech.model import abstract_params
 
 TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 7))
@@ -255,6 +255,15 @@ def test_the_command_refuses_an_output_that_exists_before_it_reads_anything(tmp_
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error:") and "exists already" in printed and "nowhere" not in printed
+
+
+def test_the_command_says_that_its_input_is_converted_already(tmp_path, capsys, random_model):
+    model = random_model()
+    checkpoint.save(tmp_path / "done", model.config, model.params)
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(tmp_path / "done"), "--out", str(tmp_path / "out")])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 2 and "done is converted already: it is an Orbax checkpoint" in printed
 
 
 def test_the_command_says_what_is_wrong_with_its_input(tmp_path, capsys):

@@ -315,7 +315,7 @@ BAD_CALLS = {
     "No examples; desiderata need base examples": {"examples": []},
     "n=0; expected at least 1": {"n": 0},
     "compat='publication'; expected None, or 'paper'": {"compat": "publication"},
-    "name 7 objects; 'positional' needs 14 for scenes of 7 boxes": {"examples": boxes.make(1)},
+    "There are 7 objects; 'positional' needs 14 for scenes of 7 boxes": {"examples": boxes.make(1)},
     "'add_seg_end' needs 15 for scenes of 7": {"examples": boxes.make(1), "name": "add_seg_end"},
     "'incorrect_segment' has no target for segment 0 of 2; use scenes of at least 4": {
         "examples": boxes.make(9, 2),
@@ -326,9 +326,26 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize(("message", "arguments"), BAD_CALLS.items(), ids=range(len(BAD_CALLS)))
 def test_impossible_desiderata_are_refused(message, arguments):
-    sound = {"name": "positional", "examples": boxes.make(4), "tokenizer": ORDINARY}
+    sound = {"name": "positional", "examples": boxes.make(4)}
     with pytest.raises(ValueError, match=message):
-        boxes.desideratum(**(sound | arguments))
+        boxes.desideratum(tokenizer=ORDINARY, **(sound | arguments))
+    if "n" not in arguments:
+        with pytest.raises(ValueError, match=message):
+            boxes.check_desideratum(**(sound | arguments))
+
+
+def test_a_desideratum_that_passes_its_check_can_be_made(name):
+    examples = boxes.make(2, 4)
+    boxes.check_desideratum(name, examples, boxes.OBJECTS)
+    assert len(boxes.desideratum(name, examples, ORDINARY, objects=boxes.OBJECTS)) == 8
+
+
+def test_counterfactuals_are_made_of_the_objects_given():
+    examples = boxes.make(1, 2)
+    pool = {*examples[0].scene.objects, "fig", "map"}
+    for base, counterfactual, _ in triples(boxes.desideratum("positional", examples, ORDINARY, objects=pool)):
+        named = {word for word, _ in scene(counterfactual)}
+        assert named == pool - {word for word, _ in scene(base)} == {"fig", "map"}
 
 
 def test_pairs_refuse_an_unknown_compat():

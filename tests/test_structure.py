@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # From top to bottom: a module may import what stands in a later row, and within its own row.
 ROWS = (
-    ("jaxmech.cli",),
+    ("jaxmech.cli", "jaxmech.cli_options"),
     ("jaxmech.report",),
     ("jaxmech.study",),
     ("jaxmech.run_folder",),

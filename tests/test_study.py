@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
 from jaxmech import dcm
 from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
-from jaxmech.study.stages import Study
+from jaxmech.study.data import StudyData
+from jaxmech.study.study import Study
 
 running = import_module("jaxmech.study.running")
 SMALL = {
@@ -47,6 +51,9 @@ SETTINGS = Settings(
     components=("z", "q+k+v"),
     edges=EDGES[:3],
 )
+
+
+FETCHERS_AND_OBJECTS = (jm.Stage("fetchers", "last"), jm.Stage("objects", "object", "fetchers", "v"))
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +166,9 @@ def test_dcm_selects_by_validation_and_tests_on_other_prompts(results, models):
 def test_prompts_of_different_uses_share_no_scene():
     examples = running.Study(SETTINGS, {}).data._examples
     scenes = {use: {example.scene for example in part} for use, part in examples.items()}
-    assert not scenes["evaluation"] & scenes["contexts"]
-    assert not (scenes["evaluation"] | scenes["contexts"]) & scenes["desiderata"]
-    assert {use: len(part) for use, part in scenes.items()} == {"evaluation": 8, "contexts": 20, "desiderata": 10}
+    sizes = {use: len(part) for use, part in scenes.items()}
+    assert sizes == {"evaluation": 8, "contexts": 20, "train": 7, "validation": 2, "test": 3}
+    assert len(set().union(*scenes.values())) == sum(sizes.values())
 
 
 def test_a_study_that_is_interrupted_after_every_part_ends_with_the_same_bytes(done, tmp_path):
@@ -232,10 +239,141 @@ def test_a_file_of_examples_can_be_studied(tmp_path):
     settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl")
     data = running.Study(settings, {}).data
     assert (len(data.pairs), len(data.contexts)) == (56, 5)
-    assert len(data.desideratum("positional")["train"]) == 48
-    jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(5))
-    with pytest.raises(ValueError, match="has 5 scenes; a study needs at least 6"):
+    found = data.desideratum("positional")
+    assert {use: len(part) for use, part in found.items()} == {"train": 48, "validation": 8, "test": 8}
+    jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(8))
+    with pytest.raises(ValueError, match="has 8 scenes of objects .* a study needs at least 9"):
         _ = running.Study(settings, {}).data.pairs
+
+
+@pytest.mark.parametrize("scenes", [9, 20])
+def test_dcm_is_tested_on_prompts_that_it_was_not_trained_on_with_a_file_too(tmp_path, scenes, models):
+    """Examples are fewer than the pairs asked for, so each use repeats its own."""
+    jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(scenes, seed=3))
+    settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl", train=100, validation=50, test=50)
+    data = StudyData(settings, models["base"].tokenizer)
+    data.check(contexts=True, desiderata=True)
+    for name in ("positional", "object_value"):
+        found = {use: {tuple(row) for row in part.clean.tolist()} for use, part in data.desideratum(name).items()}
+        found["patching"] = {tuple(row) for row in data.patching(name, 0).clean.tolist()}
+        assert not found["train"] & (found["validation"] | found["test"] | found["patching"])
+        assert not found["validation"] & (found["test"] | found["patching"])
+
+
+def splitting(word: str):
+    """The demo's tokenizer without one of the objects."""
+    tokenizer = jm.load(jm.demo.path("base")).tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["model"]["vocab"][word]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), unk_token="<unk>")
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_objects_that_the_tokenizer_splits_are_left_out_of_all_prompts_alike(tmp_path, from_file):
+    examples = jm.boxes.make(60, seed=0)
+    word = examples[0].scene.objects[0]
+    jm.boxes.write(tmp_path / "data.jsonl", examples)
+    settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl" if from_file else None)
+    data = StudyData(settings, splitting(word))
+    with pytest.warns(UserWarning, match=rf"does not know 1 objects: {word}. Dropped \d+ of ") as caught:
+        data.check(contexts=True, desiderata=True)
+        assert len(data.desideratum("positional")["train"]) == 48
+        assert len(data.patching("no_comma", 1)) == 8
+    assert len(caught) == 1
+    assert all(word not in example.sentence for part in data._examples.values() for example in part)
+
+
+def test_what_dcm_will_lack_is_said_before_anything_is_computed(tmp_path):
+    names = jm.boxes.OBJECTS[:13]
+    scenes = [jm.boxes.Scene(names[i % 7 :][:7], tuple("ABCDEFGHIJ"[i % 3 :][:7])) for i in range(21)]
+    jm.boxes.write(tmp_path / "data.jsonl", [jm.boxes.Example(scene, 0) for scene in scenes])
+    settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl")
+    ran = []
+    with pytest.raises(ValueError, match="13 objects; 'positional' needs 14 for scenes of 7 boxes"):
+        run(settings, StudyFolder.open(tmp_path / "out", settings), progress=lambda *call: ran.append(call))
+    assert not ran and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contexts": 1}, "1 scenes are left for contexts"),
+        ({"boxes": 3, "variants": True}, "'incorrect_segment' has no target for segment 1 of 3"),
+        ({"k": {"object_lookup": 33}}, "'object_lookup': k=33, but the model has 32 heads"),
+    ],
+)
+def test_a_study_that_cannot_end_does_not_begin(tmp_path, change, message):
+    settings = dataclasses.replace(SETTINGS, **change)
+    with pytest.raises(ValueError, match=message):
+        run(settings, StudyFolder.open(tmp_path / "out", settings))
+    assert not (tmp_path / "out").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def copied(done, tmp_path) -> Path:
+    """A copy of the finished study."""
+    return Path(shutil.copytree(done.path, tmp_path / "copy"))
+
+
+def test_stages_that_are_not_run_anew_are_kept(copied):
+    before, ran = contents(copied), []
+    folder = StudyFolder.open(copied, SETTINGS)
+    run(SETTINGS, folder, only=("knockout",), start="accuracy", progress=lambda stage, *_: ran.append(stage))
+    after = contents(copied)
+    assert set(ran) == {"knockout"} and set(after) == set(before)
+    assert all(after[name] == before[name] for name in before if name != "timings.json")
+    with pytest.raises(ValueError, match="Unknown stages nope"):
+        run(SETTINGS, StudyFolder.open(copied, SETTINGS), only=("knockout",), start="nope")
+    assert contents(copied) == after
+
+
+def test_overwrite_removes_nothing_before_the_first_result_and_then_all_that_a_study_wrote(copied):
+    (copied / "mine.txt").write_text("mine")
+    (copied / "circuits" / "mine.json").write_text("{}")
+    (copied / "report.html").write_text("old")
+    before, other = contents(copied), dataclasses.replace(SETTINGS, seed=1)
+    for arguments in ({"only": ("nope",)}, {"only": ("cmap",)}):
+        folder = StudyFolder.open(copied, other, report=[copied / "report.html"], overwrite=True)
+        assert not folder.parts
+        with pytest.raises(ValueError, match="Unknown stages nope|needs minimality"):
+            run(other, folder, **arguments)
+        assert contents(copied) == before
+    run(other, folder, only=("accuracy",))
+    assert set(contents(copied)) == {
+        *("mine.txt", "circuits/mine.json", "config.json", "timings.json", "results.json"),
+        *("parts/accuracy.base.json", "parts/accuracy.tuned.json"),
+    }
+    assert set(StudyFolder.open(copied, other).parts) == {"accuracy"}
+
+
+def test_a_damaged_part_is_named(copied):
+    (copied / "parts/accuracy.base.json").write_text('{"accuracy": 0.')
+    with pytest.raises(ValueError, match=r"parts/accuracy.base.json is damaged: .*Delete it, .*--overwrite"):
+        StudyFolder.open(copied, SETTINGS)
+    (copied / "parts/accuracy.base.json").unlink()
+    assert set(StudyFolder.open(copied, SETTINGS).parts["accuracy"]) == {"tuned"}
+    (copied / "timings.json").write_text("")
+    with pytest.raises(ValueError, match="timings.json is damaged: .*Delete it"):
+        _ = StudyFolder.open(copied, SETTINGS).timings
+
+
+def test_models_and_data_are_the_same_however_their_paths_are_spelt(tmp_path, monkeypatch):
+    (tmp_path / "models").symlink_to(jm.demo.path("base").parent)
+    jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(20))
+    settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl")
+    StudyFolder.open(tmp_path / "out", settings).keep("accuracy", "base", 1.0, 0.0)
+    monkeypatch.chdir(tmp_path)
+    relative = Path("models")
+    respelt = {"base": relative / "base", "tuned": (relative / "tuned",), "data": Path("data.jsonl")}
+    folder = StudyFolder.open("out", dataclasses.replace(settings, **respelt))
+    assert folder.parts == {"accuracy": {"base": 1.0}}
+    turned = dataclasses.replace(settings, base=settings.tuned[0], tuned=(settings.base,))
+    with pytest.raises(ValueError, match=r"other settings \(models differ\)"):
+        StudyFolder.open("out", turned)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +384,16 @@ def test_a_file_of_examples_can_be_studied(tmp_path):
         ({"repeats": 0}, "repeats=0"),
         ({"compat": "published"}, "compat='published'"),
         ({"chain": ()}, "no stages"),
+        ({"chain": FETCHERS_AND_OBJECTS}, "sender 'object'; boxes prompts have the roles last, query_box"),
+        ({"k": {"value_fetchers": 3}}, "k names value_fetchers; the groups of the chain are value_fetcher, object"),
+        ({"k": {"value_fetcher": 0}}, "'value_fetcher': k=0; expected"),
+        ({"min_effect": float("nan")}, "min_effect=nan"),
+        ({"min_effect": -0.1}, "min_effect=-0.1"),
+        ({"threshold": float("inf")}, "threshold=inf"),
+        ({"lam": -1.0}, "lam=-1.0"),
+        ({"lam": float("nan")}, "lam=nan"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_settings_are_named(change, message):

@@ -4,7 +4,7 @@
 method of jaxmech knows about boxes; this package is one way to make `jaxmech.Pairs`.
 """
 
-from jaxmech.boxes.desiderata import DESIDERATA, POSITION_VARIANTS, Desideratum, desideratum
+from jaxmech.boxes.desiderata import DESIDERATA, POSITION_VARIANTS, Desideratum, check_desideratum, desideratum
 from jaxmech.boxes.objects import OBJECTS
 from jaxmech.boxes.prompts import ROLES, pairs
 from jaxmech.boxes.scenes import Example, Scene, make, read, write
@@ -17,6 +17,7 @@ __all__ = [
     "Desideratum",
     "Example",
     "Scene",
+    "check_desideratum",
     "desideratum",
     "make",
     "pairs",

@@ -37,7 +37,7 @@ box_label_value.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from types import MappingProxyType
@@ -138,13 +138,14 @@ def desideratum(
     n: int | None = None,
     seed: int = 0,
     *,
+    objects: Iterable[str] | None = None,
     add_bos: bool | None = None,
     compat: Literal["paper"] | None = None,
 ) -> Pairs:
     """Triples of `DESIDERATA[name]`: clean = base prompts, corrupt = counterfactual prompts, labels = target tokens.
 
-    The counterfactual's scene is made for each triple: as many boxes as in the base, objects that the examples name and
-    the base does not, labels that the base does not have (but for `box_label_value`, where one is shared). No target is
+    The counterfactual's scene is made for each triple: as many boxes as in the base, of `objects` those that the base
+    does not name, labels that the base does not have (but for `box_label_value`, where one is shared). No target is
     the base's own answer. Draws depend on `seed`, the base sentence, how often it came before, and the set of objects,
     not on the order of the examples. With one seed, names share scenes, and j where they may query the same segments.
 
@@ -155,6 +156,7 @@ def desideratum(
       n: number of triples. None: one for each example; fewer than examples: as many of them, in order; more: drawn
         with replacement.
       seed: of all draws.
+      objects: what counterfactuals are made of; None: the objects that the examples name.
       add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
       compat: "paper" for two defects of the published code. It searches the base's label in the question instead of
         the scene, so that i is always taken for 0: j is then any segment but the first, and where j is the real i
@@ -165,10 +167,10 @@ def desideratum(
 
     Raises:
       ValueError: an unknown name or `compat`, no examples, n < 1, too few boxes (4 for `incorrect_segment`), too few
-        objects in the examples, or an object or a label that is not one token.
+        objects, or an object or a label that is not one token.
     """
     _check(name, examples, n, compat)
-    pool = sorted({word for example in examples for word in example.scene.objects})
+    pool = _pool(examples, objects)
     bases = _bases(examples, n, seed)
     triples = [
         _triple(name, base, pool, generator(seed, f"{base.sentence} {repetition}"), compat)
@@ -192,6 +194,20 @@ def desideratum(
     )
 
 
+def check_desideratum(
+    name: str,
+    examples: Sequence[Example],
+    objects: Iterable[str] | None = None,
+    compat: Literal["paper"] | None = None,
+) -> None:
+    """Checks that `desideratum` can make a triple of each example; no text is made. Arguments and errors as there."""
+    _check(name, examples, None, compat)
+    pool = _pool(examples, objects)
+    for base in examples:
+        _others(name, base, pool)
+        _choices(name, base.query, len(base.scene.labels), compat)
+
+
 def _check(name: str, examples: Sequence[Example], n: int | None, compat: str | None) -> None:
     if name not in DESIDERATA:
         raise ValueError(f"There is no desideratum {name!r}; expected one of {', '.join(DESIDERATA)}.")
@@ -200,6 +216,11 @@ def _check(name: str, examples: Sequence[Example], n: int | None, compat: str | 
     if n is not None and n < 1:
         raise ValueError(f"n={n}; expected at least 1, or None for one triple of each example.")
     check_compat(compat)
+
+
+def _pool(examples: Sequence[Example], objects: Iterable[str] | None) -> list[str]:
+    """What counterfactuals are made of, in an order of its own."""
+    return sorted({word for example in examples for word in example.scene.objects} if objects is None else set(objects))
 
 
 def _bases(examples: Sequence[Example], n: int | None, seed: int) -> list[Example]:
@@ -251,17 +272,9 @@ def _triple(
 ) -> tuple[str, str]:
     """The counterfactual prompt and the target word."""
     size = len(base.scene.labels)
-    added = int(name in ("add_seg_start", "add_seg_end"))
-    objects = [str(word) for word in rng.permutation([word for word in pool if word not in base.scene.objects])]
+    objects = [str(word) for word in rng.permutation(_others(name, base, pool))]
     labels = [str(label) for label in rng.permutation([label for label in LABELS if label not in base.scene.labels])]
-    if len(objects) < size + added:
-        raise ValueError(
-            f"The examples name {len(pool)} objects; {name!r} needs {2 * size + added} for scenes of {size} boxes, as "
-            "base and counterfactual share none. Give examples of more scenes."
-        )
     choices = _choices(name, base.query, size, compat)
-    if not choices:
-        raise ValueError(f"{name!r} has no target for segment {base.query} of {size}; use scenes of at least 4 boxes.")
     query, place = choices[rng.integers(len(choices))]
     if name == "box_label_value":
         labels[query] = base.scene.labels[place]
@@ -271,15 +284,35 @@ def _triple(
     return text, source.answer if name == "object_value" else base.scene.objects[place]
 
 
+def _others(name: str, base: Example, pool: Sequence[str]) -> list[str]:
+    """The objects of the pool that the base does not name, or a ValueError if a counterfactual needs more."""
+    others = [word for word in pool if word not in base.scene.objects]
+    size, added = len(base.scene.labels), int(name in ("add_seg_start", "add_seg_end"))
+    if len(others) < size + added:
+        raise ValueError(
+            f"There are {len(pool)} objects; {name!r} needs {2 * size + added} for scenes of {size} boxes, as base and "
+            "counterfactual share none. Give examples of more scenes."
+        )
+    return others
+
+
 def _choices(name: str, query: int, size: int, compat: str | None) -> list[tuple[int, int]]:
-    """Pairs of the segment j that the counterfactual may query and the base's segment that holds the target."""
+    """Pairs of the segment j that the counterfactual may query and the base's segment that holds the target.
+
+    Raises:
+      ValueError: there are none, since the boxes are too few.
+    """
+    step = int(name == "incorrect_segment")
     if name == "box_label_value":
         shared = [(j, k) for j, k in permutations(range(size), 2) if k != query]
-        return [(j, k) for j, k in shared if j != query] or shared  # two boxes leave no third place
-    step = int(name == "incorrect_segment")
-    if compat == "paper":
-        return [(j, (j + step) % size) for j in range(1, size)]
-    return [(j, j + step) for j in range(size - step) if query not in (j, j + step)]
+        found = [(j, k) for j, k in shared if j != query] or shared  # two boxes leave no third place
+    elif compat == "paper":
+        found = [(j, (j + step) % size) for j in range(1, size)]
+    else:
+        found = [(j, j + step) for j in range(size - step) if query not in (j, j + step)]
+    if not found:
+        raise ValueError(f"{name!r} has no target for segment {query} of {size}; use scenes of at least 4 boxes.")
+    return found
 
 
 _ALTERED: dict[str, Callable[[_Counterfactual], str]] = {

@@ -55,7 +55,7 @@ def pairs(
     """
     check_compat(compat)
     read = reader(tokenizer, add_bos)
-    examples = _whole_objects(examples, read, split_objects)
+    examples = whole_objects(examples, read, split_objects)
     scenes = sorted({example.scene for example in examples}, key=lambda scene: scene.text)
     if len(scenes) < 2:
         raise ValueError(f"{len(scenes)} scenes; at least 2 are needed, since corrupt prompts come from another scene.")
@@ -130,8 +130,8 @@ def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def _whole_objects(examples: Sequence[Example], read: Callable[[str], Tokens], split_objects: str) -> list[Example]:
-    """The examples whose scene has no object that the tokenizer splits."""
+def whole_objects(examples: Sequence[Example], read: Callable[[str], Tokens], split_objects: str) -> list[Example]:
+    """The examples whose scene has no object that the tokenizer splits; `split_objects` as in `pairs`."""
     if split_objects not in ("refuse", "drop"):
         raise ValueError(f"split_objects={split_objects!r}; expected 'refuse' or 'drop'.")
     split = {scene: read(scene.text).split_objects for scene in {example.scene for example in examples}}

@@ -93,10 +93,12 @@ def make(n_scenes: int = 50, n_boxes: int = 7, seed: int = 0) -> list[Example]:
     Scene i depends on `seed`, `n_boxes` and i alone, so that a larger `n_scenes` only adds scenes.
 
     Raises:
-      ValueError: n_scenes < 1, or n_boxes outside 2..10.
+      ValueError: n_scenes < 1, n_boxes outside 2..10, or seed < 0.
     """
     if n_scenes < 1:
         raise ValueError(f"n_scenes={n_scenes}; expected at least 1.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}; expected at least 0.")
     if not MIN_BOXES <= n_boxes <= MAX_BOXES:
         raise ValueError(f"n_boxes={n_boxes}; expected {MIN_BOXES} to {MAX_BOXES}.")
     scenes = [_scene(np.random.default_rng([seed, n_boxes, i]), n_boxes) for i in range(n_scenes)]
@@ -113,11 +115,12 @@ def read(path: str | Path) -> list[Example]:
 
     Raises:
       FileNotFoundError: no such file.
+      IsADirectoryError: `path` is a folder.
       ValueError: names the file and the line that is not JSON, has no "sentence", or whose sentence is not an example.
     """
     path = Path(path)
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -127,6 +130,17 @@ def read(path: str | Path) -> list[Example]:
     if not examples:
         raise ValueError(f'{path} holds no examples; expected one JSON object a line with the key "{KEY}".')
     return examples
+
+
+def _lines(path: Path) -> list[str]:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a JSONL file of examples.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}; expected a JSONL file of examples.")
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); expected JSONL, one JSON object a line.") from error
 
 
 def write(path: str | Path, examples: Iterable[Example]) -> None:

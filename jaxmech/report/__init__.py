@@ -12,7 +12,7 @@ tables.py     tables for the terminal
 """
 
 from jaxmech.report.figures import heat_map
-from jaxmech.report.html import write_report
+from jaxmech.report.html import report_files, write_report
 from jaxmech.report.style import save_figure
 from jaxmech.report.tables import accuracy_table, circuit_table, deviation_tables, study_tables
 
@@ -21,6 +21,7 @@ __all__ = [
     "circuit_table",
     "deviation_tables",
     "heat_map",
+    "report_files",
     "save_figure",
     "study_tables",
     "write_report",

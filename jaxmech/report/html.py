@@ -80,6 +80,14 @@ def write_report(
     return folder / "report.html"
 
 
+def report_files(folder: str | Path, results: Mapping[str, Any]) -> list[Path]:
+    """The files that `write_report` writes for these results."""
+    folder = Path(folder)
+    files = _file_names(picture.name for _, build in HEADINGS for picture in _pictures(build(results)))
+    figures = [folder / "figures" / f"{name}{suffix}" for name in files.values() for suffix in (".png", ".svg")]
+    return [folder / "report.html", *figures]
+
+
 def _template():
     loader = FileSystemLoader(Path(__file__).parent)
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}

@@ -1,7 +1,9 @@
 """The whole study of one base model and its fine-tuned descendants, stage by stage, in a folder that can be resumed.
 
 settings.py   what a study is of and how large it is
+chains.py     what is checked of its chain of sweeps
 data.py       its prompts
+study.py      its models, prompts and results, as the stages see them
 stages.py     its stages, each a function from what is known so far to a piece of JSON
 running.py    runs the stages, keeps their results in the folder, and takes up a run that was cut off
 """

@@ -7,54 +7,73 @@ timings.json. The report beside them is the commands' business.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import convert
 from jaxmech.files import write_text
-from jaxmech.run_folder import RunFolder, file_hash, fingerprint
+from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
+from jaxmech.study.chains import check_number_of_heads
 from jaxmech.study.settings import Settings
-from jaxmech.study.stages import STAGES, Study
+from jaxmech.study.stages import STAGES
+from jaxmech.study.study import Study
 
+_REMEDY = "Delete it, and the same command computes this part again, or start anew with --overwrite."
 Progress = Callable[[str, str, int, int], None]  # stage, part, done and in all; called when a part starts and ends, too
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """The folder of a study.
+    """The folder of a study. Nothing in it changes before the first result is kept.
 
     Attributes:
       path: the folder.
       parts: {stage: {part: result}} of what is done.
+      run_folder: its config.json.
     """
 
     path: Path
     parts: dict[str, dict[str, Any]]
+    run_folder: RunFolder
 
     @classmethod
-    def open(cls, path: str | Path, settings: Settings, *, overwrite: bool = False) -> "StudyFolder":
-        """Starts a study, or takes up the one in `path` if it has the same settings.
+    def open(
+        cls, path: str | Path, settings: Settings, *, report: Iterable[Path] = (), overwrite: bool = False
+    ) -> "StudyFolder":
+        """Starts a study, or takes up the one in `path` if it has the same settings. Writes nothing yet.
+
+        Models and data are the same if their files are, however their paths are spelt.
+
+        Args:
+          settings: the study.
+          report: files of a report that is there, which `overwrite` removes with the results.
+          overwrite: start anew whatever the folder holds.
 
         Raises:
-          ValueError: the folder holds another study and `overwrite` is False.
+          NotADirectoryError, PermissionError: see `RunFolder.open`.
+          ValueError: the folder holds another study and `overwrite` is False, or a damaged file.
         """
-        sources = {"model_files": {name: fingerprint(folder) for name, folder in settings.paths.items()}}
-        if settings.data is not None:
-            sources["examples"] = {settings.data.name: file_hash(settings.data)}
-        RunFolder.open(path, settings.to_dict() | sources, overwrite=overwrite)
-        folder = cls(Path(path), {})
-        for stage in STAGES:
+        values = settings.to_dict()
+        given = {name: values.pop(name) for name in ("base", "tuned", "data")}
+        sources = {
+            "models": settings.names,  # the base first
+            "model_files": {name: fingerprint(convert.local_path(folder)) for name, folder in settings.paths.items()},
+            "examples": None if settings.data is None else file_hash(settings.data),
+        }
+        outputs = [*_outputs(Path(path)), *report]
+        run_folder = RunFolder.open(path, values | sources, given=given, outputs=outputs, overwrite=overwrite)
+        folder = cls(Path(path), {}, run_folder)
+        for stage in STAGES if run_folder.begun else ():
             for part in settings.names:
-                file = folder._file(stage, part)
-                if file.exists() and overwrite:
-                    file.unlink()
-                elif file.exists():
-                    folder.parts.setdefault(stage, {})[part] = json.loads(file.read_text(encoding="utf-8"))
+                if (file := folder._file(stage, part)).exists():
+                    folder.parts.setdefault(stage, {})[part] = read_json(file, _REMEDY)
         return folder
 
     def keep(self, stage: str, part: str, result: Any, seconds: float) -> None:
         """Saves a finished part, and the seconds it took."""
+        self.run_folder.begin()
         timings = self.timings
         timings.setdefault(stage, {})[part] = round(seconds, 3)
         write_text(self.path / "timings.json", json.dumps(timings, indent=1) + "\n")
@@ -71,12 +90,12 @@ class StudyFolder:
     def timings(self) -> dict[str, dict[str, float]]:
         """Seconds of every finished part, with loading and compilation."""
         file = self.path / "timings.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return read_json(file, "Delete it; nothing else depends on it.") if file.exists() else {}
 
     @property
     def versions(self) -> dict[str, str]:
         """Versions of the packages that the study was begun with."""
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))["versions"]
+        return self.run_folder.config["versions"]
 
     def write_results(self, study: Study) -> dict[str, Any]:
         """Writes results.json and the circuits, and returns the results."""
@@ -112,23 +131,24 @@ def run(
 
     Args:
       only: run these stages alone; what they need must be done.
-      start: run this stage and all behind it anew.
+      start: run this stage and all behind it anew; with `only`, those of them.
       progress: called with (stage, part, done, in all).
 
     Raises:
-      ValueError: an unknown stage, or one whose needs are not met.
+      ValueError: an unknown stage, one whose needs are not met, or prompts or a model with which a stage cannot run;
+        nothing has been computed or removed then.
     """
     _check_stages([*only, *([start] if start else [])])
     chosen = [name for name in STAGES if not only or name in only]
-    for name in list(STAGES)[list(STAGES).index(start) :] if start else chosen if only else ():
-        folder.forget(name)
+    _check_needs(chosen, folder, settings)
     study = Study(settings, folder.parts)
+    _check_prompts(study, chosen)
+    behind = list(STAGES)[list(STAGES).index(start) :] if start else chosen if only else ()
+    for name in chosen:
+        if name in behind:
+            folder.forget(name)
     for name in chosen:
         stage = STAGES[name]
-        if missing := [need for need in stage.needs if not _complete(folder.parts, need, settings)]:
-            raise ValueError(
-                f"Stage {name!r} needs {', '.join(missing)}, which is not done in {folder.path}; run that first."
-            )
         for part in stage.parts(settings):
             if part in folder.parts.get(name, {}):
                 continue
@@ -145,6 +165,23 @@ def run(
     return folder.write_results(study)
 
 
+def _check_needs(chosen: Sequence[str], folder: StudyFolder, settings: Settings) -> None:
+    for name in chosen:
+        needs = [need for need in STAGES[name].needs if need not in chosen]
+        if missing := [need for need in needs if not _complete(folder.parts, need, settings)]:
+            raise ValueError(
+                f"Stage {name!r} needs {', '.join(missing)}, which is not done in {folder.path}; run that first."
+            )
+
+
+def _check_prompts(study: Study, stages: Sequence[str]) -> None:
+    """ValueError unless the prompts and the base model are such that the stages can run."""
+    settings = study.settings
+    check_number_of_heads(settings.chain, settings.k, study.model(settings.names[0]).config)
+    uses = {STAGES[name].uses for name in stages}
+    study.data.check(contexts="contexts" in uses, desiderata="desiderata" in uses)
+
+
 def _complete(parts: Mapping[str, Mapping[str, Any]], stage: str, settings: Settings) -> bool:
     return all(part in parts.get(stage, {}) for part in STAGES[stage].parts(settings))
 
@@ -152,3 +189,11 @@ def _complete(parts: Mapping[str, Mapping[str, Any]], stage: str, settings: Sett
 def _check_stages(names: list[str]) -> None:
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"Unknown stages {', '.join(unknown)}; the stages are {', '.join(STAGES)}.")
+
+
+def _outputs(path: Path) -> list[Path]:
+    """All files in the folder `path` that a study wrote there, but for config.json."""
+    parts = [file for stage in STAGES for file in sorted((path / "parts").glob(f"{stage}.*.json"))]
+    circuits = [file.name.removeprefix("minimality.") for file in parts if file.name.startswith("minimality.")]
+    names = [*[f"circuits/{name}" for name in circuits], "timings.json", "results.json"]
+    return parts + [path / name for name in names]

@@ -1,12 +1,14 @@
 """What a study is of and how large it is: everything that its results depend on."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmech.compat import check_compat
-from jaxmech.discovery import PAPER_CHAIN, Stage, check_chain
+from jaxmech.discovery import PAPER_CHAIN, Stage
+from jaxmech.study.chains import check_boxes_chain
 
 # Attention that is knocked out: source and target role; "random" is a token without a role.
 EDGES = (
@@ -86,7 +88,7 @@ class Settings:
     compat: str | None = None
 
     def __post_init__(self):
-        check_chain(self.chain)
+        check_boxes_chain(self.chain, self.k, self.min_effect)
         check_compat(self.compat)
         if not self.tuned:
             raise ValueError("A study needs at least one fine-tuned model; give tuned.")
@@ -97,6 +99,14 @@ class Settings:
         for name in (*counts, "repeats", "patched", "models_in_memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}; expected at least 1, or None.")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold={self.threshold}; expected a finite number, a fraction such as 0.01.")
+        if not 0 <= self.lam < math.inf:
+            raise ValueError(f"lam={self.lam}; expected a finite number of at least 0.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}; expected at least 0.")
 
     @property
     def names(self) -> list[str]:

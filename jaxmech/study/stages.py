@@ -7,67 +7,25 @@ null.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-import convert
 from jaxmech import dcm
 from jaxmech.accuracy import clean_logits
 from jaxmech.boxes import POSITION_VARIANTS
-from jaxmech.circuits import mean_activations
 from jaxmech.cmap import cmap, cmap_heads
 from jaxmech.criteria import completeness, faithfulness, minimality, overlap
 from jaxmech.discovery import Circuit, Head, discover
 from jaxmech.knockout import knockout, random_target
-from jaxmech.loading import Model, load
+from jaxmech.loading import Model
 from jaxmech.patching import patch_activations
 from jaxmech.predictions import Predictions
-from jaxmech.sharding import make_mesh
-from jaxmech.study.data import MAIN_DESIDERATA, StudyData
+from jaxmech.study.data import MAIN_DESIDERATA
 from jaxmech.study.settings import Settings
+from jaxmech.study.study import JSON, Study, heads_of
 
-JSON = Any
 Progress = Callable[[int, int], None]  # (done, in all) of a part
-
-
-class Study:
-    """The models and prompts of a study, and its results so far.
-
-    Attributes:
-      settings: the study.
-      results: {stage: {part: result}} of what is done.
-    """
-
-    def __init__(self, settings: Settings, results: Mapping[str, Mapping[str, JSON]]):
-        self.settings, self.results = settings, results
-        self.model = lru_cache(maxsize=settings.models_in_memory)(self._load)
-        self.means = lru_cache(maxsize=None)(self._means)
-        self.mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
-
-    @cached_property
-    def data(self) -> StudyData:
-        """The prompts."""
-        return StudyData(self.settings, self.model(self.settings.names[0]).tokenizer)
-
-    def circuit(self, name: str) -> Circuit:
-        """The circuit of a model: what minimality left of it."""
-        groups = self.results["minimality"][name]["circuit"]
-        return Circuit(_heads(groups), self.results["discovery"][name]["roles"])
-
-    def _load(self, name: str) -> Model:
-        path = self.settings.paths[name]
-        source, adapter = (self.settings.base, path) if convert.is_adapter(path) else (path, None)
-        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self.mesh)
-        if model.tokenizer is None:
-            raise ValueError(f"{path} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
-        if name != self.settings.names[0]:
-            _check_same_tokens(self.data, model, path)
-        return model
-
-    def _means(self, name: str) -> np.ndarray:
-        return mean_activations(self.model(name), self.data.contexts)
 
 
 @dataclass(frozen=True)
@@ -78,6 +36,7 @@ class StudyStage:
       title: what it does, for progress bars.
       run: a function from the study, a part and a progress callback to the part's result.
       needs: earlier stages.
+      uses: prompts that it uses beside those that are evaluated, "contexts" or "desiderata".
       tuned_only: its parts are the fine-tuned models, not all.
       turned: its parts are the models something is run in; results are given by what was run there first.
     """
@@ -85,6 +44,7 @@ class StudyStage:
     title: str
     run: Callable[[Study, str, Progress], JSON]
     needs: tuple[str, ...] = ()
+    uses: str = ""
     tuned_only: bool = False
     turned: bool = False
 
@@ -134,7 +94,7 @@ def _discovery(study: Study, part: str, progress: Progress) -> JSON:
 
 def _minimality(study: Study, part: str, progress: Progress) -> JSON:
     found = study.results["discovery"][part]
-    circuit, settings = Circuit(_heads(found["groups"]), found["roles"]), study.settings
+    circuit, settings = Circuit(heads_of(found["groups"]), found["roles"]), study.settings
     result = minimality(
         study.model(part),
         study.data.pairs,
@@ -347,12 +307,14 @@ def _knockout(study: Study, part: str, progress: Progress) -> JSON:
 STAGES = {
     "accuracy": StudyStage("accuracy", _accuracy),
     "discovery": StudyStage("circuit discovery", _discovery),
-    "minimality": StudyStage("minimality", _minimality, ("discovery",)),
-    "faithfulness": StudyStage("faithfulness", _faithfulness, ("minimality",), turned=True),
+    "minimality": StudyStage("minimality", _minimality, ("discovery",), uses="contexts"),
+    "faithfulness": StudyStage("faithfulness", _faithfulness, ("minimality",), uses="contexts", turned=True),
     "overlap": StudyStage("overlap of circuits", _overlap, ("minimality",), tuned_only=True),
-    "completeness": StudyStage("completeness", _completeness, ("minimality",)),
-    "dcm": StudyStage("DCM", _dcm, ("minimality",)),
-    "activation_patching": StudyStage("activation patching", _activation_patching, ("dcm",), turned=True),
+    "completeness": StudyStage("completeness", _completeness, ("minimality",), uses="contexts"),
+    "dcm": StudyStage("DCM", _dcm, ("minimality",), uses="desiderata"),
+    "activation_patching": StudyStage(
+        "activation patching", _activation_patching, ("dcm",), uses="desiderata", turned=True
+    ),
     "cmap": StudyStage("cross-model patching", _cmap, ("minimality",), tuned_only=True),
     "knockout": StudyStage("attention knockout", _knockout),
 }
@@ -373,17 +335,6 @@ def _turned(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:
     return found
 
 
-def _check_same_tokens(data: StudyData, model: Model, path) -> None:
-    """ValueError if the model's tokenizer does not read the study's prompts as the base's does."""
-    text = data.example
-    ours, theirs = (tokenizer(text).input_ids for tokenizer in (data.tokenizer, model.tokenizer))
-    if ours != theirs:
-        raise ValueError(
-            f"The tokenizer of {path} reads {text!r} as {theirs}, the base model's as {ours}; models of a study must "
-            "share one tokenizer."
-        )
-
-
 def _with_interval(found: Predictions) -> JSON:
     low, high = found.confidence_interval()
     return {"accuracy": float(found.accuracy), "low": float(low), "high": float(high)}
@@ -393,10 +344,6 @@ def _mean_and_deviation(values: list[float]) -> JSON:
     if not values:
         return {"mean": None, "std": None, "values": []}
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "values": values}
-
-
-def _heads(groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Head]]:
-    return {group: [(layer, head) for layer, head in heads] for group, heads in groups.items()}
 
 
 def _lists(groups: Mapping[str, Sequence[Head]]) -> dict[str, list[list[int]]]:

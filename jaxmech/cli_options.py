@@ -1,0 +1,210 @@
+"""The options of the commands, one frozen dataclass each; tyro makes the command line of them."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+def _heads_per_group(words: list[str]) -> dict[str, int]:
+    """GROUP N GROUP N ... as {group: number of heads}."""
+    found = {}
+    for group, number in zip(words[::2], words[1::2] + [""] * (len(words) % 2), strict=True):
+        if not re.fullmatch(r"-?\d+", number):
+            raise ValueError(
+                f"the group {group!r} is followed by {repr(number) if number else 'nothing'}; expected a number of "
+                "heads after each group, as in --k value_fetcher 20 pos_transmitter 5."
+            )
+        if group in found:
+            raise ValueError(f"the group {group!r} is given twice.")
+        found[group] = int(number)
+    return found
+
+
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+OptionalBool = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+HeadsPerGroup = Annotated[
+    dict[str, int],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="GROUP N [GROUP N ...]",
+        instance_from_str=_heads_per_group,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(x) for item in value.items() for x in item],
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole study on the pair of small models that ship with jaxmech, in a few minutes, with a report."""
+
+    out: Path = Path("out/demo")
+    """Folder for results."""
+    quick: bool = False
+    """Fewer prompts and steps: half a minute, rough numbers."""
+    seed: int = 0
+    """Seed of all draws."""
+    overwrite: bool = False
+    """Start anew whatever --out holds; without it, an interrupted demo goes on."""
+
+
+@dataclass(frozen=True)
+class StudyCommand:
+    """The whole study of a base model and its fine-tuned descendants, with a report; can be interrupted and resumed."""
+
+    base: Path
+    """Checkpoint of the base model: a directory (Hugging Face's, Meta's, or one that `python -m convert` wrote), or the
+    name of a model on the Hugging Face Hub."""
+    tuned: tyro.conf.UseAppendAction[tuple[Path, ...]]
+    """Checkpoint of a fine-tuned descendant, or a LoRA adapter of --base; give it once for each."""
+    out: Path
+    """Folder for results.json, report.html and figures."""
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Run this stage alone; give it once for each. Stages, in order: accuracy, discovery, minimality, faithfulness,
+    overlap, completeness, dcm, activation_patching, cmap, knockout."""
+    start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STR", help_behavior_hint="")] = None
+    """Run this stage and all behind it anew: accuracy, discovery, minimality, faithfulness, overlap, completeness, dcm,
+    activation_patching, cmap or knockout. With --only, those of them."""
+    quick: bool = False
+    """Far fewer prompts and steps, to see that everything runs; rough numbers."""
+    data: OptionalPath = None
+    """JSONL file of examples (key "sentence"); without it, scenes are made."""
+    scenes: int = 50
+    """Scenes of the prompts that are evaluated; every box of a scene is queried in turn."""
+    boxes: int = 7
+    """Boxes in a scene, 2 to 10."""
+    contexts: int = 500
+    """Prompts over which ablated activations are averaged."""
+    chain: OptionalPath = None
+    """TOML file of stages of discovery; without it, the paper's four."""
+    k: HeadsPerGroup = field(default_factory=dict)
+    """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
+    random_circuits: int = 10
+    """Random circuits to compare a circuit's faithfulness with."""
+    random_subsets: int = 20
+    """Random sets of heads for completeness."""
+    threshold: float = 0.01
+    """Least minimality score of a head that stays in the circuit."""
+    train: int = 1000
+    """Pairs to train masks (DCM) on; --validation and --test to choose and to test them."""
+    validation: int = 500
+    """Pairs to choose masks by."""
+    test: int = 500
+    """Pairs to test masks on."""
+    lam: float = 0.01
+    """Weight of the number of heads in the loss of DCM, logits per head."""
+    repeats: int = 10
+    """Repeats of activation patching, with new pairs each."""
+    patched: int = 500
+    """Pairs of one repeat."""
+    seed: int = 0
+    """Seed of all draws."""
+    add_bos: OptionalBool = None
+    """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
+    dtype: Dtype = "float32"
+    """dtype of parameters and activations."""
+    precision: str = "highest"
+    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
+    batch_size: OptionalInt = None
+    """Examples per call; without it, as many as fit the memory budget."""
+    copies: OptionalInt = None
+    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
+    models_in_memory: int = 2
+    """Models that are held at a time; others are loaded again when they are needed."""
+    compat: Annotated[Literal["paper"] | None, tyro.conf.arg(metavar="paper", help_behavior_hint="")] = None
+    """"paper": reproduce the deviations of the published code (docs/paper_compat.md)."""
+    overwrite: bool = False
+    """Start anew whatever --out holds; without it, an interrupted study with the same settings goes on."""
+
+
+@dataclass(frozen=True)
+class Discover:
+    """Find the entity-tracking circuit of a model by the chain of path-patching sweeps."""
+
+    model: Path
+    """Checkpoint: a directory (Hugging Face's, Meta's, or one that `python -m convert` wrote), or the name of a model
+    on the Hugging Face Hub."""
+    out: Path
+    """Folder for config.json, scores.npz, circuit.json and one heat map per stage."""
+    adapter: OptionalPath = None
+    """LoRA adapter of --model to merge in; --model then is not one that `python -m convert` wrote."""
+    data: OptionalPath = None
+    """JSONL file of examples (key "sentence"); without it, scenes are made."""
+    scenes: int = 50
+    """Scenes to make; every box of a scene is queried in turn."""
+    boxes: int = 7
+    """Boxes in a scene, 2 to 10."""
+    seed: int = 0
+    """Seed of scenes and corrupt prompts."""
+    chain: OptionalPath = None
+    """TOML file of stages; without it, the paper's four."""
+    k: HeadsPerGroup = field(default_factory=dict)
+    """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
+    min_effect: float = 1e-3
+    """Smallest relative loss of probability for which a head is selected."""
+    add_bos: OptionalBool = None
+    """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
+    dtype: Dtype = "float32"
+    """dtype of parameters and activations."""
+    precision: str = "highest"
+    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
+    batch_size: OptionalInt = None
+    """Examples per call; without it, as many as fit the memory budget."""
+    copies: OptionalInt = None
+    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
+    overwrite: bool = False
+    """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Write scenes with boxes as JSONL, key "sentence"."""
+
+    out: Path
+    """File to write."""
+    scenes: int = 50
+    """Scenes; every box of a scene is queried in turn."""
+    boxes: int = 7
+    """Boxes in a scene, 2 to 10."""
+    seed: int = 0
+    """Seed of the scenes."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare a model with transformers' own, site by site and layer by layer. Exit status 1 if one deviates."""
+
+    model: Path
+    """Checkpoint: a directory (Hugging Face's, Meta's, or one that `python -m convert` wrote), or the name of a model
+    on the Hugging Face Hub."""
+    against: OptionalPath = None
+    """Hugging Face directory of the same model; without it, --model itself if that is one."""
+    adapter: OptionalPath = None
+    """LoRA adapter of --model to merge in; --against then is the merged model."""
+    prompts: int = 2
+    """Prompts of random tokens."""
+    length: int = 64
+    """Tokens of each."""
+    seed: int = 0
+    """Seed of the tokens."""
+    text: OptionalText = None
+    """Prompt to take instead of random tokens."""
+    out: OptionalPath = None
+    """JSON file for all numbers."""
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[StudyCommand, tyro.conf.subcommand("study")]
+    | Annotated[Discover, tyro.conf.subcommand("discover")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)

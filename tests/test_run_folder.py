@@ -1,0 +1,101 @@
+"""Run folders: nothing changes before a first result is kept, and damaged files are named."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from jaxmech.files import check_file
+from jaxmech.run_folder import RunFolder
+from jaxmech.scores import PathScores
+
+SCORES = PathScores(np.zeros((2, 2, 3), np.float32), np.ones(3, np.float32))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def finished(folder, **settings) -> RunFolder:
+    run = RunFolder.open(folder, settings or {"seed": 0})
+    run.keep("group", SCORES)
+    return run
+
+
+def test_a_run_is_written_with_its_first_result(tmp_path):
+    run = RunFolder.open(tmp_path / "run", {"seed": 0}, given={"model": "here"})
+    assert not (tmp_path / "run").exists() and not run.begun
+    run.keep("group", SCORES)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["seed"], config["model"]) == (0, "here") and "jax" in config["versions"]
+    again = RunFolder.open(tmp_path / "run", {"seed": 0}, given={"model": "./here"})
+    assert again.begun and list(again.scores) == ["group"]
+
+
+def test_what_overwrite_replaces_is_there_until_the_first_result(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "old.png").write_bytes(b"1")
+    (tmp_path / "mine.png").write_bytes(b"2")
+    before = contents(tmp_path)
+    outputs = [tmp_path / "scores.npz", tmp_path / "old.png", tmp_path / "never.png"]
+    run = RunFolder.open(tmp_path, {"seed": 1}, outputs=outputs, overwrite=True)
+    assert contents(tmp_path) == before and not run.scores
+    run.keep("other", SCORES)
+    assert set(contents(tmp_path)) == {"config.json", "scores.npz", "mine.png"}
+    assert list(RunFolder.open(tmp_path, {"seed": 1}).scores) == ["other"]
+
+
+def test_results_without_settings_are_kept_unless_asked(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "config.json").unlink()
+    outputs = [tmp_path / "scores.npz"]
+    with pytest.raises(ValueError, match=r"holds results \(scores.npz\) without the config.json.*--overwrite"):
+        RunFolder.open(tmp_path, {"seed": 0}, outputs=outputs)
+    RunFolder.open(tmp_path, {"seed": 0}, outputs=outputs, overwrite=True)
+
+
+def test_the_config_of_something_else_is_never_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="other settings|not that of a run, so it is not overwritten"):
+            RunFolder.open(tmp_path, {"seed": 0}, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00\xff"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    finished(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config.json is damaged.*--overwrite"):
+        RunFolder.open(tmp_path, {"seed": 0})
+    RunFolder.open(tmp_path, {"seed": 0}, overwrite=True)
+
+
+@pytest.mark.parametrize("cut", ["truncated", "garbage", "empty", "another array"])
+def test_damaged_scores_are_named(tmp_path, cut):
+    finished(tmp_path)
+    file = tmp_path / "scores.npz"
+    if cut == "another array":
+        with open(file, "wb") as stream:
+            np.save(stream, np.zeros(3))
+    else:
+        file.write_bytes({"truncated": file.read_bytes()[:-40], "garbage": b"scores", "empty": b""}[cut])
+    with pytest.raises(ValueError, match=r"scores.npz is damaged \(.*Delete it.*--overwrite"):
+        RunFolder.open(tmp_path, {"seed": 0})
+    RunFolder.open(tmp_path, {"seed": 0}, overwrite=True)
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(NotADirectoryError, match="file is a file; expected a folder"):
+            RunFolder.open(path, {})
+    with pytest.raises(IsADirectoryError, match="is a folder; expected the name of a file"):
+        check_file(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match="may not be written to"):
+        RunFolder.open(tmp_path / "run", {})
