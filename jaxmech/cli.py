@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import convert
 import jaxmech as jm
 from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
-from jaxmech.discovery import PAPER_CHAIN, Stage, discover, read_chain
+from jaxmech.discovery import PAPER_CHAIN, Stage, check_number_of_heads, discover, read_chain, with_k
 from jaxmech.files import check_file, check_folder, write_text
 from jaxmech.report import (
     accuracy_table,
@@ -32,7 +32,7 @@ from jaxmech.report import (
 from jaxmech.run_folder import RunFolder, earlier_config, fingerprint, text_hash
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, run
-from jaxmech.study.chains import check_boxes_chain, check_number_of_heads
+from jaxmech.study.chains import check_boxes_chain
 from jaxmech.verify import verify
 
 console = Console()
@@ -152,7 +152,7 @@ def run_discover(options: Discover) -> None:
     model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision, mesh=mesh)
     if model.tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
-    check_number_of_heads(chain, options.k, model.config)
+    check_number_of_heads(with_k(chain, options.k), model.config)
     with _warnings_printed():
         pairs = jm.boxes.pairs(
             examples, model.tokenizer, seed=options.seed, split_objects="drop", add_bos=options.add_bos

@@ -8,7 +8,7 @@ import re
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmech.config import Config
 from jaxmech.files import write_text
 from jaxmech.loading import Model
 from jaxmech.pairs import Pairs
@@ -143,7 +144,10 @@ def read_chain(path: str | Path) -> tuple[Stage, ...]:
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text())
-        stages = tuple(Stage(**stage) for stage in table.pop("stage", []))
+        tables, names = table.pop("stage", []), [field.name for field in fields(Stage)]
+        if unknown := sorted({key for stage in tables for key in stage} - set(names)):
+            raise ValueError(f"unknown keys {unknown} in a [[stage]]; expected {', '.join(names)}")
+        stages = tuple(Stage(**stage) for stage in tables)
         if table:
             raise ValueError(f"unknown tables {sorted(table)}; expected [[stage]] tables only")
         check_chain(stages)
@@ -163,10 +167,10 @@ def check_chain(chain: Sequence[Stage]) -> None:
         raise ValueError("the chain has no stages; expected [[stage]] tables with group, sender, receivers, via and k.")
     earlier: list[str] = []
     for stage in chain:
-        if not re.fullmatch(r"\w[\w .+-]*", stage.group):
+        if not re.fullmatch(r"\w[\w +-]*", stage.group):
             raise ValueError(
                 f"group {stage.group!r}: files are named by groups; expected a letter or digit, and then letters, "
-                "digits, spaces and _ . + - only."
+                "digits, spaces and _ + - only."
             )
         if stage.group in earlier:
             raise ValueError(f"group {stage.group!r} occurs twice in the chain.")
@@ -187,6 +191,27 @@ def check_chain(chain: Sequence[Stage]) -> None:
         if not isinstance(stage.k, Integral) or stage.k < 1:
             raise ValueError(f"stage {stage.group!r}: k={stage.k!r}; expected a whole number from 1 on.")
         earlier.append(stage.group)
+
+
+def with_k(chain: Sequence[Stage], k: Mapping[str, int]) -> tuple[Stage, ...]:
+    """The chain with other numbers of heads, {group: k}. ValueError for unknown groups, and as `check_chain`."""
+    names = [stage.group for stage in chain]
+    if unknown := sorted(set(k) - set(names)):
+        raise ValueError(f"k names the groups {unknown}; the chain has {names}.")
+    chain = tuple(replace(stage, k=k.get(stage.group, stage.k)) for stage in chain)
+    check_chain(chain)
+    return chain
+
+
+def check_number_of_heads(chain: Sequence[Stage], config: Config) -> None:
+    """ValueError if a stage is to select more heads than the model has."""
+    heads = config.num_layers * config.num_heads
+    for stage in chain:
+        if stage.k > heads:
+            raise ValueError(
+                f"stage {stage.group!r}: k={stage.k}, but the model has {heads} heads "
+                f"({config.num_layers} layers x {config.num_heads}). Choose a smaller k."
+            )
 
 
 def discover(
@@ -224,7 +249,8 @@ def discover(
         pairs lack a role, min_effect is out of range, or scores are not finite.
     """
     chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
-    chain = _with_k(model, chain, k or {})
+    chain = with_k(chain, k or {})
+    check_number_of_heads(chain, model.config)
     if not min_effect >= 0 or (metric == "probability" and min_effect > 1):
         raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1, or in other metrics at least 0.")
     if unknown := [group for group in done or {} if group not in [stage.group for stage in chain]]:
@@ -258,23 +284,6 @@ def _sweep(
     receivers = None if stage.receivers is None else found[stage.receivers]
     report = None if progress is None else partial(progress, stage)
     return path_patch(model, pairs, stage.sender, receivers, stage.via, progress=report, **options)
-
-
-def _with_k(model: Model, chain: Sequence[Stage], k: Mapping[str, int]) -> list[Stage]:
-    check_chain(chain)
-    names = [stage.group for stage in chain]
-    if unknown := sorted(set(k) - set(names)):
-        raise ValueError(f"k names the groups {unknown}; the chain has {names}.")
-    chain = [replace(stage, k=k.get(stage.group, stage.k)) for stage in chain]
-    check_chain(chain)
-    heads = model.config.num_layers * model.config.num_heads
-    for stage in chain:
-        if stage.k > heads:
-            raise ValueError(
-                f"stage {stage.group!r}: k={stage.k}, but the model has {heads} heads "
-                f"({model.config.num_layers} layers x {model.config.num_heads}). Choose a smaller k."
-            )
-    return chain
 
 
 def _add_group(circuit: Circuit, stage: Stage, heads: list[Head]) -> Circuit:

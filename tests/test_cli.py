@@ -180,7 +180,7 @@ def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_p
         (["--out", f"{BASE}/config.json"], "config.json is a file; expected a folder"),
         (["--out", BASE], "holds a run with other settings"),
         (["--out", BASE, "--overwrite"], "config.json is not that of a run, so it is not overwritten"),
-        (["--k", "typo", "3"], "k names typo; the groups of the chain are value_fetcher, object_lookup"),
+        (["--k", "typo", "3"], "k names the groups ['typo']; the chain has"),
         (["--k", "value_fetcher", "0"], "k=0; expected"),
         (["--min-effect", "nan"], "min_effect=nan; expected a fraction"),
         (["--seed", "-1"], "seed=-1; expected at least 0"),

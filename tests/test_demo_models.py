@@ -28,7 +28,8 @@ def test_accuracies_are_those_of_the_model_card(shipped):
 def test_heads_and_effects_are_those_of_the_model_card(shipped):
     name, model, pairs = shipped
     chain = jm.read_chain(jm.demo.path("chain.toml"))
-    circuit = jm.discover(model, pairs, chain=chain)
+    few = {"value_fetcher": 4, "object_lookup": 2, "object_binder": 2, "label_matcher": 4}
+    circuit = jm.discover(model, pairs, few, chain)
     for stage in chain:
         cell = re.search(rf"\| {stage.group} \| `{stage.sender}` \| ([^|]+) \| ([^|]+) \|", CARD)
         assert cell, stage.group

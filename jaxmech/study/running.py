@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import convert
+from jaxmech.discovery import check_number_of_heads, with_k
 from jaxmech.files import write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
-from jaxmech.study.chains import check_number_of_heads
 from jaxmech.study.settings import Settings
 from jaxmech.study.stages import STAGES
 from jaxmech.study.study import Study
@@ -177,7 +177,7 @@ def _check_needs(chosen: Sequence[str], folder: StudyFolder, settings: Settings)
 def _check_prompts(study: Study, stages: Sequence[str]) -> None:
     """ValueError unless the prompts and the base model are such that the stages can run."""
     settings = study.settings
-    check_number_of_heads(settings.chain, settings.k, study.model(settings.names[0]).config)
+    check_number_of_heads(with_k(settings.chain, settings.k), study.model(settings.names[0]).config)
     uses = {STAGES[name].uses for name in stages}
     study.data.check(contexts="contexts" in uses, desiderata="desiderata" in uses)
 

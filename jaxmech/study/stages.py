@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxmech import dcm
-from jaxmech.accuracy import clean_logits
+from jaxmech.accuracy import predict
 from jaxmech.boxes import POSITION_VARIANTS
-from jaxmech.cmap import cmap, cmap_heads
+from jaxmech.cmap import HeadValues, cmap, cmap_heads, collect
 from jaxmech.criteria import completeness, faithfulness, minimality, overlap
 from jaxmech.discovery import Circuit, Head, discover
 from jaxmech.knockout import knockout, random_target
@@ -59,8 +59,7 @@ class StudyStage:
 
 def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
     pairs = study.data.pairs
-    answers = clean_logits(study.model(part), pairs, batch_size=study.settings.batch_size or 64).argmax(-1)
-    return _with_interval(Predictions(answers == pairs.labels))
+    return _with_interval(predict(study.model(part), pairs, batch_size=study.settings.batch_size or 64))
 
 
 def _discovery(study: Study, part: str, progress: Progress) -> JSON:
@@ -272,8 +271,12 @@ def _patched_accuracies(settings: Settings, model: Model, pairs, role: str, sets
 
 
 def _cmap(study: Study, part: str, progress: Progress) -> JSON:
-    settings, pairs = study.settings, study.data.pairs
-    base, tuned, circuit = study.model(settings.names[0]), study.model(part), study.circuit(part)
+    settings, pairs, circuit = study.settings, study.data.pairs, study.circuit(part)
+    tuned: Model | HeadValues = study.model(part)
+    if settings.models_in_memory == 1 and not settings.compat:  # compat patches more than `collect` keeps
+        sites = {site for components in settings.components for site in ("z", *components.split("+"))}
+        tuned = collect(tuned, pairs, dict.fromkeys(circuit.roles.values()), sorted(sites))
+    base = study.model(settings.names[0])
     sets = {group: {circuit.roles[group]: heads} for group, heads in circuit.groups.items() if heads}
     sets["whole circuit"] = {role: heads for role, heads in circuit.heads_by_role.items() if heads}
     options = {"batch_size": settings.batch_size, "compat": settings.compat}

@@ -27,9 +27,20 @@ class Study:
 
     def __init__(self, settings: Settings, results: Mapping[str, Mapping[str, JSON]]):
         self.settings, self.results = settings, results
-        self.model = lru_cache(maxsize=settings.models_in_memory)(self._load)
         self.means = lru_cache(maxsize=None)(self._means)
-        self.mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
+        self._models: dict[str, Model] = {}  # the one used last is the last
+        self._mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
+
+    def model(self, name: str) -> Model:
+        """The model of that name; others make room for it before it is loaded."""
+        if name not in self._models:
+            if name != self.settings.names[0]:
+                _ = self.data  # for which the base may have to be loaded first
+            while len(self._models) >= self.settings.models_in_memory:
+                del self._models[next(iter(self._models))]
+            self._models[name] = self._load(name)
+        self._models[name] = self._models.pop(name)
+        return self._models[name]
 
     @cached_property
     def data(self) -> StudyData:
@@ -44,7 +55,7 @@ class Study:
     def _load(self, name: str) -> Model:
         path = self.settings.paths[name]
         source, adapter = (self.settings.base, path) if convert.is_adapter(path) else (path, None)
-        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self.mesh)
+        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self._mesh)
         if model.tokenizer is None:
             raise ValueError(f"{path} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
         if name != self.settings.names[0]:
