@@ -26,11 +26,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmech import cone, memory
+from jaxmech import cone
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
-from jaxmech.dcm_prompts import Base, BasePrompts, Targets, base_bytes, collect_targets, cut, lengths
+from jaxmech.dcm_prompts import (
+    Base,
+    BasePrompts,
+    Targets,
+    collect_targets,
+    cut,
+    examples_at_a_time,
+    examples_per_call,
+    runs_at_a_time,
+)
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model
 from jaxmech.model import Params, label_logits, unembed
@@ -189,7 +198,7 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
     weights = np.zeros((2 ** (count - 1).bit_length(), *_members(model.config, heads, first).shape), np.float32)
     weights[:count, layers - first, numbers] = 1 - np.asarray(masks)  # few numbers of masks, so few compilations
     weights, correct = over_rows(model.weights, weights), []
-    parts = list(equal_parts(len(pairs), _examples_per_call(model.config, pairs, role, first, len(weights))))
+    parts = list(equal_parts(len(pairs), examples_per_call(model.config, pairs, role, first, len(weights))))
     prompts = BasePrompts(model, [pairs], role, first, [rows for rows, _ in parts])
     for part, (rows, new) in enumerate(parts):
         batch = _Batch(prompts.run(part), collect_targets(model, pairs[rows], role, first))
@@ -277,14 +286,13 @@ def _run_all(
       orders: [orders, steps, E].
     """
     config, weights = model.config, model.weights
-    kept = base_bytes(config, sets, role, first)
-    segments = cut(orders, memory.fitting(2 * len(sets) * kept))  # half of the budget is for the runs
+    segments = cut(orders, examples_at_a_time(config, sets, role, first))
     prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
     targets = [collect_targets(model, pairs, role, first) for pairs in desiderata]
     targets = jax.tree.map(lambda *x: jnp.stack(x), *targets)
-    of_run = orders.shape[2] * (2 * kept + _stream_bytes(config, sets, role, first))
     copies = row_devices(weights)
-    calls = list(equal_parts(len(arguments.lam), copies * memory.fitting(2 * of_run), copies))
+    at_a_time = copies * runs_at_a_time(config, sets, role, first, orders.shape[2])
+    calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
 
@@ -387,20 +395,6 @@ def _answers(config: Config, weights: Params, batch: _Batch, weight: Array, *, f
         return unembed(config, weights, _patched_stream(config, weights, batch, weight, first)).argmax(-1)
 
     return jax.vmap(one)(weight)
-
-
-def _stream_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> float:
-    """Bytes that a training step takes for the suffix of one example, forward and backward."""
-    T, width = lengths(sets, role)
-    inputs = memory.of_streams(config, width, config.num_layers - first)
-    return inputs + 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
-
-
-def _examples_per_call(config: Config, pairs: Pairs, role: str, first: int, masks: int) -> int:
-    """Examples whose prompts and whose streams for all masks fit the memory budget."""
-    T, width = lengths([pairs], role)
-    stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
-    return memory.fitting(2 * base_bytes(config, [pairs], role, first) + masks * stream)
 
 
 def _first_layer(config: Config, heads: Heads) -> int:

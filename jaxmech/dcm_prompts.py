@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import cone, memory
+from jaxmech import cone, memory, patching
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
-from jaxmech.patching import examples_per_call, head_values
 from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Suffixes
 
@@ -57,18 +56,17 @@ class BasePrompts:
 
     def __init__(self, model: Model, sets: Sequence[Pairs], role: str, first: int, parts: Sequence[np.ndarray]):
         self.parts, self._model, self._first = parts, model, first
-        T, self._width = lengths(sets, role)
+        T, self._width = _lengths(sets, role)
         tokens = np.stack([np.pad(x.clean, ((0, 0), (0, T - x.clean.shape[1]))) for x in sets])
         self._tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]
         self._p = np.concatenate([pairs.position(role) for pairs in sets])
         self._last = np.concatenate([pairs.position("last") for pairs in sets])
-        starts = len(sets[0]) * np.arange(len(sets))
-        config = model.config
-        needed = 2 * base_bytes(config, sets, role, 0) + memory.of_tokens(config, T) + memory.of_attention(config, T, T)
+        config, starts = model.config, len(sets[0]) * np.arange(len(sets))
         together = [(starts[:, None] + part).reshape(-1) for part in parts]
-        count = len(together[0])
-        calls = math.ceil(count / memory.fitting(needed))
-        size = math.ceil(count / calls)
+        forward = memory.of_tokens(config, T) + memory.of_attention(config, T, T)
+        most = memory.fitting(2 * _base_bytes(config, sets, role, 0) + forward)  # of all layers, and once transposed
+        calls = math.ceil(len(together[0]) / most)
+        size = math.ceil(len(together[0]) / calls)
         self._rows = [np.resize(rows, (calls, size)) for rows in together]
         self._split = shared_length([self._tokens[call] for rows in self._rows for call in rows])
 
@@ -83,15 +81,35 @@ class BasePrompts:
         return Base(resid_pre, k, v, p.reshape(-1), last.reshape(-1))
 
 
-def lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
+def examples_at_a_time(config: Config, sets: Sequence[Pairs], role: str, first: int) -> int:
+    """Prompts of each set that are held at a time, in half of the memory budget; the other half is for the runs."""
+    return memory.fitting(2 * len(sets) * _base_bytes(config, sets, role, first))
+
+
+def runs_at_a_time(config: Config, sets: Sequence[Pairs], role: str, first: int, examples: int) -> int:
+    """Runs whose steps of so many examples, forward and backward, fit half of the memory budget."""
+    T, width = _lengths(sets, role)
+    stream = memory.of_streams(config, width, config.num_layers - first)
+    stream += 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
+    return memory.fitting(2 * examples * (2 * _base_bytes(config, sets, role, first) + stream))
+
+
+def examples_per_call(config: Config, pairs: Pairs, role: str, first: int, masks: int) -> int:
+    """Examples whose prompts, and whose streams for all masks, fit the memory budget."""
+    T, width = _lengths([pairs], role)
+    stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
+    return memory.fitting(2 * _base_bytes(config, [pairs], role, first) + masks * stream)
+
+
+def _lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
     """T and W of the base prompts."""
     widths = [int((pairs.position("last") - pairs.position(role)).max()) + 1 for pairs in sets]
     return max(pairs.clean.shape[1] for pairs in sets), max(widths)
 
 
-def base_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> float:
+def _base_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> float:
     """Bytes of `Base` of one prompt."""
-    T, width = lengths(sets, role)
+    T, width = _lengths(sets, role)
     return memory.of_keys_and_values(config, T, config.num_layers - first) + memory.of_streams(config, width, 1)
 
 
@@ -119,8 +137,8 @@ def collect_targets(model: Model, pairs: Pairs, role: str, first: int) -> Target
     position = pairs.corrupt_position(role)
     source = check_tokens(model.config, np.asarray(pairs.corrupt)), position[:, None]
     found = []
-    for rows, new in equal_parts(len(pairs), examples_per_call(model.config, pairs)):
-        z = head_values(model, source, rows, sites=("z",))["z"][first:, :, 0]
+    for rows, new in equal_parts(len(pairs), patching.examples_per_call(model.config, pairs)):
+        z = patching.head_values(model, source, rows, sites=("z",))["z"][first:, :, 0]
         found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
     return Targets(jnp.concatenate(found), pairs.labels)
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
-from jaxmech import dcm, memory
+from jaxmech import dcm, dcm_prompts, memory
 from jaxmech.model import forward
 
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
@@ -126,7 +126,7 @@ def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
     desiderata = {"one": random_pairs(model, 10, seed=1), "two": random_pairs(model, 10, length=14, seed=2)}
     options = {"role": "query_box", "lams": [0.01, 0.3], "seeds": [0, 5], "batch_size": 3, "shuffle": shuffle}
     whole = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
-    kept = 2 * dcm.base_bytes(model.config, list(desiderata.values()), "query_box", 1)
+    kept = 2 * dcm_prompts._base_bytes(model.config, list(desiderata.values()), "query_box", 1)
     calls, train = [], dcm._train
     monkeypatch.setattr(dcm, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
     monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 6 * kept)  # 6 prompts of each, of 10
