@@ -16,7 +16,7 @@ masks, E the entries of a batch.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -132,12 +132,14 @@ def train_many(
     epochs: int = 2,
     batch_size: int = 32,
     shuffle: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[str, str, float, int], Run]:
     """Trains a mask for every desideratum, group, lambda and seed at once; see `train`.
 
     Args:
       train_pairs: desideratum -> its pairs, equally many for each.
       groups: group -> its heads, all at `role`.
+      progress: called with (calls done, calls in all); a call trains as many runs for as many steps as fit the memory.
 
     Returns:
       {(desideratum, group, lambda, seed): run}.
@@ -169,7 +171,7 @@ def train_many(
         order=np.array([place[3][seed] for *_, seed in keys]),
     )
     prompts = list(sets.values()), list(train_pairs.values())
-    losses, masks = _run_all(model, *prompts, role, first, arguments, orders, learning_rate)
+    losses, masks = _run_all(model, *prompts, role, first, arguments, orders, learning_rate, progress)
     runs = {}
     for i, key in enumerate(keys):
         layers, heads = np.array(chosen[key[1]]).T
@@ -278,6 +280,7 @@ def _run_all(
     arguments: _Arguments,
     orders: np.ndarray,
     learning_rate: float,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses [runs, steps] and masks [runs, steps, L, N], as many steps and runs at a time as fit the memory budget.
 
@@ -303,6 +306,8 @@ def _run_all(
             inputs = base, data, call, segments[part].orders, states[i], learning_rate
             states[i], history = _train(config, weights, *inputs, first=first)
             found.append([np.asarray(x)[new] for x in history])
+            if progress:
+                progress(part * len(calls) + i + 1, len(segments) * len(calls))
         losses, masks = (np.concatenate(x) for x in zip(*found, strict=True))
         return losses, masks
 

@@ -130,7 +130,9 @@ def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
     calls, train = [], dcm._train
     monkeypatch.setattr(dcm, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
     monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 6 * kept)  # 6 prompts of each, of 10
-    cut = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
+    seen = []
+    cut = dcm.train_many(model, desiderata, {"a": HEADS}, **options, progress=lambda *call: seen.append(call))
+    assert seen == [(i + 1, len(calls)) for i in range(len(calls))]
     steps, runs = calls[0][5].shape[1], len(calls[0][4].lam)
     assert steps < 8
     assert runs < 8

@@ -67,7 +67,7 @@ def _discovery(study: Study, part: str, progress: Progress) -> JSON:
     place = {stage.group: i for i, stage in enumerate(settings.chain)}
 
     def advance(stage, done, total):
-        progress(100 * place[stage.group] + 100 * done // total, 100 * len(place))
+        _step(progress, place[stage.group], len(place))(done, total)
 
     circuit = discover(
         study.model(part),
@@ -178,22 +178,31 @@ def _dcm(study: Study, part: str, progress: Progress) -> JSON:
     steps = len(roles) + len(variants) * settings.variants
     found: dict[str, dict[str, JSON]] = {}
     for i, (role, groups) in enumerate(roles.items()):
-        found |= _train(study, part, circuit, role, groups, MAIN_DESIDERATA)
-        progress(i + 1, steps)
+        found |= _train(study, part, circuit, role, groups, MAIN_DESIDERATA, _step(progress, i, steps))
     if settings.variants and found:
         best = max(found, key=lambda group: found[group]["positional"]["test"])
         role = circuit.roles[best]
         for i, names in enumerate(variants):
             # In threes and with all groups of the role, so that nothing compiles again.
             names = (*names, *MAIN_DESIDERATA)[:size]
-            more = _train(study, part, circuit, role, roles[role], names)[best]
+            more = _train(study, part, circuit, role, roles[role], names, _step(progress, len(roles) + i, steps))[best]
             found[best] |= {name: run for name, run in more.items() if name not in found[best]}
-            progress(len(roles) + i + 1, steps)
     return {group: found[group] for group in circuit.groups if group in found}
 
 
+def _step(progress: Progress, step: int, steps: int) -> Progress:
+    """The progress of one of a part's steps."""
+    return lambda done, total: progress(100 * step + 100 * done // total, 100 * steps)
+
+
 def _train(
-    study: Study, part: str, circuit: Circuit, role: str, groups: Sequence[str], names: Sequence[str]
+    study: Study,
+    part: str,
+    circuit: Circuit,
+    role: str,
+    groups: Sequence[str],
+    names: Sequence[str],
+    progress: Progress,
 ) -> dict[str, dict[str, JSON]]:
     """DCM of the groups of one role on several desiderata, {group: {desideratum: result}}."""
     settings, model = study.settings, study.model(part)
@@ -206,6 +215,7 @@ def _train(
         lams=[settings.lam],
         epochs=settings.epochs,
         batch_size=min(settings.dcm_batch, settings.train),
+        progress=progress,
     )
     found: dict[str, dict[str, JSON]] = {group: {} for group in groups}
     for (name, group, *_), run in runs.items():
