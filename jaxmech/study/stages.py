@@ -206,7 +206,7 @@ def _train(
 ) -> dict[str, dict[str, JSON]]:
     """DCM of the groups of one role on several desiderata, {group: {desideratum: result}}."""
     settings, model = study.settings, study.model(part)
-    data = {name: study.data.desideratum(name) for name in names}
+    data = {name: study.desideratum(name) for name in names}
     runs = dcm.train_many(
         model,
         {name: pairs["train"] for name, pairs in data.items()},
