@@ -165,9 +165,10 @@ def run_discover(options: Discover) -> None:
 
 
 def _run_folder(options: Discover, chain: Sequence[Stage], examples: Sequence[jm.boxes.Example]) -> RunFolder:
-    """The folder at --out. Models and data are the same if their files are, however their paths are spelt."""
+    """The folder at --out. Models and data are the same if their files are, however their paths are spelt, and how many
+    examples are computed at a time, and where, makes no difference."""
     settings = _settings(options)
-    given = {name: settings.pop(name) for name in ("model", "adapter", "data", "chain")}
+    given = {name: settings.pop(name) for name in ("model", "adapter", "data", "chain", "batch_size", "copies")}
     settings["stages"] = [asdict(stage) for stage in chain]
     adapter = options.adapter and convert.local_path(options.adapter)
     sources = {

@@ -122,7 +122,8 @@ class StudyCommand:
     compat: Annotated[Literal["paper"] | None, tyro.conf.arg(metavar="paper", help_behavior_hint="")] = None
     """"paper": reproduce the deviations of the published code (docs/paper_compat.md)."""
     overwrite: bool = False
-    """Start anew whatever --out holds; without it, an interrupted study with the same settings goes on."""
+    """Start anew whatever --out holds; without it, an interrupted study with the same settings goes on (--batch-size,
+    --copies and --models-in-memory may be others)."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class Discover:
     copies: OptionalInt = None
     """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
     overwrite: bool = False
-    """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on."""
+    """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on (--batch-size and
+    --copies may be others)."""
 
 
 @dataclass(frozen=True)

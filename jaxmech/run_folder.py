@@ -57,7 +57,8 @@ class RunFolder:
 
         Args:
           settings: everything that the results depend on, as JSON values; versions of packages are added.
-          given: kept in config.json as well, but free to differ: where things lie that `settings` has hashes of.
+          given: kept in config.json as well, but free to differ when the run is taken up: where things lie that
+            `settings` has hashes of, and how many are computed at a time.
           outputs: files that such runs write, beside config.json; with `overwrite`, they are removed when the first
             result is kept.
           overwrite: start anew whatever the folder holds.

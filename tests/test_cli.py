@@ -152,14 +152,16 @@ def test_a_rejected_option_does_not_stand_in_the_way_of_the_corrected_one(tmp_pa
     discover(tmp_path, "--k", "value_fetcher", "3")
 
 
-def test_a_run_goes_on_however_its_paths_are_spelt(tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_however_its_paths_are_spelt_and_however_much_is_computed_at_a_time(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "mybase").symlink_to(BASE)
     (tmp_path / "mychain.toml").write_text(open(CHAIN).read())
     monkeypatch.chdir(tmp_path)
     command = ["discover", "--scenes", "6", "--out", "out"]
     cli.main([*command, "--model", "mybase", "--chain", "mychain.toml"])
     capsys.readouterr()
-    cli.main([*command, "--model", str(tmp_path / "mybase"), "--chain", CHAIN])
+    cli.main([*command, "--model", str(tmp_path / "mybase"), "--chain", CHAIN, "--batch-size", "2", "--copies", "1"])
     assert "finished stages: value_fetcher, object_lookup" in " ".join(capsys.readouterr().out.split())
 
 

@@ -100,8 +100,6 @@ def test_one_model_at_a_time_is_enough(done, results, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, models_in_memory=1)
     shutil.rmtree(tmp_path / "parts")
     shutil.copytree(done.path / "parts", tmp_path / "parts", ignore=shutil.ignore_patterns("cmap.*", "faithfulness.*"))
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"models_in_memory": 1}))
     found = run(settings, StudyFolder.open(tmp_path, settings))
     assert len(held) > 2
     assert found["cmap"] == results["cmap"] and found["faithfulness"] == results["faithfulness"]

@@ -16,7 +16,7 @@ import convert
 from jaxmech.discovery import check_number_of_heads, with_k
 from jaxmech.files import write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
-from jaxmech.study.settings import Settings
+from jaxmech.study.settings import AT_A_TIME, Settings
 from jaxmech.study.stages import STAGES
 from jaxmech.study.study import Study
 
@@ -44,7 +44,8 @@ class StudyFolder:
     ) -> "StudyFolder":
         """Starts a study, or takes up the one in `path` if it has the same settings. Writes nothing yet.
 
-        Models and data are the same if their files are, however their paths are spelt.
+        How much is computed or held at a time (`settings.AT_A_TIME`) may be another when a study is taken up. Models
+        and data are the same if their files are, however their paths are spelt.
 
         Args:
           settings: the study.
@@ -56,7 +57,7 @@ class StudyFolder:
           ValueError: the folder holds another study and `overwrite` is False, or a damaged file.
         """
         values = settings.to_dict()
-        given = {name: values.pop(name) for name in ("base", "tuned", "data")}
+        given = {name: values.pop(name) for name in ("base", "tuned", "data", *AT_A_TIME)}
         sources = {
             "models": settings.names,  # the base first
             "model_files": {name: fingerprint(convert.local_path(folder)) for name, folder in settings.paths.items()},

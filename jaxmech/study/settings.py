@@ -19,6 +19,8 @@ EDGES = (
     ("query_box", "random"),
     ("prev_query_box", "object"),
 )
+# How much is computed or held at a time; results do not depend on it, but for rounding.
+AT_A_TIME = ("batch_size", "copies", "models_in_memory")
 
 
 @dataclass(frozen=True)
