@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import bench_methods  # noqa: E402
 import bench_path_patching  # noqa: E402
 import flops  # noqa: E402
+import gpu_study  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 
@@ -36,6 +37,16 @@ def test_benchmark_and_report_run_on_the_tiny_shape(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "| 4 struct_reader |" in printed and "8 boxes prompts x 57 tokens" in printed
     assert chart.stat().st_size > 10_000
+
+
+def test_a_whole_study_of_random_models_runs_on_the_tiny_shape(tmp_path, monkeypatch):
+    out = tmp_path / "study.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_study", "--shape", "tiny", "--quick", "--once", "--out", str(out)])
+    gpu_study.main()
+    found = json.loads(out.read_text())["with compilation"]
+    assert 0 < sum(found["stages"].values()) <= found["seconds"]
+    assert all(found["stages"][stage] > 0 for stage in ("discovery", "minimality", "dcm", "cmap", "knockout"))
+    assert all(count > 4 for count in found["heads"].values())
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""Times a whole study of a pair of models of a shape, stage by stage: what `jaxmech study` takes on this machine.
+
+    python benchmarks/gpu_study.py --shape 7b --out out/gpu_study.json              # on the GPU; no network
+    python benchmarks/gpu_study.py --shape 7b --models-in-memory 1                  # on a card for one model
+
+The models have random weights, made on the device, and the demo's tokenizer; "tuned" has other projections to q, k and
+v. Prompts, sizes and stages are those of `jaxmech study`, but the answers that count as right are the base model's own,
+so that there are heads to find. Left out are the reading of checkpoints and activation patching, as the masks of random
+models select no heads; what is found means nothing. The first study compiles; a second one in the same process, unless
+--once, does not. Needs neither tyro nor rich.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import shapes  # noqa: E402
+from measuring import machine, peak_memory, save  # noqa: E402
+
+import convert  # noqa: E402
+import jaxmech as jm  # noqa: E402
+from jaxmech.study import STAGES, Settings, StudyFolder, run, running  # noqa: E402
+from jaxmech.study.data import StudyData  # noqa: E402
+from jaxmech.study.study import Study  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="7b")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu_study.json"))
+    parser.add_argument("--models-in-memory", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="far fewer prompts, to see that everything runs")
+    parser.add_argument("--once", action="store_true", help="one study, with compilation")
+    options = parser.parse_args()
+    config = shapes.SHAPES[options.shape].config
+    settings = Settings(
+        base=jm.demo.path("base"),
+        tuned=(jm.demo.path("tuned"),),
+        k={stage.group: min(stage.k, config.num_layers * config.num_heads // 2) for stage in jm.PAPER_CHAIN},
+        min_effect=0,
+        dtype=config.dtype,
+        models_in_memory=options.models_in_memory,
+    )
+    settings = settings.quick() if options.quick else settings
+    result: dict[str, Any] = {"shape": options.shape, "config": config.to_dict(), "machine": machine()}
+    result["settings"] = settings.to_dict() | {"base": None, "tuned": None}
+    for name in ["with compilation"] if options.once else ["with compilation", "compiled"]:
+        result[name] = study(config, settings)
+        save(options.out, result)
+        print(f"{name}: {json.dumps(result[name])}", flush=True)
+
+
+def study(config: jm.Config, settings: Settings) -> dict[str, Any]:
+    """Seconds of one study in a folder of its own, by stage, both models together."""
+
+    class RandomStudy(Study):
+        def _load(self, name: str) -> jm.Model:
+            weights = dict(shapes.random_model(config).weights)
+            if name != settings.names[0]:
+                weights["blocks"] = {k: 1.1 * x if k in "qkv" else x for k, x in weights["blocks"].items()}
+            return jm.Model(config, {"params": weights}, convert.read_tokenizer(settings.paths[name], config))
+
+        @cached_property
+        def data(self) -> StudyData:
+            base = self.model(settings.names[0])
+            data = StudyData(settings, base.tokenizer)
+            logits = jm.predict(base, data.pairs).logits
+            assert logits is not None
+            vars(data)["pairs"] = dataclasses.replace(data.pairs, labels=logits.argmax(-1))
+            return data
+
+    running.Study = RandomStudy
+    try:
+        with tempfile.TemporaryDirectory() as path:
+            folder, started = StudyFolder.open(path, settings), time.perf_counter()
+            results = run(settings, folder)
+            seconds = time.perf_counter() - started
+            stages = {stage: round(sum(folder.timings[stage].values()), 3) for stage in STAGES}
+    finally:
+        running.Study = Study
+    heads = {name: sum(map(len, found["groups"].values())) for name, found in results["discovery"].items()}
+    return {"seconds": seconds, "stages": stages, "heads": heads, "peak_bytes": peak_memory()}
+
+
+if __name__ == "__main__":
+    main()
