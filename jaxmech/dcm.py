@@ -16,10 +16,10 @@ masks, E the entries of a batch.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,10 @@ from jaxmech.pairs import Pairs
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
-__all__ = ["History", "Run", "accuracy", "select", "train", "train_many"]
+__all__ = ["History", "Run", "accuracies", "accuracy", "select", "select_many", "train", "train_many"]
 
 Heads = Sequence[Sequence[int]]
+Name = TypeVar("Name", bound=Hashable)
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -113,7 +114,7 @@ def train(
 
     Raises:
       ValueError: no corrupt prompts, an unknown role or head, a head named twice, fewer pairs than a batch, no epochs,
-        or a lambda that is negative or not a number.
+        or a lambda that is no number.
     """
     options = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "shuffle": shuffle}
     runs = train_many(model, {"": train_pairs}, {"": heads}, role, lams=[lam], seeds=[seed], **options)
@@ -148,8 +149,8 @@ def train_many(
     for name, given in {"desiderata": train_pairs, "groups": groups, "lams": lams, "seeds": seeds}.items():
         if not given:
             raise ValueError(f"train_many has no {name}; expected at least one.")
-    if epochs < 1 or not all(0 <= lam < np.inf for lam in lams):
-        raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and lambdas >= 0.")
+    if epochs < 1 or not np.isfinite(lams).all():
+        raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and finite lambdas.")
     chosen = {name: _check_heads(config, heads) for name, heads in groups.items()}
     counts = {len(pairs) for pairs in train_pairs.values()}
     if len(counts) != 1:
@@ -209,6 +210,21 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
     return np.concatenate(correct, axis=1).mean(-1)[:count]
 
 
+def accuracies(
+    model: Model, pairs: Pairs, masks: Mapping[Name, tuple[Heads, np.ndarray]], role: str = "last"
+) -> dict[Name, np.ndarray]:
+    """`accuracy` of masks over several sets of heads, {name: (n heads, masks [M, n])}, in one pass over the prompts."""
+    every = sorted({(int(layer), int(head)) for heads, _ in masks.values() for layer, head in heads})
+    place = {head: i for i, head in enumerate(every)}
+    together = []
+    for heads, some in masks.values():
+        together.append(np.ones((len(some), len(every)), np.float32))
+        together[-1][:, [place[int(layer), int(head)] for layer, head in heads]] = some
+    found = accuracy(model, pairs, every, np.concatenate(together), role)
+    ends = np.cumsum([len(some) for some in together])[:-1]
+    return dict(zip(masks, np.split(found, ends), strict=True))
+
+
 def select(
     model: Model,
     run: Run,
@@ -231,22 +247,49 @@ def select(
         batch of the step instead of the validation pairs (h); see docs/paper_compat.md.
       train_pairs: what the run was trained on; for compat="paper" at `prev_query_box` alone.
     """
+    options = {"every": every, "compat": compat, "train_pairs": train_pairs}
+    return select_many(model, {"": run}, validation_pairs, role, **options)[""]
+
+
+def select_many(
+    model: Model,
+    runs: Mapping[Name, Run],
+    validation_pairs: Pairs,
+    role: str = "last",
+    *,
+    every: int = 4,
+    compat: str | None = None,
+    train_pairs: Pairs | None = None,
+) -> dict[Name, Run]:
+    """`select` for several runs at one role, in one pass over the validation pairs."""
     paper = check_compat(compat)
-    steps = sorted({*range(every, len(run.history.mask) + 1, every), len(run.history.mask)})
-    rounded = np.round(run.history.mask[np.array(steps) - 1])
+    steps, rounded = {}, {}
+    for name, run in runs.items():
+        steps[name] = sorted({*range(every, len(run.history.mask) + 1, every), len(run.history.mask)})
+        rounded[name] = np.round(run.history.mask[np.array(steps[name]) - 1])
     if paper and role == "prev_query_box":
         if train_pairs is None:
             raise ValueError('compat="paper" at prev_query_box validates at training positions; give train_pairs.')
-        moved = [_training_positions(validation_pairs, train_pairs, run.history.rows[step - 1], role) for step in steps]
-        found = [
-            accuracy(model, pairs, run.heads, mask[None], role)[0] for pairs, mask in zip(moved, rounded, strict=True)
-        ]
+        found = {}
+        for name, run in runs.items():
+            rows = [run.history.rows[step - 1] for step in steps[name]]
+            moved = [_training_positions(validation_pairs, train_pairs, batch, role) for batch in rows]
+            tried = zip(moved, rounded[name], strict=True)
+            found[name] = [accuracy(model, pairs, run.heads, mask[None], role)[0] for pairs, mask in tried]
     else:
-        distinct, index = np.unique(rounded, axis=0, return_inverse=True)
-        found = accuracy(model, validation_pairs, run.heads, distinct, role)[index.reshape(-1)]
-    patched = (rounded == 0).sum(axis=1)
-    best = max(range(len(steps)), key=lambda i: (found[i], patched[i] if paper else -patched[i], -steps[i]))
-    return Run(run.heads, run.history.mask[steps[best] - 1], run.history, steps[best], float(found[best]))
+        distinct = {name: np.unique(masks, axis=0, return_inverse=True) for name, masks in rounded.items()}
+        once = {name: (runs[name].heads, masks) for name, (masks, _) in distinct.items()}
+        found = accuracies(model, validation_pairs, once, role)
+        found = {name: found[name][index.reshape(-1)] for name, (_, index) in distinct.items()}
+
+    def best(name: Name) -> Run:
+        run, patched = runs[name], (rounded[name] == 0).sum(axis=1)
+        rank = [(x, n if paper else -n, -i) for i, (x, n) in enumerate(zip(found[name], patched, strict=True))]
+        i = rank.index(max(rank))
+        step = steps[name][i]
+        return Run(run.heads, run.history.mask[step - 1], run.history, step, float(found[name][i]))
+
+    return {name: best(name) for name in runs}
 
 
 class _Batch(NamedTuple):

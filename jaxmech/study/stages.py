@@ -218,20 +218,23 @@ def _train(
         progress=progress,
     )
     found: dict[str, dict[str, JSON]] = {group: {} for group in groups}
-    for (name, group, *_), run in runs.items():
-        pairs = data[name]
-        run = dcm.select(model, run, pairs["validation"], role, compat=settings.compat, train_pairs=pairs["train"])
-        test = dcm.accuracy(model, pairs["test"], run.heads, np.round(run.mask)[None], role)[0]
-        found[group][name] = {
-            "heads": [list(head) for head in run.heads],
-            "mask": _short(run.mask),
-            "selected": [list(head) for head in run.selected],
-            "step": run.step,
-            "validation": run.validation_accuracy,
-            "test": float(test),
-            "loss": _short(run.history.loss),
-            "masks": [_short(mask) for mask in run.history.mask],
-        }
+    for name, pairs in data.items():
+        trained = {group: run for (desideratum, group, *_), run in runs.items() if desideratum == name}
+        options = {"compat": settings.compat, "train_pairs": pairs["train"]}
+        selected = dcm.select_many(model, trained, pairs["validation"], role, **options)
+        masks = {group: (run.heads, np.round(run.mask)[None]) for group, run in selected.items()}
+        tested = dcm.accuracies(model, pairs["test"], masks, role)
+        for group, run in selected.items():
+            found[group][name] = {
+                "heads": [list(head) for head in run.heads],
+                "mask": _short(run.mask),
+                "selected": [list(head) for head in run.selected],
+                "step": run.step,
+                "validation": run.validation_accuracy,
+                "test": float(tested[group][0]),
+                "loss": _short(run.history.loss),
+                "masks": [_short(mask) for mask in run.history.mask],
+            }
     return found
 
 
@@ -275,9 +278,8 @@ def _patched_accuracies(settings: Settings, model: Model, pairs, role: str, sets
             key: float(patch_activations(model, pairs, {role: heads}, **options).accuracy)
             for key, heads in sets.items()
         }
-    every = sorted({head for heads in sets.values() for head in heads})
-    masks = np.array([[head not in heads for head in every] for heads in sets.values()], np.float32)
-    return dict(zip(sets, dcm.accuracy(model, pairs, every, masks, role).tolist(), strict=True))
+    masks = {key: (heads, np.zeros((1, len(heads)))) for key, heads in sets.items()}
+    return {key: float(found[0]) for key, found in dcm.accuracies(model, pairs, masks, role).items()}
 
 
 def _cmap(study: Study, part: str, progress: Progress) -> JSON:
