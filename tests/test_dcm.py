@@ -11,7 +11,8 @@ import pytest
 from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
-from jaxmech import dcm, dcm_prompts, memory
+from jaxmech import dcm, memory
+from jaxmech.dcm import prompts, selection, stream, training
 from jaxmech.model import forward
 
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
@@ -126,9 +127,9 @@ def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
     desiderata = {"one": random_pairs(model, 10, seed=1), "two": random_pairs(model, 10, length=14, seed=2)}
     options = {"role": "query_box", "lams": [0.01, 0.3], "seeds": [0, 5], "batch_size": 3, "shuffle": shuffle}
     whole = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
-    kept = 2 * dcm_prompts._base_bytes(model.config, list(desiderata.values()), "query_box", 1)
-    calls, train = [], dcm._train
-    monkeypatch.setattr(dcm, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
+    kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), "query_box", 1)
+    calls, train = [], training._train
+    monkeypatch.setattr(training, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
     monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 6 * kept)  # 6 prompts of each, of 10
     seen = []
     cut = dcm.train_many(model, desiderata, {"a": HEADS}, **options, progress=lambda *call: seen.append(call))
@@ -152,14 +153,14 @@ def test_segments_are_steps_whose_examples_fit():
     rng = np.random.default_rng(0)
     orders = np.stack([np.pad(rng.permutation(10), (0, 2), constant_values=-1).reshape(4, 3) for _ in range(2)])
     for most in (10, 8, 6, 1):
-        segments = dcm.cut(orders, most)
+        segments = prompts.cut(orders, most)
         assert len({(segment.rows.shape, segment.orders.shape) for segment in segments}) == 1
         steps = np.concatenate([np.where(x.orders < 0, -1, x.rows[x.orders]) for x in segments], axis=1)
         np.testing.assert_array_equal(steps[:, :4], orders)
         assert (steps[:, 4:] == orders[:, -1:]).all()
         assert len(segments[0].rows) <= max(most, 6)
-    assert len(dcm.cut(orders, 10)) == 1
-    assert len(dcm.cut(orders, 1)) == 4
+    assert len(prompts.cut(orders, 10)) == 1
+    assert len(prompts.cut(orders, 1)) == 4
 
 
 @pytest.mark.parametrize("role", ["last", "query_box", "early"])
@@ -175,22 +176,49 @@ def test_accuracies_of_masks_are_those_of_patched_full_forwards(model, pairs, ro
 def test_masks_over_several_sets_of_heads_are_tried_in_one_pass(model, pairs):
     masks = {"a": (HEADS, np.array([[1, 1, 1, 1], [0, 0, 1, 0]])), "b": ([(0, 3), (2, 1)], np.array([[0, 0.5]]))}
     pairs = answering(model, pairs, HEADS, "query_box", masks["a"][1][1])
-    found = dcm.accuracies(model, pairs, masks, "query_box")
+    found = dcm.accuracies(model, {"": pairs}, {("", "query_box"): masks})["", "query_box"]
     for name, (heads, some) in masks.items():
         np.testing.assert_array_equal(found[name], dcm.accuracy(model, pairs, heads, some, "query_box"))
     assert found["a"][1] == 1 and found["b"].shape == (1,)
 
 
+@pytest.mark.parametrize("budget", [2**30, 1])
+def test_desiderata_that_share_base_prompts_are_tried_in_one_pass(model, pairs, monkeypatch, budget):
+    other = jm.Pairs(pairs.clean, pairs.corrupt[::-1], pairs.labels[::-1], pairs.positions, pairs.positions)
+    desiderata = {"one": answering(model, pairs, HEADS, "early", [0, 0, 1, 1]), "two": other}
+    desiderata["two"].labels[::2] = answering(model, other, HEADS, "last", [0, 0, 0, 0]).labels[::2]
+    masks = {
+        ("one", "early"): {"a": (HEADS, np.array([[1, 1, 1, 1], [0, 0, 1, 1]])), "b": ([(3, 3)], np.array([[0]]))},
+        ("two", "early"): {"a": (HEADS[:2], np.array([[0, 0.5]]))},
+        ("two", "last"): {"c": (HEADS, np.zeros((1, 4)))},
+    }
+    expected = {
+        (name, role): {key: dcm.accuracy(model, desiderata[name], *some, role) for key, some in sets.items()}
+        for (name, role), sets in masks.items()
+    }
+    monkeypatch.setattr(memory, "CPU_BUDGET", budget)
+    found = dcm.accuracies(model, desiderata, masks)
+    assert found.keys() == expected.keys()
+    for at, sets in expected.items():
+        assert found[at].keys() == sets.keys()
+        for key, accuracy in sets.items():
+            np.testing.assert_array_equal(found[at][key], accuracy)
+    assert found["one", "early"]["a"][1] == 1 and found["two", "last"]["c"][0] >= 0.5
+    desiderata["two"] = desiderata["two"][::-1]  # other base prompts: each is run by itself
+    np.testing.assert_equal(dcm.accuracies(model, desiderata, masks), expected)
+
+
 def test_runs_are_selected_together_as_one_by_one(model, pairs):
     pairs = answering(model, pairs, HEADS, "query_box", [0, 1, 1, 0])
-    groups = {"a": HEADS, "b": [(3, 3), (0, 1)]}
-    runs = dcm.train_many(model, {"": pairs}, groups, "query_box", batch_size=2, epochs=3)
-    runs = {group: run for (_, group, *_), run in runs.items()}
-    found = dcm.select_many(model, runs, pairs, "query_box", every=2)
-    for group, run in runs.items():
-        alone = dcm.select(model, run, pairs, "query_box", every=2)
-        assert (found[group].step, found[group].validation_accuracy) == (alone.step, alone.validation_accuracy)
-        np.testing.assert_array_equal(found[group].mask, alone.mask)
+    other = jm.Pairs(pairs.clean, pairs.corrupt[::-1], pairs.labels, pairs.positions, pairs.positions)
+    desiderata, groups = {"one": pairs, "two": other}, {"a": HEADS, "b": [(3, 3), (0, 1)]}
+    runs = dcm.train_many(model, desiderata, groups, "query_box", batch_size=2, epochs=3)
+    runs = {(name, group): run for (name, group, *_), run in runs.items()}
+    found = dcm.select_many(model, runs, desiderata, "query_box", every=2)
+    for key, run in runs.items():
+        alone = dcm.select(model, run, desiderata[key[0]], "query_box", every=2)
+        assert (found[key].step, found[key].validation_accuracy) == (alone.step, alone.validation_accuracy)
+        np.testing.assert_array_equal(found[key].mask, alone.mask)
 
 
 def run_with(masks) -> dcm.Run:
@@ -200,7 +228,11 @@ def run_with(masks) -> dcm.Run:
 
 
 def test_ties_of_validation_go_to_fewer_heads_and_those_of_the_paper_to_more(model, pairs, monkeypatch):
-    monkeypatch.setattr(dcm, "accuracy", lambda model, pairs, heads, masks, role: np.array([0.5 for _ in masks]))
+
+    def half(model, pairs, masks):
+        return {key: {name: np.full(len(x), 0.5) for name, (_, x) in sets.items()} for key, sets in masks.items()}
+
+    monkeypatch.setattr(selection, "accuracies", half)
     run = run_with([[1, 1, 1, 0.2], [1, 0.4, 0.3, 0.2], [1, 1, 0.1, 0.3], [0.9, 0.8, 0.7, 0.2]])
     assert dcm.select(model, run, pairs, every=1).step == 1  # as many as step 4, and earlier
     assert dcm.select(model, run, pairs, every=1, compat="paper").step == 2
@@ -222,7 +254,7 @@ def test_paper_validation_takes_prev_query_box_from_the_training_batch(model, pa
 
     train_pairs, validation = renamed(pairs[:4]), renamed(pairs[4:])
     seen = []
-    monkeypatch.setattr(dcm, "accuracy", lambda model, pairs, *rest: seen.append(pairs) or np.array([0.5]))
+    monkeypatch.setattr(selection, "accuracy", lambda model, pairs, *rest: seen.append(pairs) or np.array([0.5]))
     run = run_with([[1, 1, 1, 0.2], [1, 1, 1, 0.2]])
     dcm.select(model, run, validation, "prev_query_box", every=1, compat="paper", train_pairs=train_pairs)
     expected = np.resize(train_pairs.positions["prev_query_box"], len(validation))
@@ -235,22 +267,22 @@ def test_paper_validation_takes_prev_query_box_from_the_training_batch(model, pa
 def test_training_compiles_once_for_all_groups_that_begin_in_one_layer(random_model, random_pairs):
     model = random_model(vocab_size=59)
     pairs = random_pairs(model, count=6)
-    before = dcm._train._cache_size()
+    before = training._train._cache_size()
     for heads in ([(1, 0), (3, 1)], [(1, 2), (2, 0), (3, 3)]):
         dcm.train(model, pairs, heads, "query_box", batch_size=3)
-    assert dcm._train._cache_size() == before + 1
+    assert training._train._cache_size() == before + 1
 
 
 def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
-    base = dcm.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
-    data = jax.tree.map(lambda x: x[None], dcm.collect_targets(model, pairs, "query_box", 1))
+    base = prompts.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
+    data = jax.tree.map(lambda x: x[None], prompts.collect_targets(model, pairs, ["query_box"]).at(0, 1))
     zero = np.zeros(1, int)
-    member = dcm._members(model.config, HEADS, 1)[None]
-    arguments = dcm._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
-    inputs = base, data, arguments, np.arange(4).reshape(1, 2, 2), dcm._unpatched(member, 0.1), 0.1
-    traced = dcm._train.trace(model.config, model.weights, *inputs, first=1)
+    member = stream.members(model.config, HEADS, 1)[None]
+    arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
+    inputs = base, data, arguments, np.arange(4).reshape(1, 2, 2), training._unpatched(member, 0.1), 0.1
+    traced = training._train.trace(model.config, model.weights, *inputs, first=1)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

@@ -184,7 +184,16 @@ def test_copies_of_a_model_share_the_rows_of_every_sweep(random_model, random_pa
             split_rows.extend(x.sharding.spec for x in jax.tree.leaves(found) if isinstance(x, jax.Array))
         return found
 
-    for method in ("path_patching", "circuits", "cmap", "knockout", "patching", "accuracy", "dcm"):
+    for method in (
+        "path_patching",
+        "circuits",
+        "cmap",
+        "knockout",
+        "patching",
+        "accuracy",
+        "dcm.training",
+        "dcm.selection",
+    ):
         monkeypatch.setattr(sys.modules[f"jaxmech.{method}"], "over_rows", watched)
 
     def scores(found):

@@ -18,7 +18,6 @@ ROWS = (
     ("jaxmech.criteria",),
     ("jaxmech.discovery",),
     ("jaxmech.path_patching", "jaxmech.circuits", "jaxmech.dcm", "jaxmech.cmap", "jaxmech.knockout"),
-    ("jaxmech.dcm_prompts",),
     ("jaxmech.patching", "jaxmech.accuracy"),
     ("jaxmech.boxes",),
     ("jaxmech.cone", "jaxmech.batches", "jaxmech.metrics", "jaxmech.scores", "jaxmech.memory", "jaxmech.compat"),

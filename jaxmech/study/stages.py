@@ -19,6 +19,7 @@ from jaxmech.criteria import completeness, faithfulness, minimality, overlap
 from jaxmech.discovery import Circuit, Head, discover
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model
+from jaxmech.pairs import Pairs
 from jaxmech.patching import patch_activations
 from jaxmech.predictions import Predictions
 from jaxmech.study.data import MAIN_DESIDERATA
@@ -218,23 +219,24 @@ def _train(
         progress=progress,
     )
     found: dict[str, dict[str, JSON]] = {group: {} for group in groups}
-    for name, pairs in data.items():
-        trained = {group: run for (desideratum, group, *_), run in runs.items() if desideratum == name}
-        options = {"compat": settings.compat, "train_pairs": pairs["train"]}
-        selected = dcm.select_many(model, trained, pairs["validation"], role, **options)
-        masks = {group: (run.heads, np.round(run.mask)[None]) for group, run in selected.items()}
-        tested = dcm.accuracies(model, pairs["test"], masks, role)
-        for group, run in selected.items():
-            found[group][name] = {
-                "heads": [list(head) for head in run.heads],
-                "mask": _short(run.mask),
-                "selected": [list(head) for head in run.selected],
-                "step": run.step,
-                "validation": run.validation_accuracy,
-                "test": float(tested[group][0]),
-                "loss": _short(run.history.loss),
-                "masks": [_short(mask) for mask in run.history.mask],
-            }
+    train, validation, test = ({name: x[use] for name, x in data.items()} for use in ("train", "validation", "test"))
+    trained = {(name, group): run for (name, group, *_), run in runs.items()}
+    selected = dcm.select_many(model, trained, validation, role, compat=settings.compat, train_pairs=train)
+    masks: dict[tuple[str, str], dict[str, Any]] = {}
+    for (name, group), run in selected.items():
+        masks.setdefault((name, role), {})[group] = run.heads, np.round(run.mask)[None]
+    tested = dcm.accuracies(model, test, masks)
+    for (name, group), run in selected.items():
+        found[group][name] = {
+            "heads": [list(head) for head in run.heads],
+            "mask": _short(run.mask),
+            "selected": [list(head) for head in run.selected],
+            "step": run.step,
+            "validation": run.validation_accuracy,
+            "test": float(tested[name, role][group][0]),
+            "loss": _short(run.history.loss),
+            "masks": [_short(mask) for mask in run.history.mask],
+        }
     return found
 
 
@@ -244,13 +246,12 @@ def _activation_patching(study: Study, part: str, progress: Progress) -> JSON:
     chosen = _selected_heads(study)
     names = list(dict.fromkeys(name for name, _ in chosen))
     values: dict[tuple[str, str, str], list[float]] = {}
-    for i, name in enumerate(names):
-        for repeat in range(settings.repeats):
-            pairs = study.data.patching(name, repeat)
-            for role, sets in {key[1]: sets for key, sets in chosen.items() if key[0] == name}.items():
-                for key, accuracy in _patched_accuracies(settings, model, pairs, role, sets).items():
-                    values.setdefault((*key, name), []).append(accuracy)
-            progress(i * settings.repeats + repeat + 1, len(names) * settings.repeats)
+    for repeat in range(settings.repeats if names else 0):
+        pairs = {name: study.patching(name, repeat) for name in names}
+        for (name, _), sets in _patched_accuracies(settings, model, pairs, chosen).items():
+            for key, accuracy in sets.items():
+                values.setdefault((*key, name), []).append(accuracy)
+        progress(repeat + 1, settings.repeats)
     for name in settings.names:
         for group, desiderata in study.results["dcm"][name].items():
             found[name][group] = {d: _mean_and_deviation(values.get((name, group, d), [])) for d in desiderata}
@@ -270,16 +271,27 @@ def _selected_heads(study: Study) -> dict[tuple[str, str], dict[tuple[str, str],
     return found
 
 
-def _patched_accuracies(settings: Settings, model: Model, pairs, role: str, sets: Mapping) -> dict[Any, float]:
-    """Accuracy with each of several sets of heads patched at one role."""
+def _patched_accuracies(
+    settings: Settings,
+    model: Model,
+    pairs: Mapping[str, Pairs],
+    chosen: Mapping[tuple[str, str], Mapping[Any, list[Head]]],
+) -> dict[tuple[str, str], dict[Any, float]]:
+    """Accuracy on each desideratum with each set of heads patched at a role; `chosen` is of `_selected_heads`."""
     if settings.compat:
         options = {"batch_size": settings.batch_size, "compat": settings.compat}
         return {
-            key: float(patch_activations(model, pairs, {role: heads}, **options).accuracy)
-            for key, heads in sets.items()
+            (name, role): {
+                key: float(patch_activations(model, pairs[name], {role: heads}, **options).accuracy)
+                for key, heads in sets.items()
+            }
+            for (name, role), sets in chosen.items()
         }
-    masks = {key: (heads, np.zeros((1, len(heads)))) for key, heads in sets.items()}
-    return {key: float(found[0]) for key, found in dcm.accuracies(model, pairs, masks, role).items()}
+    masks = {
+        at: {key: (heads, np.zeros((1, len(heads)))) for key, heads in sets.items()} for at, sets in chosen.items()
+    }
+    found = dcm.accuracies(model, pairs, masks)
+    return {at: {key: float(x[0]) for key, x in sets.items()} for at, sets in found.items()}
 
 
 def _cmap(study: Study, part: str, progress: Progress) -> JSON:

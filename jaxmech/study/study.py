@@ -28,7 +28,9 @@ class Study:
     def __init__(self, settings: Settings, results: Mapping[str, Mapping[str, JSON]]):
         self.settings, self.results = settings, results
         self.means = lru_cache(maxsize=None)(self._means)
-        self.desideratum = lru_cache(maxsize=None)(lambda name: self.data.desideratum(name))  # that takes a while
+        # To make pairs of text takes a while, and all models are given the same.
+        self.desideratum = lru_cache(maxsize=None)(lambda name: self.data.desideratum(name))
+        self.patching = lru_cache(maxsize=None)(lambda name, repeat: self.data.patching(name, repeat))
         self._models: dict[str, Model] = {}  # the one used last is the last
         self._mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
 

@@ -1,12 +1,12 @@
-"""What DCM (`jaxmech.dcm`) keeps of its prompts, and how a training is cut where that does not fit the memory.
+"""What DCM keeps of its prompts, and how a training is cut where that does not fit the memory.
 
 Of base prompts, a step needs the keys and values of all tokens in all layers from the group's first on: gigabytes for a
 thousand prompts of a large model. They are computed for as many steps at a time as the memory budget holds, a
 *segment*; if all fit, there is one segment, and every prompt is run once. Of counterfactual prompts, z at the role is
 kept, which is little.
 
-Axes as in `jaxmech.model`, L being counted from the first layer that a group has; S counts sets of base prompts, R the
-prompts of each that are held at a time, E the examples of a step, W the tokens of the longest suffix.
+Axes as in `jaxmech.dcm`; S counts sets of base prompts, R the prompts of each that are held at a time, W the tokens of
+the longest suffix.
 """
 
 import math
@@ -45,6 +45,15 @@ class Targets(NamedTuple):
 
     z: Array  # [B, L, N, H], of the counterfactual prompts at the role
     labels: Array  # [B]
+
+    def at(self, role: int, first: int) -> "Targets":
+        """At one of the roles that were collected, layers from `first` on."""
+        return Targets(self.z[:, first:, role], self.labels)
+
+
+def base_key(pairs: Pairs, role: str) -> tuple[bytes, ...]:
+    """The same for pairs with the same base prompts."""
+    return pairs.clean.tobytes(), pairs.position(role).tobytes(), pairs.position("last").tobytes()
 
 
 class BasePrompts:
@@ -94,11 +103,15 @@ def runs_at_a_time(config: Config, sets: Sequence[Pairs], role: str, first: int,
     return memory.fitting(2 * examples * (2 * _base_bytes(config, sets, role, first) + stream))
 
 
-def examples_per_call(config: Config, pairs: Pairs, role: str, first: int, masks: int) -> int:
-    """Examples whose prompts, and whose streams for all masks, fit the memory budget."""
+def examples_per_call(config: Config, pairs: Pairs, role: str, first: int, masks: int, besides: float) -> int:
+    """Examples whose prompts, whose streams for all masks, and what else each takes fit the memory budget.
+
+    Args:
+      besides: bytes.
+    """
     T, width = _lengths([pairs], role)
     stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
-    return memory.fitting(2 * _base_bytes(config, [pairs], role, first) + masks * stream)
+    return memory.fitting(2 * _base_bytes(config, [pairs], role, first) + masks * stream + besides)
 
 
 def _lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
@@ -131,14 +144,14 @@ def _run_base(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
 
 
-def collect_targets(model: Model, pairs: Pairs, role: str, first: int) -> Targets:
-    """Runs the counterfactual prompts, in parts, and keeps z at the role."""
+def collect_targets(model: Model, pairs: Pairs, roles: Sequence[str]) -> Targets:
+    """Runs the counterfactual prompts, in parts, and keeps z of all layers at the roles: [B, L, R, N, H]."""
     check_prompts(model.config, pairs)
-    position = pairs.corrupt_position(role)
-    source = check_tokens(model.config, np.asarray(pairs.corrupt)), position[:, None]
+    position = np.stack([pairs.corrupt_position(role) for role in roles], axis=1)
+    source = check_tokens(model.config, np.asarray(pairs.corrupt)), position
     found = []
     for rows, new in equal_parts(len(pairs), patching.examples_per_call(model.config, pairs)):
-        z = patching.head_values(model, source, rows, sites=("z",))["z"][first:, :, 0]
+        z = patching.head_values(model, source, rows, sites=("z",))["z"]
         found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
     return Targets(jnp.concatenate(found), pairs.labels)
 

@@ -1,0 +1,287 @@
+"""Training of masks: all steps of all epochs are one scan, and many runs are one call.
+
+`train_many` vmaps over desiderata, groups, lambdas and seeds. Inside, a mask is [L, N], with 1 at the heads that are
+not in the group, so that groups of all sizes share a compilation.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmech.batches import equal_parts
+from jaxmech.config import Config
+from jaxmech.dcm.prompts import (
+    Base,
+    BasePrompts,
+    Targets,
+    base_key,
+    collect_targets,
+    cut,
+    examples_at_a_time,
+    runs_at_a_time,
+)
+from jaxmech.dcm.stream import Batch, Heads, check_heads, first_layer, members, patched_stream
+from jaxmech.loading import Model
+from jaxmech.model import Params, label_logits
+from jaxmech.pairs import Pairs
+from jaxmech.sharding import over_rows, row_devices
+
+Array = Any  # NumPy on the host, jax.Array inside jit
+
+
+class History(NamedTuple):
+    """Every step of a run."""
+
+    loss: np.ndarray  # [steps] before the step's update
+    mask: np.ndarray  # [steps, n] after it
+    rows: np.ndarray  # [steps, E] the examples of the step; -1 where its batch is shorter
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained mask.
+
+    Attributes:
+      heads: the n heads, (layer, head).
+      mask: float32 [n] in [0, 1]; after the last step, or the best one by `select`.
+      history: loss and mask of every step.
+      step: the step after which `mask` was taken, from 1 on.
+      validation_accuracy: of the rounded mask, if it was selected by validation.
+    """
+
+    heads: list[tuple[int, int]]
+    mask: np.ndarray  # [n]
+    history: History
+    step: int
+    validation_accuracy: float | None = None
+
+    @property
+    def selected(self) -> list[tuple[int, int]]:
+        """The heads that the rounded mask patches: those with m <= 0.5."""
+        return [head for head, m in zip(self.heads, self.mask, strict=True) if np.round(m) == 0]
+
+
+def train(
+    model: Model,
+    train_pairs: Pairs,
+    heads: Heads,
+    role: str = "last",
+    lam: float = 0.01,
+    learning_rate: float = 0.1,
+    epochs: int = 2,
+    batch_size: int = 32,
+    shuffle: bool = False,
+    *,
+    seed: int = 0,
+) -> Run:
+    """Trains one mask with Adam (optax), from m = 1; m is clipped to [0, 1] after every step.
+
+    Args:
+      train_pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
+      heads: distinct (layer, head), all at `role`.
+      lam: weight of the number of patched heads in the loss, logits per head. With 0, nothing holds back the masks of
+        heads that change nothing: Adam turns the rounding of their gradients into steps.
+      epochs: passes over the pairs; the last batch of each may be shorter.
+      shuffle: draw another order for every epoch from `seed`.
+
+    Returns:
+      The run; `mask` is that after the last step.
+
+    Raises:
+      ValueError: no corrupt prompts, an unknown role or head, a head named twice, fewer pairs than a batch, no epochs,
+        or a lambda that is no number.
+    """
+    options = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "shuffle": shuffle}
+    runs = train_many(model, {"": train_pairs}, {"": heads}, role, lams=[lam], seeds=[seed], **options)
+    return runs["", "", lam, seed]
+
+
+def train_many(
+    model: Model,
+    train_pairs: Mapping[str, Pairs],
+    groups: Mapping[str, Heads],
+    role: str = "last",
+    *,
+    lams: Sequence[float] = (0.01,),
+    seeds: Sequence[int] = (0,),
+    learning_rate: float = 0.1,
+    epochs: int = 2,
+    batch_size: int = 32,
+    shuffle: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[tuple[str, str, float, int], Run]:
+    """Trains a mask for every desideratum, group, lambda and seed at once; see `train`.
+
+    Args:
+      train_pairs: desideratum -> its pairs, equally many for each.
+      groups: group -> its heads, all at `role`.
+      progress: called with (calls done, calls in all); a call trains as many runs for as many steps as fit the memory.
+
+    Returns:
+      {(desideratum, group, lambda, seed): run}.
+    """
+    config = model.config
+    for name, given in {"desiderata": train_pairs, "groups": groups, "lams": lams, "seeds": seeds}.items():
+        if not given:
+            raise ValueError(f"train_many has no {name}; expected at least one.")
+    if epochs < 1 or not np.isfinite(lams).all():
+        raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and finite lambdas.")
+    chosen = {name: check_heads(config, heads) for name, heads in groups.items()}
+    counts = {len(pairs) for pairs in train_pairs.values()}
+    if len(counts) != 1:
+        raise ValueError(f"train_many needs equally many pairs for each desideratum; found {sorted(counts)}.")
+    (count,) = counts
+    if not 1 <= batch_size <= count:
+        raise ValueError(f"batch_size={batch_size}, but there are {count} pairs; expected at most that many.")
+    first = first_layer(config, [head for heads in chosen.values() for head in heads])
+    orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
+    key_of = {name: base_key(pairs, role) for name, pairs in train_pairs.items()}
+    sets = {key: train_pairs[name] for name, key in key_of.items()}  # desiderata may share their base prompts
+    keys = list(itertools.product(train_pairs, groups, lams, seeds))
+    place = [{name: i for i, name in enumerate(names)} for names in (train_pairs, groups, lams, seeds)]
+    arguments = _Arguments(
+        base=np.array([list(sets).index(key_of[desideratum]) for desideratum, *_ in keys]),
+        data=np.array([place[0][desideratum] for desideratum, *_ in keys]),
+        member=np.array([members(config, chosen[group], first) for _, group, *_ in keys]),
+        lam=np.array([lam for *_, lam, _ in keys], np.float32),
+        order=np.array([place[3][seed] for *_, seed in keys]),
+    )
+    prompts = list(sets.values()), list(train_pairs.values())
+    losses, masks = _run_all(model, *prompts, role, first, arguments, orders, learning_rate, progress)
+    runs = {}
+    for i, key in enumerate(keys):
+        layers, heads = np.array(chosen[key[1]]).T
+        history = History(losses[i], masks[i][:, layers - first, heads], orders[arguments.order[i]])
+        runs[key] = Run(chosen[key[1]], history.mask[-1], history, len(history.mask))
+    return runs
+
+
+class _Arguments(NamedTuple):
+    """What differs between the runs of one call; each has an axis of runs."""
+
+    base: Array  # [] which base prompts
+    data: Array  # [] which desideratum
+    member: Array  # [L, N], bool, the heads of the group
+    lam: Array  # []
+    order: Array  # [] which order
+
+
+def _run_all(
+    model: Model,
+    sets: Sequence[Pairs],
+    desiderata: Sequence[Pairs],
+    role: str,
+    first: int,
+    arguments: _Arguments,
+    orders: np.ndarray,
+    learning_rate: float,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [runs, steps] and masks [runs, steps, L, N], as many steps and runs at a time as fit the memory budget.
+
+    Args:
+      sets: the base prompts.
+      orders: [orders, steps, E].
+    """
+    config, weights = model.config, model.weights
+    segments = cut(orders, examples_at_a_time(config, sets, role, first))
+    prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
+    targets = [collect_targets(model, pairs, [role]).at(0, first) for pairs in desiderata]
+    targets = jax.tree.map(lambda *x: jnp.stack(x), *targets)
+    copies = row_devices(weights)
+    at_a_time = copies * runs_at_a_time(config, sets, role, first, orders.shape[2])
+    calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
+    chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
+    states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
+
+    def advance(part: int) -> tuple[np.ndarray, np.ndarray]:  # a function, so that its prompts go before others come
+        base, data = prompts.run(part), jax.tree.map(lambda x: x[:, segments[part].rows], targets)
+        found = []
+        for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
+            inputs = base, data, call, segments[part].orders, states[i], learning_rate
+            states[i], history = _train(config, weights, *inputs, first=first)
+            found.append([np.asarray(x)[new] for x in history])
+            if progress:
+                progress(part * len(calls) + i + 1, len(segments) * len(calls))
+        losses, masks = (np.concatenate(x) for x in zip(*found, strict=True))
+        return losses, masks
+
+    losses, masks = zip(*map(advance, range(len(segments))), strict=True)
+    steps = orders.shape[1]
+    return np.concatenate(losses, axis=1)[:, :steps], np.concatenate(masks, axis=1)[:, :steps]
+
+
+@partial(jax.jit, static_argnames=("config", "first"))
+def _train(
+    config: Config,
+    weights: Params,
+    base: Base,
+    data: Targets,
+    arguments: _Arguments,
+    orders: Array,
+    states: Any,
+    learning_rate: float,
+    *,
+    first: int,
+) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    """The states behind all steps, and losses [runs, steps] and masks [runs, steps, L, N].
+
+    Args:
+      base: S sets of R prompts, one behind another.
+      data: with an axis of desiderata in front, [desiderata, R, ...].
+      orders: of the prompts, [orders, steps, E].
+      states: mask and optimizer state before the first step, of every run.
+    """
+    optimizer = optax.adam(learning_rate)
+
+    def run(one: _Arguments, state: Any):
+        def step(carry, rows):
+            mask, state = carry
+            in_base = one.base * data.labels.shape[1] + rows
+            batch = Batch(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[one.data, rows], data))
+            loss = partial(_loss, config, weights, batch, rows >= 0, one.lam, first)
+            loss, gradient = jax.value_and_grad(loss)(mask)
+            gradient = gradient * one.member  # Adam leaves alone what has never had a gradient
+            updates, state = optimizer.update(gradient, state)
+            mask = jnp.clip(mask + jnp.asarray(updates), 0, 1)
+            return (mask, state), (loss, mask)
+
+        return jax.lax.scan(step, state, orders[one.order])
+
+    return jax.vmap(run)(arguments, states)
+
+
+def _unpatched(member: np.ndarray, learning_rate: float) -> tuple[jax.Array, Any]:
+    """The states of runs with members [runs, L, N] before their first step: masks of 1, and Adam's."""
+    masks = jnp.ones(member.shape, jnp.float32)
+    return masks, jax.vmap(optax.adam(learning_rate).init)(masks)
+
+
+def _loss(
+    config: Config,
+    weights: Params,
+    batch: Batch,
+    present: Array,
+    lam: Array,
+    first: int,
+    mask: jax.Array,
+) -> jax.Array:
+    """The loss of a mask [L, N] on the examples of `batch` that are `present`, bool [E]."""
+    x = patched_stream(config, weights, batch, 1 - mask, first)
+    target_logit = label_logits(config, weights, x, batch.targets.labels)
+    return -jnp.sum(target_logit * present) / present.sum() + lam * (1 - mask).sum()
+
+
+def _order(count: int, epochs: int, batch_size: int, seed: int | None) -> np.ndarray:
+    """The examples of every step, int [steps, E], -1 where a batch is shorter; in their own order without a seed."""
+    rng = None if seed is None else np.random.default_rng(seed)
+    fill = -count % batch_size
+    orders = [np.arange(count) if rng is None else rng.permutation(count) for _ in range(epochs)]
+    return np.concatenate([np.pad(x, (0, fill), constant_values=-1).reshape(-1, batch_size) for x in orders])
