@@ -123,9 +123,13 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def study_dcm(work: bench_methods.Work, prompts: int) -> Any:
-    """Three desiderata and two groups at once, as a study trains them, with suffixes nearly as long as the prompts."""
+    """Three desiderata and two groups at once, as a study trains them, with suffixes nearly as long as the prompts.
+
+    The desiderata share their base prompts, as those of a study do.
+    """
     shape = dataclasses.replace(work.shape, prompts=prompts)
-    desiderata = {str(i): shapes.pairs(shape, boxes=False, seed=i) for i in range(3)}
+    base, others = (shapes.pairs(shape, boxes=False, seed=i) for i in range(2))
+    desiderata = {str(i): dataclasses.replace(base, corrupt=np.roll(others.corrupt, i, axis=0)) for i in range(3)}
     receivers = [stage.receivers for stage in shapes.stages(shape.config) if stage.receivers]
     groups = {str(i): heads for i, heads in enumerate(receivers[-2:])}
     return jm.dcm.train_many(work.model, desiderata, groups, "prev_query_box")
