@@ -303,11 +303,12 @@ def _ablated_values(config: Config, means: np.ndarray, pairs: Pairs) -> np.ndarr
             f"L, N, H = {heads}, or [{len(pairs)}, {length} or more, L, N, H]. Means must come from prompts at least "
             "as long."
         )
+    values = values[:, :length]
     if not np.isfinite(values.sum(dtype=np.float64)):
         raise ValueError(
             "means holds numbers that are not finite; look at the model and the dtype that they come from."
         )
-    return values[:, :length]
+    return values
 
 
 def _distinct_tokens(batches: Sequence[np.ndarray], *, per_example: bool) -> list[tuple[np.ndarray, _Distinct]]:

@@ -24,6 +24,7 @@ from jaxmech.path_patching import path_patch
 from jaxmech.scores import PathScores
 
 Head = tuple[int, int]  # (layer, head)
+NAMES_OF_NUMPY = ("file", "allow_pickle")  # arguments of numpy.savez, which takes arrays by name
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,10 @@ def check_chain(chain: Sequence[Stage]) -> None:
         raise ValueError("the chain has no stages; expected [[stage]] tables with group, sender, receivers, via and k.")
     earlier: list[str] = []
     for stage in chain:
-        if not re.fullmatch(r"\w[\w +-]*", stage.group):
+        if not re.fullmatch(r"\w[\w +-]*", stage.group) or stage.group in NAMES_OF_NUMPY:
             raise ValueError(
-                f"group {stage.group!r}: files are named by groups; expected a letter or digit, and then letters, "
-                "digits, spaces and _ + - only."
+                f"group {stage.group!r}: files and arrays are named by groups; expected a letter or digit, and then "
+                f"letters, digits, spaces and _ + - only, and none of {', '.join(NAMES_OF_NUMPY)}."
             )
         if stage.group in earlier:
             raise ValueError(f"group {stage.group!r} occurs twice in the chain.")

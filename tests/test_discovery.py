@@ -172,8 +172,9 @@ def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
         ((CHAIN[0], jm.Stage("a", "last", "readers")), "with via=None"),
         ((CHAIN[0], jm.Stage("a", "last", "readers", "z")), "with via='z'"),
         ((CHAIN[0], jm.Stage("a", "query_box")), "sender='query_box' without receivers"),
-        ((jm.Stage("../a", "last"),), r"group '\.\./a': files are named by groups"),
-        ((jm.Stage("a/b", "last"),), "group 'a/b': files are named by groups"),
+        ((jm.Stage("../a", "last"),), r"group '\.\./a': files and arrays are named by groups"),
+        ((jm.Stage("a/b", "last"),), "group 'a/b': files and arrays are named by groups"),
+        ((jm.Stage("file", "last"),), "group 'file': .* and none of file, allow_pickle"),
     ],
 )
 def test_chains_that_do_not_fit_together_are_refused(stages, message):

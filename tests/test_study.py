@@ -410,6 +410,7 @@ def test_models_and_data_are_the_same_however_their_paths_are_spelt(tmp_path, mo
         ({"min_effect": float("nan")}, "min_effect=nan"),
         ({"min_effect": -0.1}, "min_effect=-0.1"),
         ({"threshold": float("inf")}, "threshold=inf"),
+        ({"threshold": -0.1}, "threshold=-0.1"),
         ({"lam": -1.0}, "lam=-1.0"),
         ({"lam": float("nan")}, "lam=nan"),
         ({"batch_size": 0}, "batch_size=0"),

@@ -59,12 +59,13 @@ def base_key(pairs: Pairs, role: str) -> tuple[bytes, ...]:
 class BasePrompts:
     """S sets of equally many base prompts, run part by part when they are asked for.
 
-    Attributes:
+    Args:
+      first: the layer from which on they are kept.
       parts: indices of prompts, the same in every set and as many in every part, int [R] each.
     """
 
     def __init__(self, model: Model, sets: Sequence[Pairs], role: str, first: int, parts: Sequence[np.ndarray]):
-        self.parts, self._model, self._first = parts, model, first
+        self._model, self._first = model, first
         T, self._width = _lengths(sets, role)
         tokens = np.stack([np.pad(x.clean, ((0, 0), (0, T - x.clean.shape[1]))) for x in sets])
         self._tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]

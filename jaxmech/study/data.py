@@ -16,13 +16,8 @@ from jaxmech.study.settings import Settings
 
 MAIN_DESIDERATA = ("positional", "object_value", "box_label_value")
 DCM_USES = ("train", "validation", "test")
-LEAST = {
-    "evaluation": 2,
-    "contexts": 2,
-    "train": 1,
-    "validation": 1,
-    "test": 1,
-}  # scenes; corrupt prompts need a second
+# Scenes of each use; corrupt prompts need a second.
+LEAST = {"evaluation": 2, "contexts": 2, "train": 1, "validation": 1, "test": 1}
 LEAST_SCENES = 9  # of a data file: half of them to evaluate, a quarter for contexts, the rest for the desiderata
 
 
@@ -151,7 +146,10 @@ def _split(scenes: list[Scene], settings: Settings) -> dict[str, list[Scene]]:
         )
     half, quarter = len(scenes) // 2, len(scenes) // 4
     rest = scenes[half + quarter :]
-    share = lambda size: len(rest) * size // (settings.train + settings.validation + settings.test)  # noqa: E731
+
+    def share(size: int) -> int:
+        return len(rest) * size // (settings.train + settings.validation + settings.test)
+
     test = min(max(share(settings.test), 1), len(rest) - 2)
     validation = min(max(share(settings.validation), 1), len(rest) - test - 1)
     sizes = {"train": len(rest) - validation - test, "validation": validation, "test": test}

@@ -103,8 +103,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}; expected at least 1, or None.")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"threshold={self.threshold}; expected a finite number, a fraction such as 0.01.")
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"threshold={self.threshold}; expected a finite number of at least 0, such as 0.01.")
         if not 0 <= self.lam < math.inf:
             raise ValueError(f"lam={self.lam}; expected a finite number of at least 0.")
         if self.seed < 0:
