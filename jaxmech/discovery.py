@@ -162,7 +162,7 @@ def check_chain(chain: Sequence[Stage]) -> None:
 
     Raises:
       ValueError: it is empty, a group occurs twice or has no name for a file, receivers are none of the earlier groups,
-        a stage without receivers is not at "last", or k is no number from 1 on.
+        or k is no number from 1 on.
     """
     if not chain:
         raise ValueError("the chain has no stages; expected [[stage]] tables with group, sender, receivers, via and k.")
@@ -183,11 +183,6 @@ def check_chain(chain: Sequence[Stage]) -> None:
             raise ValueError(
                 f"stage {stage.group!r}: receivers={stage.receivers!r} with via={stage.via!r}; expected via "
                 "'q', 'k' or 'v' with receivers, and neither for the logits."
-            )
-        if stage.receivers is None and stage.sender != "last":
-            raise ValueError(
-                f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the token `last` has a direct "
-                "path to the logits. Name receivers and via."
             )
         if not isinstance(stage.k, Integral) or stage.k < 1:
             raise ValueError(f"stage {stage.group!r}: k={stage.k!r}; expected a whole number from 1 on.")
@@ -247,7 +242,8 @@ def discover(
 
     Raises:
       ValueError: the chain does not fit together, k or `done` name an unknown group, k exceeds the number of heads, the
-        pairs lack a role, min_effect is out of range, or scores are not finite.
+        pairs lack a role, a stage without receivers is not at the last token, min_effect is out of range, or scores are
+        not finite.
     """
     chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
     chain = with_k(chain, k or {})
@@ -258,8 +254,13 @@ def discover(
         raise ValueError(f"done has the groups {unknown}; the chain has {[stage.group for stage in chain]}.")
     options = {"metric": metric, "wrong_labels": wrong_labels, "batch_size": batch_size}
     for stage in chain:
-        pairs.position(stage.sender)
+        at_last = (pairs.position(stage.sender) == pairs.position("last")).all()
         pairs.corrupt_position(stage.sender)
+        if stage.receivers is None and not at_last:
+            raise ValueError(
+                f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the last token has a direct "
+                "path to the logits. Name receivers and via."
+            )
     found: dict[str, list[Head]] = {}
     circuit = Circuit({}, {})
     for stage in chain:

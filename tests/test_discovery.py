@@ -156,6 +156,17 @@ def test_impossible_numbers_of_heads_are_named(two_heads, k, message):
         jm.discover(*two_heads, chain=CHAIN, k=k)
 
 
+def test_a_stage_without_receivers_is_at_the_last_token_under_whatever_name(two_heads):
+    model, pairs = two_heads
+    roles = [{**x, "answer": x["last"]} for x in (pairs.positions, pairs.corrupt_positions)]
+    named = jm.Pairs(pairs.clean, pairs.corrupt, pairs.labels, *roles)
+    found = jm.discover(model, named, chain=[jm.Stage("a", "answer", k=2)])
+    assert found.groups["a"] == jm.discover(model, pairs, chain=[jm.Stage("a", "last", k=2)]).groups["a"]
+    chain = (CHAIN[0], jm.Stage("a", "query_box"))
+    with pytest.raises(ValueError, match="sender='query_box' without receivers; only the last token has a direct path"):
+        jm.discover(model, pairs, chain=chain, on_stage=lambda *_: pytest.fail("a sweep was run"))
+
+
 def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
     with pytest.raises(ValueError, match="Unknown role 'prev_query_box'"):
         chain = (jm.Stage("readers", "last", k=3), jm.Stage("senders", "prev_query_box", "readers", "v", k=3))
@@ -171,7 +182,6 @@ def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
         ((jm.Stage("a", "last", via="q"),), "with via='q'"),
         ((CHAIN[0], jm.Stage("a", "last", "readers")), "with via=None"),
         ((CHAIN[0], jm.Stage("a", "last", "readers", "z")), "with via='z'"),
-        ((CHAIN[0], jm.Stage("a", "query_box")), "sender='query_box' without receivers"),
         ((jm.Stage("../a", "last"),), r"group '\.\./a': files and arrays are named by groups"),
         ((jm.Stage("a/b", "last"),), "group 'a/b': files and arrays are named by groups"),
         ((jm.Stage("file", "last"),), "group 'file': .* and none of file, allow_pickle"),

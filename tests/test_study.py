@@ -405,6 +405,7 @@ def test_models_and_data_are_the_same_however_their_paths_are_spelt(tmp_path, mo
         ({"compat": "published"}, "compat='published'"),
         ({"chain": ()}, "no stages"),
         ({"chain": FETCHERS_AND_OBJECTS}, "sender 'object'; boxes prompts have the roles last, query_box"),
+        ({"chain": (jm.Stage("a", "query_box"),)}, "the sender 'query_box' and no receivers"),
         ({"k": {"value_fetchers": 3}}, r"k names the groups \['value_fetchers'\]; the chain has"),
         ({"k": {"value_fetcher": 0}}, "'value_fetcher': k=0; expected"),
         ({"min_effect": float("nan")}, "min_effect=nan"),

@@ -15,14 +15,19 @@ def check_boxes_chain(chain: Sequence[Stage], k: Mapping[str, int], min_effect: 
       min_effect: see `discover`.
 
     Raises:
-      ValueError: the stages do not fit together (see `check_chain`), a sender is no role of boxes prompts, k names an
-        unknown group or is below 1, or min_effect is no fraction.
+      ValueError: the stages do not fit together (see `check_chain`), a sender is no role of boxes prompts, or one other
+        than "last" without receivers, k names an unknown group or is below 1, or min_effect is no fraction.
     """
     for stage in with_k(chain, k):
         if stage.sender not in ROLES:
             raise ValueError(
                 f"Stage {stage.group!r} of the chain has the sender {stage.sender!r}; boxes prompts have the roles "
                 f"{', '.join(ROLES)}."
+            )
+        if stage.receivers is None and stage.sender != "last":
+            raise ValueError(
+                f"Stage {stage.group!r} of the chain has the sender {stage.sender!r} and no receivers; only the token "
+                "`last` has a direct path to the logits. Name receivers and via."
             )
     if not 0 <= min_effect <= 1:
         raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1.")
