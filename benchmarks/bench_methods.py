@@ -11,14 +11,15 @@
   knockout             `last` may not attend to `query_box`, from each layer upwards; PyTorch: a forward pass a layer
 
 For each: median time of jaxmech and of PyTorch (`torch_reference`), ratio, compilation time, and the largest difference
-of their results, relative to the largest result. The results are compared before anything is timed. Prompts are those
-of `bench_path_patching.py`, but for DCM, whose desiderata have a scene for each: random ones that share nothing. Needs
-neither tyro nor rich; without torch, or with --reference-runs 0, jaxmech is timed alone.
+of their results, relative to the largest result. Prompts are those of `bench_path_patching.py`, but for DCM, whose
+desiderata have a scene for each: random ones that share nothing. Needs neither tyro nor rich; without torch, or with
+--reference-runs 0, jaxmech is timed alone.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -129,32 +130,40 @@ def twins(model: jm.Model, tuned: jm.Model) -> tuple[Any, Any]:
 
 
 def run(bench: Bench, runs: int, reference_runs: int) -> dict:
-    """One row of the table: results compared, then both timed."""
+    """One row of the table: both timed, results compared."""
+    row = run_ours(bench, runs)
+    return row | {"reference": None if bench.theirs is None else run_theirs(bench, row["seconds"], reference_runs)}
+
+
+def run_ours(bench: Bench, runs: int, seconds: float = math.inf) -> dict:
+    """The row without PyTorch; no further run begins after so many `seconds`."""
     started = time.perf_counter()
-    found = bench.ours()
+    bench.ours()
     first = time.perf_counter() - started
-    expected = None if bench.theirs is None else bench.theirs()
-    times = timed(bench.ours, runs)
-    found = found[bench.shared] if bench.check is None else bench.check()
-    row = {
+    times = timed(bench.ours, runs, seconds)
+    return {
         **{name: getattr(bench, name) for name in ("name", "unit", "units", "compared")},
         "seconds": statistics.median(times),
         "all_seconds": times,
         "compile_seconds": max(0.0, first - statistics.median(times)),
         "reference": None,
     }
-    if bench.theirs is not None and expected is not None:
-        difference = np.abs(found - expected).max() / np.abs(expected).max()
-        measured = timed(bench.theirs, reference_runs)
-        seconds = statistics.median(measured) * bench.units / bench.reference_units
-        row["reference"] = {
-            "units": bench.reference_units,
-            "measured_seconds": measured,
-            "seconds": seconds,
-            "ratio": seconds / row["seconds"],
-            "largest_relative_difference": float(difference),
-        }
-    return row
+
+
+def run_theirs(bench: Bench, ours_seconds: float, runs: int) -> dict[str, Any]:
+    """PyTorch's time for the same work, and how far its results are from ours."""
+    assert bench.theirs is not None
+    expected = bench.theirs()
+    found = bench.ours()[bench.shared] if bench.check is None else bench.check()
+    measured = timed(bench.theirs, runs)
+    seconds = statistics.median(measured) * bench.units / bench.reference_units
+    return {
+        "units": bench.reference_units,
+        "measured_seconds": measured,
+        "seconds": seconds,
+        "ratio": seconds / ours_seconds,
+        "largest_relative_difference": float(np.abs(found - expected).max() / np.abs(expected).max()),
+    }
 
 
 def circuit_evaluation(work: Work, count: int = CIRCUITS, sample: int | None = None) -> Bench:

@@ -1,34 +1,43 @@
 """Times every method at the shapes of Llama-7B and Llama-3.1-8B on one large GPU, against PyTorch on the same GPU.
 
     python benchmarks/gpu_7b.py --out out/gpu_7b.json              # on the GPU; no network
+    python benchmarks/gpu_7b.py --shapes 7b --minutes 8            # what fits; the same command again goes on
 
 `compile_only.py` compiles the same work for such a GPU without having one. This script, for each shape, in bfloat16
 with random weights that are made on the device:
 
   check      four layers of the shape in float32: scores of the causal cone equal those of full forward passes
   stages     the paper's four stages, 300 prompts of 57 tokens
+  profile    a call of each stage: the trace, beside --out, and the seconds of each kind of kernel in it
   circuits   100 circuits x 500 prompts
   DCM        a mask over a group of 8 heads, 1000 prompts, 2 epochs
-  CMAP       all four groups, and every head one by one
   knockout   last -> query_box from every layer upwards
+  CMAP       all four groups, and every head one by one
 
 PyTorch (`torch_reference`, hooks, SDPA, the same weights) runs a sample of the senders, circuits, steps, heads and
-layers; its time is extrapolated, and the JSON and the table say from how many. Needs neither tyro nor rich.
+layers; its time is extrapolated, and the JSON and the table say from how many. Each row is saved when it is there. A
+row that fails says why and leaves the others alone; rows that --out has from the same machine and options are not
+measured again. Needs neither tyro nor rich.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # the rest is for PyTorch's copy of the weights
 
+import jax
 import numpy as np
 
 ROOT = Path(__file__).parent
@@ -36,14 +45,28 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "tests")]
 
 import bench_methods  # noqa: E402
 import flops  # noqa: E402
+import kernels  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import sweep_sizes  # noqa: E402
 from measuring import add_words, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
+from jaxmech import path_patching  # noqa: E402
+from jaxmech.sharding import over_rows  # noqa: E402
 
-PARTS = ("check", "stages", "circuits", "DCM", "CMAP", "knockout")
+PARTS = ("check", "stages", "profile", "circuits", "DCM", "knockout", "CMAP")
+HOW_LONG = ("shapes", "parts", "out", "minutes")  # options that change which rows there are, not what they say
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A row of the table: its `name`, what measures it, and what adds PyTorch's time for the same work."""
+
+    name: str
+    ours: Callable[[], Row]
+    theirs: Callable[[Row], Row] | None = None
 
 
 def main() -> None:
@@ -52,57 +75,120 @@ def main() -> None:
     add_words(parser, "--parts", PARTS, ",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("out/gpu_7b.json"))
     parser.add_argument("--runs", type=int, default=3, help="timed runs of jaxmech, after a warm-up")
+    parser.add_argument("--seconds", type=float, default=30, help="a row begins no further run after so many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no row begins after so many")
     parser.add_argument("--sample", type=int, default=8, help="units that PyTorch runs of each; 0: no PyTorch")
     parser.add_argument("--prompts", type=int, default=300, help="of the stages, CMAP and knockout")
     parser.add_argument("--circuit-prompts", type=int, default=500)
     parser.add_argument("--circuits", type=int, default=100)
     parser.add_argument("--dcm-prompts", type=int, default=1000)
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine(), "options": _plain(options), "shapes": {}}
+    deadline = time.monotonic() + 60 * options.minutes
+    result = begun(options)
     for name in options.shapes:
         shape = dataclasses.replace(shapes.SHAPES[name], prompts=options.prompts)
-        rate = matmul_rate(shape.config.compute_dtype)
-        found: dict[str, Any] = {"config": shape.config.to_dict(), "matmul_flops_per_s": rate, "rows": []}
-        result["shapes"][name] = found
-        for row in rows(shape, options, rate):
-            found["rows"].append(row)
+        found = result["shapes"].setdefault(name, {"config": shape.config.to_dict(), "rows": []})
+        found["matmul_flops_per_s"] = matmul_rate(shape.config.compute_dtype)
+        for work in works(name, shape, options, found["matmul_flops_per_s"]):
+            if work.name in [row["name"] for row in found["rows"] if "error" not in row]:
+                continue
+            if time.monotonic() > deadline:
+                print(f"{name}: no time left for {work.name}. The same command goes on there.", flush=True)
+                continue
+            row: Row = {"name": work.name, "seconds": None, "reference": None, "error": "cut off"}
+            found["rows"] = [other for other in found["rows"] if other["name"] != work.name] + [row]
+            with failure_in(row):
+                row |= work.ours() | {"name": work.name, "peak_bytes": peak_memory()}
+                save(options.out, result)
+                row["reference"] = work.theirs(row) if work.theirs and options.sample else None
+                del row["error"]
             print(json.dumps(row), flush=True)
             save(options.out, result)
-    save(options.out, result)
     print(report.gpu_table(result))
+    failed = [row["name"] for found in result["shapes"].values() for row in found["rows"] if "error" in row]
+    sys.exit(f"Failed: {', '.join(failed)}." if failed else 0)
 
 
-def rows(shape: shapes.Shape, options: argparse.Namespace, rate: float):
-    """The rows of the table, one after another."""
-    if "check" in options.parts:
-        yield check(shape)
-    model = shapes.random_model(shape.config)
-    tuned = shapes.random_model(shape.config, seed=1) if "CMAP" in options.parts else model
-    torch_models = bench_methods.twins(model, tuned) if options.sample else None
+def begun(options: argparse.Namespace) -> dict[str, Any]:
+    """The result that --out has, to be gone on with, or an empty one if it is of another machine or other options."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    fresh = {"machine": machine(), "options": plain, "shapes": {}}
+    if not options.out.exists():
+        return fresh
+    found = json.loads(options.out.read_text())
+    same = [{k: v for k, v in result["options"].items() if k not in HOW_LONG} for result in (found, fresh)]
+    if found["machine"] == fresh["machine"] and same[0] == same[1]:
+        return found
+    sys.exit(f"{options.out} is of another machine or of other options. Move it away, or name another --out.")
+
+
+@contextmanager
+def failure_in(row: Row) -> Iterator[None]:
+    """Whatever fails is said in the row, so that the others are measured all the same."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def works(name: str, shape: shapes.Shape, options: argparse.Namespace, rate: float) -> Iterator[Work]:
+    """The rows of a shape, one after another; models are made when a row needs them."""
     pairs = shapes.pairs(shape)
-    if "stages" in options.parts:
-        for stage in shapes.stages(shape.config):
-            yield bench_stage(model, torch_models, pairs, stage, options, rate)
-    work = bench_methods.Work(shape, model, tuned, pairs, torch_models)
-    many = dataclasses.replace(shape, prompts=options.circuit_prompts)
-    benches: dict[str, list[Callable[[], bench_methods.Bench]]] = {
-        "circuits": [
-            lambda: bench_methods.circuit_evaluation(
-                dataclasses.replace(work, shape=many, pairs=shapes.pairs(many)), options.circuits, options.sample
+    model = cache(lambda: shapes.random_model(shape.config))
+    tuned = cache(lambda: shapes.random_model(shape.config, seed=1))
+    theirs = cache(lambda: in_torch(model()))
+    their_tuned = cache(lambda: in_torch(tuned()))
+    stages = [StageBench(model, theirs, pairs, stage, options, rate) for stage in shapes.stages(shape.config)]
+    if "check" in options.parts:
+        yield Work("check", lambda: check(shape))
+    for bench in stages if "stages" in options.parts else ():
+        yield Work(f"stage {bench.stage.name}", bench.ours, bench.theirs)
+    for bench in stages if "profile" in options.parts else ():
+        place = options.out.with_suffix("") / f"{name}_stage_{bench.stage.name[0]}"
+        yield Work(f"profile of stage {bench.stage.name}", partial(bench.profile, place))
+
+    def work(torch: bool, both: bool = False, prompts: int = shape.prompts) -> bench_methods.Work:
+        sized = dataclasses.replace(shape, prompts=prompts)
+        twins = (theirs(), their_tuned() if both else None) if torch else None
+        return bench_methods.Work(sized, model(), tuned() if both else model(), shapes.pairs(sized), twins)
+
+    sample = options.sample
+    benches: dict[str, dict[str, Callable[[bool], bench_methods.Bench]]] = {
+        "circuits": {
+            "circuit evaluation": lambda torch: bench_methods.circuit_evaluation(
+                work(torch, prompts=options.circuit_prompts), options.circuits, sample
             )
-        ],
-        "DCM": [lambda: bench_methods.dcm(work, options.dcm_prompts, [0.01], batch=32, sample=options.sample)],
-        "CMAP": [lambda: bench_methods.cmap_groups(work), lambda: bench_methods.cmap(work, options.sample)],
-        "knockout": [lambda: bench_methods.knockout(work, options.sample)],
+        },
+        "DCM": {
+            "DCM": lambda torch: bench_methods.dcm(work(torch), options.dcm_prompts, [0.01], batch=32, sample=sample)
+        },
+        "knockout": {"knockout": lambda torch: bench_methods.knockout(work(torch), sample)},
+        "CMAP": {
+            "CMAP of groups": lambda torch: bench_methods.cmap_groups(work(torch, both=True)),
+            "CMAP": lambda torch: bench_methods.cmap(work(torch, both=True), sample),
+        },
     }
     for part, makers in benches.items():
-        for make in makers if part in options.parts else []:
-            bench = make()
-            row = bench_methods.run(bench, options.runs, 1 if options.sample else 0)
-            yield row | {"peak_bytes": peak_memory()}
+        for row, make in makers.items() if part in options.parts else ():
+            yield Work(row, partial(bench_method, make, options), partial(reference_method, make))
 
 
-def check(shape: shapes.Shape) -> dict[str, Any]:
+def bench_method(make: Callable[[bool], bench_methods.Bench], options: argparse.Namespace) -> Row:
+    return bench_methods.run_ours(make(False), options.runs, options.seconds)
+
+
+def reference_method(make: Callable[[bool], bench_methods.Bench], row: Row) -> Row:
+    return bench_methods.run_theirs(make(True), row["seconds"], runs=1)
+
+
+def in_torch(model: jm.Model) -> Any:
+    from to_torch import in_torch
+
+    return in_torch(model)
+
+
+def check(shape: shapes.Shape) -> Row:
     """Scores of four layers of the shape in float32 against full forward passes: the largest difference, relative."""
     from full_forward import path_patch
 
@@ -111,81 +197,106 @@ def check(shape: shapes.Shape) -> dict[str, Any]:
     )
     small = shapes.Shape(config, prompts=4, tokens=shape.tokens)
     model, pairs = shapes.random_model(config), shapes.pairs(small)
-    receivers = [(2, 0), (3, 1)]
+    receivers = [(layer, head) for layer in (2, 3) for head in range(config.num_heads)]
     differences = {}
     for sender, chosen, via in (("last", None, None), ("query_box", receivers, "v")):
         expected = path_patch(model, pairs, sender, chosen, via)
         found = jm.path_patch(model, pairs, sender, chosen, via).per_example
         differences[f"{sender} {via or 'logits'}"] = float(np.abs(found - expected).max() / np.abs(expected).max())
-    return {"name": "check", "seconds": None, "largest_relative_difference": differences}
+    return {"largest_relative_difference": differences}
 
 
-def bench_stage(
-    model: jm.Model, torch_models: Any, pairs: jm.Pairs, stage: shapes.Stage, options: argparse.Namespace, rate: float
-) -> dict[str, Any]:
-    """One stage; PyTorch runs the clean row and then it and a sample of senders, whose difference is extrapolated."""
+@dataclasses.dataclass
+class StageBench:
+    """One stage of path patching, in both; models are made when they are needed."""
 
-    def ours() -> np.ndarray:
-        return jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
+    model: Callable[[], jm.Model]
+    torch: Callable[[], Any]
+    pairs: jm.Pairs
+    stage: shapes.Stage
+    options: argparse.Namespace
+    rate: float
+    scores: np.ndarray | None = None
 
-    started = time.perf_counter()
-    scores = ours()
-    first = time.perf_counter() - started
-    times = timed(ours, options.runs)
-    seconds = statistics.median(times)
-    work = sweep_sizes(model, pairs, stage)
-    cone = flops.cone(model.config, work)
-    row: dict[str, Any] = {
-        **dataclasses.asdict(stage),
-        "seconds": seconds,
-        "all_seconds": times,
-        "compile_seconds": max(0.0, first - seconds),
-        "peak_bytes": peak_memory(),
-        "cone_flops": cone,
-        "naive_flops": flops.naive(model.config, work),
-        "matmul_fraction": cone / seconds / rate,
-        "largest_score": float(np.abs(scores).max()),
-        "reference": None,
-    }
-    if torch_models is not None:
-        row["reference"] = reference_stage(model, torch_models[0], pairs, stage, options.sample, scores, seconds)
-    return row
+    def sweep(self) -> np.ndarray:
+        self.scores = jm.path_patch(
+            self.model(), self.pairs, self.stage.sender, self.stage.receivers, self.stage.via
+        ).per_example
+        return self.scores
 
+    def one_call(self) -> None:
+        """The prompts of the first batch, and the first call of senders: all that a sweep compiles."""
+        model, via = self.model(), self.stage.via
+        plan = path_patching.plan(model, self.pairs, self.stage.sender, self.stage.receivers, via)
+        batch, live = plan.batch(plan.batches.rows[0]), plan.receivers is not None
+        inputs = path_patching.prepare(model.config, model.weights, batch, live=live)
+        call = plan.calls[0]._replace(senders=over_rows(model.weights, plan.calls[0].senders))
+        jax.block_until_ready(path_patching.senders(model.config, model.weights, inputs, call, plan.receivers, via=via))
 
-def reference_stage(
-    model: jm.Model, theirs: Any, pairs: jm.Pairs, stage: shapes.Stage, sample: int, scores: np.ndarray, seconds: float
-) -> dict[str, Any]:
-    """The reference on a sample of senders, spread over the layers that reach a receiver."""
-    from torch_reference import path_patching as reference
+    def ours(self) -> Row:
+        """After a warm-up of one call, since a whole stage can take a minute."""
+        self.model()
+        first, again = timed(self.one_call, 2)
+        times = timed(self.sweep, self.options.runs, self.options.seconds)
+        seconds, config = statistics.median(times), self.model().config
+        sizes = sweep_sizes(self.model(), self.pairs, self.stage)
+        cone = flops.cone(config, sizes)
+        assert self.scores is not None
+        return {
+            **dataclasses.asdict(self.stage),
+            "seconds": seconds,
+            "all_seconds": times,
+            "compile_seconds": max(0.0, first - again),
+            "cone_flops": cone,
+            "naive_flops": flops.naive(config, sizes),
+            "matmul_fraction": cone / seconds / self.rate,
+            "largest_score": float(np.abs(self.scores).max()),
+        }
 
-    config = model.config
-    top = max((layer for layer, _ in stage.receivers or ()), default=config.num_layers)
-    layers = np.linspace(0, top - 1, sample).round().astype(int)
-    senders = sorted({(int(layer), int(i % config.num_heads)) for i, layer in enumerate(layers)})
-    positions = pairs.position(stage.sender), pairs.corrupt_position(stage.sender), pairs.position("last")
-    prompts = pairs.clean, pairs.corrupt, pairs.labels, *positions
+    def theirs(self, row: Row) -> Row:
+        """A sample of senders, spread over the layers that reach a receiver; what one takes is extrapolated.
 
-    def run(chosen: list[tuple[int, int]]) -> np.ndarray:
-        arguments = *prompts, stage.receivers, stage.via
-        found = reference.path_patch(theirs, *arguments, senders=chosen, frozen="hooks", chunk=100)
-        return found.float().cpu().numpy()
+        To every head, as the published code sweeps them, and to those that have a path to a receiver.
+        """
+        from torch_reference import path_patching as reference
 
-    run(senders[:1])
-    without, some = (timed(lambda chosen=chosen: run(chosen), 1)[0] for chosen in ([], senders))
-    expected = run(senders)
-    index = tuple(np.array(senders).T)
-    total = without + (some - without) / len(senders) * config.num_layers * config.num_heads
-    return {
-        "units": len(senders),
-        "seconds": total,
-        "measured_seconds": [without, some],
-        "ratio": total / seconds,
-        "largest_relative_difference": float(np.abs(scores[index] - expected[index]).max() / np.abs(scores).max()),
-    }
+        config, scores, stage = self.model().config, self.scores, self.stage
+        assert scores is not None
+        top = max((layer for layer, _ in stage.receivers or ()), default=config.num_layers)
+        layers = np.linspace(0, top - 1, self.options.sample).round().astype(int)
+        senders = sorted({(int(layer), int(i % config.num_heads)) for i, layer in enumerate(layers)})
+        pairs, theirs = self.pairs, self.torch()
+        positions = pairs.position(stage.sender), pairs.corrupt_position(stage.sender), pairs.position("last")
+        prompts = pairs.clean, pairs.corrupt, pairs.labels, *positions
+        found: dict[int, np.ndarray] = {}
 
+        def run(chosen: list[tuple[int, int]]) -> None:
+            arguments = *prompts, stage.receivers, stage.via
+            result = reference.path_patch(theirs, *arguments, senders=chosen, frozen="hooks", chunk=100)
+            found[len(chosen)] = result.float().cpu().numpy()
 
-def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        run(senders[:1])
+        without, some = (timed(partial(run, chosen), 1)[0] for chosen in ([], senders))
+        index = tuple(np.array(senders).T)
+        each = (some - without) / len(senders)
+        seconds, reachable = (without + each * count * config.num_heads for count in (config.num_layers, top))
+        difference = np.abs(scores[index] - found[len(senders)][index]).max() / np.abs(scores).max()
+        return {
+            "units": len(senders),
+            "seconds": seconds,
+            "reachable_seconds": reachable,
+            "measured_seconds": [without, some],
+            "ratio": seconds / row["seconds"],
+            "reachable_ratio": reachable / row["seconds"],
+            "largest_relative_difference": float(difference),
+        }
+
+    def profile(self, place: Path) -> Row:
+        """A trace of one call, in the folder `place`."""
+        self.one_call()
+        with jax.profiler.trace(str(place)):
+            self.one_call()
+        return {"functions": kernels.summary(place)}
 
 
 if __name__ == "__main__":

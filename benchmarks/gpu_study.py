@@ -7,7 +7,7 @@ The models have random weights, made on the device, and the demo's tokenizer; "t
 v. Prompts, sizes and stages are those of `jaxmech study`, but the answers that count as right are the base model's own,
 so that there are heads to find. Left out are the reading of checkpoints and activation patching, as the masks of random
 models select no heads; what is found means nothing. The first study compiles; a second one in the same process, unless
---once, does not. Needs neither tyro nor rich.
+--once, does not. What a study that is cut off has done by then is in --out. Needs neither tyro nor rich.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from measuring import machine, peak_memory, save  # noqa: E402
 
 import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
-from jaxmech.study import STAGES, Settings, StudyFolder, run, running  # noqa: E402
+from jaxmech.study import Settings, StudyFolder, run, running  # noqa: E402
 from jaxmech.study.data import StudyData  # noqa: E402
 from jaxmech.study.study import Study  # noqa: E402
 
@@ -54,13 +55,17 @@ def main() -> None:
     result: dict[str, Any] = {"shape": options.shape, "config": config.to_dict(), "machine": machine()}
     result["settings"] = settings.to_dict() | {"base": None, "tuned": None}
     for name in ["with compilation"] if options.once else ["with compilation", "compiled"]:
-        result[name] = study(config, settings)
-        save(options.out, result)
+
+        def keep(found: dict[str, Any], name: str = name) -> None:
+            result[name] = found
+            save(options.out, result)
+
+        keep(study(config, settings, keep))
         print(f"{name}: {json.dumps(result[name])}", flush=True)
 
 
-def study(config: jm.Config, settings: Settings) -> dict[str, Any]:
-    """Seconds of one study in a folder of its own, by stage, both models together."""
+def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Seconds of one study in a folder of its own, by stage, both models together; `keep` gets those so far."""
 
     class RandomStudy(Study):
         def _load(self, name: str) -> jm.Model:
@@ -82,13 +87,21 @@ def study(config: jm.Config, settings: Settings) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as path:
             folder, started = StudyFolder.open(path, settings), time.perf_counter()
-            results = run(settings, folder)
-            seconds = time.perf_counter() - started
-            stages = {stage: round(sum(folder.timings[stage].values()), 3) for stage in STAGES}
+
+            def progress(stage: str, part: str, done: int, total: int) -> None:
+                if done == total:
+                    keep({"stages": seconds_of_stages(folder), "done": f"{stage} of {part}"})
+
+            results = run(settings, folder, progress=progress)
+            seconds, stages = time.perf_counter() - started, seconds_of_stages(folder)
     finally:
         running.Study = Study
     heads = {name: sum(map(len, found["groups"].values())) for name, found in results["discovery"].items()}
     return {"seconds": seconds, "stages": stages, "heads": heads, "peak_bytes": peak_memory()}
+
+
+def seconds_of_stages(folder: StudyFolder) -> dict[str, float]:
+    return {stage: round(sum(parts.values()), 3) for stage, parts in folder.timings.items()}
 
 
 if __name__ == "__main__":

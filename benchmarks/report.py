@@ -7,8 +7,10 @@ python benchmarks/report.py out/bench_methods_small.json
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMES = {
     "hooks": "PyTorch hooks",
@@ -87,28 +89,51 @@ def methods_table(result: dict) -> str:
 
 
 def gpu_table(result: dict) -> str:
-    """The result of `gpu_7b.py` as Markdown: a line on the conditions and a table for each shape."""
+    """The result of `gpu_7b.py` as Markdown: for each shape the conditions, a table, and lines on what is not in it."""
     parts = []
     for shape, found in result["shapes"].items():
         head = ["work", "jaxmech", "PyTorch hooks", "compilation", "peak memory so far", "cone, PFLOP"]
         rows = [[*head, "of matmul rate"], ["---"] + ["---:"] * 6]
-        for row in found["rows"]:
-            if row["seconds"] is None:
-                continue
-            unit = f", {row['units']} {row['unit']}" if "units" in row else ""
-            theirs = row["reference"]
-            note = f"; from {theirs['units']}" if theirs else ""
-            rows.append(
-                [row["name"] + unit, f"{row['seconds']:.3g} s"]
-                + [f"{theirs['seconds']:.3g} s ({floor(theirs['ratio'])}x{note})" if theirs else "-"]
-                + [f"{row['compile_seconds']:.1f} s", gibibytes(row["peak_bytes"])]
-                + [f"{row['cone_flops'] / 1e15:.3g}" if "cone_flops" in row else "-"]
-                + [f"{int(100 * row['matmul_fraction'])} %" if "matmul_fraction" in row else "-"]
-            )
+        rows += [_gpu_row(row) for row in found["rows"] if row["seconds"] is not None]
         rate = f"matmul rate {found['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s"
         line = f"{model_line({'shape': shape, 'config': found['config']})}; {machine_line(result)}; {rate}."
-        parts.append(line + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows))
+        besides = [f"- {row['name']}: {text}" for row in found["rows"] for text in _gpu_lines(row)]
+        parts.append("\n\n".join([line, "\n".join("| " + " | ".join(row) + " |" for row in rows), "\n".join(besides)]))
     return "\n\n".join(parts)
+
+
+def _gpu_row(row: dict) -> list[str]:
+    unit = f", {row['units']} {row['unit']}" if "units" in row else ""
+    theirs = row["reference"]
+    note = f"; from {theirs['units']}" if theirs else ""
+    return [
+        row["name"] + unit,
+        f"{row['seconds']:.3g} s",
+        f"{theirs['seconds']:.3g} s ({floor(theirs['ratio'])}x{note})" if theirs else "-",
+        f"{row['compile_seconds']:.1f} s",
+        gibibytes(row["peak_bytes"]),
+        f"{row['cone_flops'] / 1e15:.3g}" if "cone_flops" in row else "-",
+        f"{int(100 * row['matmul_fraction'])} %" if "matmul_fraction" in row else "-",
+    ]
+
+
+def _gpu_lines(row: dict) -> list[str]:
+    """What is said of a row besides the table."""
+    lines = [f"failed, {row['error']}"] if "error" in row else []
+    for what, difference in row.get("largest_relative_difference", {}).items():
+        lines.append(f"{what}, {difference:.1g} of the largest score from full forward passes")
+    functions = row.get("functions", {})
+    for function, found in functions.items():
+        if found["busy"] < 0.01 * sum(other["busy"] for other in functions.values()):
+            continue
+        shares = ", ".join(f"{kind} {seconds / found['busy']:.0%}" for kind, seconds in found["kinds"].items())
+        lines.append(f"{function} {found['seconds']:.3g} s, kernels {found['busy']:.3g} s: {shares}")
+    if theirs := row.get("reference"):
+        text = f"{theirs['largest_relative_difference']:.1g} of the largest result from PyTorch"
+        if "reachable_ratio" in theirs:
+            text += f"; {floor(theirs['reachable_ratio'])}x over PyTorch if it runs the heads with a path alone"
+        lines.append(text)
+    return lines
 
 
 def _reference(method: dict) -> str:
@@ -159,8 +184,10 @@ def machine_line(result: dict) -> str:
     return f"{machine['device']} ({machine['cores']} cores), {', '.join(versions)}"
 
 
-def chart(result: dict) -> Figure:
+def chart(result: dict) -> "Figure":
     """Seconds per stage on a logarithmic axis, a bar for jaxmech and each comparison."""
+    from matplotlib.figure import Figure
+
     names = ["jaxmech", *comparisons(result)]
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.add_subplot()

@@ -6,9 +6,9 @@
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -40,12 +40,21 @@ class Provenance:
 
     def signed(self) -> "Provenance":
         """A copy with the versions that are installed, and with the present as its date."""
-        versions = {name: _version(name) for name in PACKAGES}
-        return dataclasses.replace(self, versions=versions, date=datetime.now(UTC).isoformat(timespec="seconds"))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return dataclasses.replace(self, versions=versions(PACKAGES), date=now)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `Provenance(**values)` reads it back."""
         return dataclasses.asdict(self)
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed versions; "unknown" for a package that is not installed, such as this one run from its sources."""
+    found = dict.fromkeys(packages, "unknown")
+    for name in found:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 @contextmanager
@@ -81,10 +90,3 @@ def _hashes(files: Mapping[str, Path], progress: Progress | None, left: threadin
             raise CancelledError
         found[name] = digest.hexdigest()
     return found
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a folder of sources
-        return "unknown"

@@ -11,13 +11,13 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxmech.files import check_folder, replacing, write_text
+from jaxmech.provenance import versions
 from jaxmech.scores import PathScores
 
 CONFIG, SCORES, CIRCUIT = "config.json", "scores.npz", "circuit.json"
@@ -71,8 +71,7 @@ class RunFolder:
         path, given = Path(path), dict(given or {})
         check_folder(path)
         there = tuple(file for file in dict.fromkeys(outputs) if file.is_file())
-        versions = {name: version(name) for name in _PACKAGES}
-        config = json.loads(json.dumps({**given, **settings, "versions": versions}))
+        config = json.loads(json.dumps({**given, **settings, "versions": versions(_PACKAGES)}))
         if overwrite:
             _check_config_of_a_run(path)
             return cls(path, config, replaced=there)

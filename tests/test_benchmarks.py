@@ -17,7 +17,10 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import bench_methods  # noqa: E402
 import bench_path_patching  # noqa: E402
 import flops  # noqa: E402
+import gpu_7b  # noqa: E402
 import gpu_study  # noqa: E402
+import kernels  # noqa: E402
+import measuring  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 
@@ -86,6 +89,74 @@ def test_benchmark_of_the_methods_and_its_report_run_on_the_tiny_shape(tmp_path,
     printed = capsys.readouterr().out
     assert "| knockout | 4 first layers |" in printed and "32 random ones for DCM" in printed
     assert not find_spec("torch") or "extrapolated from 3 heads" in printed
+
+
+def run_gpu_7b(monkeypatch, out: Path, *options: str) -> tuple[str | int | None, dict[str, dict]]:
+    """Runs the script on the tiny shape; what it ends with, and its rows by name."""
+    sizes = ["--shapes", "tiny", "--parts", "stages,profile,circuits,knockout", "--sample", "2", "--prompts", "8"]
+    sizes += ["--circuits", "3", "--circuit-prompts", "8", "--runs", "1"]
+    monkeypatch.setattr(sys, "argv", ["gpu_7b", *sizes, "--out", str(out), *options])
+    with pytest.raises(SystemExit) as ended:
+        gpu_7b.main()
+    rows = json.loads(out.read_text())["shapes"]["tiny"]["rows"] if out.exists() else []
+    return ended.value.code, {row["name"]: row for row in rows}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_a_gpu_is_to_do_runs_on_the_tiny_shape_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "gpu.json"
+    assert run_gpu_7b(monkeypatch, out, "--minutes", "0") == (0, {})
+    assert "no time left for stage 1 value_fetcher" in capsys.readouterr().out
+
+    with monkeypatch.context() as broken:
+        broken.setattr(gpu_7b.bench_methods, "knockout", lambda *arguments: 1 / 0)
+        code, before = run_gpu_7b(monkeypatch, out)
+    assert code == "Failed: knockout." and before["knockout"]["error"] == "ZeroDivisionError: division by zero"
+    assert "- knockout: failed, ZeroDivisionError" in capsys.readouterr().out
+
+    code, rows = run_gpu_7b(monkeypatch, out)
+    assert code == 0
+    assert {name for name, row in rows.items() if row != before[name]} == {"knockout"}, "the others are kept"
+    stages = [f"stage {stage.name}" for stage in shapes.stages(shapes.SHAPES["tiny"].config)]
+    timed = [*stages, "circuit evaluation", "knockout"]
+    assert list(rows) == [*stages, *(f"profile of {name}" for name in stages), *timed[-2:]]
+    for name in timed:
+        assert rows[name]["seconds"] > 0 and (rows[name]["reference"] is not None) == bool(find_spec("torch"))
+        assert not rows[name]["reference"] or rows[name]["reference"]["largest_relative_difference"] < 1e-4
+    for name in stages:
+        assert rows[f"profile of {name}"]["functions"]["jit_senders"]["kinds"]["matrix products"] > 0
+    printed = capsys.readouterr().out
+    assert "| stage 4 struct_reader |" in printed and "- profile of stage 2 pos_transmitter: jit_senders" in printed
+
+    code, _ = run_gpu_7b(monkeypatch, out, "--runs", "2")
+    assert "is of another machine or of other options" in str(code)
+
+
+def test_kernels_of_a_trace_are_those_that_ran(tmp_path):
+    """A loop that multiplies matrices seven times: seven products, and the loop itself is no kernel."""
+
+    @jax.jit
+    def powers(x):
+        return jax.lax.fori_loop(0, 7, lambda i, y: jax.numpy.tanh(y @ x), x)
+
+    x = jax.numpy.full((256, 256), 0.01)
+    jax.block_until_ready(powers(x))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(powers(x))
+    found = kernels.summary(tmp_path)["jit_powers"]
+    products = [runs for operation, name, _, runs in found["longest"] if "dot" in operation or "ynn" in operation]
+    assert products == [7]
+    assert found["kinds"]["matrix products"] <= found["busy"]
+    assert not any("while" in operation for operation, *_ in found["longest"])
+    with pytest.raises(ValueError, match="no kernels"):
+        kernels.summary(tmp_path / "nothing")
+
+
+def test_no_run_begins_when_the_time_is_over():
+    runs = []
+    assert len(measuring.timed(lambda: runs.append(1), 5)) == 5
+    assert len(measuring.timed(lambda: runs.append(1), 5, seconds=0)) == 1
+    assert measuring.timed(lambda: runs.append(1), 0) == [] and len(runs) == 6
 
 
 def test_ratios_are_rounded_down():
