@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ import flops  # noqa: E402
 import shapes  # noqa: E402
 from measuring import machine, matmul_rate, timed  # noqa: E402
 
-from jaxmech.accuracy import clean_logits  # noqa: E402
+import jaxmech as jm  # noqa: E402
 
 
 def main() -> None:
@@ -32,8 +33,8 @@ def main() -> None:
     shape = shapes.SHAPES[options.shape]
     model, pairs = shapes.random_model(shape.config), shapes.pairs(shape, boxes=False)
 
-    def ours() -> np.ndarray:
-        return clean_logits(model, pairs, batch_size=shape.prompts)
+    def ours() -> Any:
+        return jm.predict(model, pairs, batch_size=shape.prompts).logits
 
     started = time.perf_counter()
     logits = ours()

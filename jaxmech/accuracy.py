@@ -10,7 +10,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
-from jaxmech.predictions import Predictions
+from jaxmech.predictions import Predictions, answers, is_correct
 from jaxmech.sharding import over_rows, row_devices
 
 
@@ -30,22 +30,17 @@ def predict(model: Model, pairs: Pairs, *, batch_size: int = 64) -> Predictions:
     Raises:
       ValueError: ids or labels outside the vocabulary, or logits that are not finite.
     """
-    logits = clean_logits(model, pairs, batch_size=batch_size)
-    if not np.isfinite(logits.sum(axis=-1, dtype=np.float64)).all():
-        raise ValueError("The model's logits are not finite; look at its parameters, or try dtype float32 or bfloat16.")
-    return Predictions(logits.argmax(-1) == pairs.labels, logits)
-
-
-def clean_logits(model: Model, pairs: Pairs, *, batch_size: int = 64) -> np.ndarray:
-    """Logits at `last` of every clean prompt, float32 [B, V], computed `batch_size` prompts at a time."""
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
+    answered = np.empty(len(pairs), np.int32)
     logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
     for rows, _ in equal_parts(len(pairs), batch_size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], last[rows]))
-        logits[rows] = np.asarray(_logits_at(model.config, model.weights, *prompts))
-    return logits
+        answered[rows], logits[rows] = jax.device_get(_answers(model.config, model.weights, *prompts))
+    return Predictions(is_correct(answered, pairs.labels), logits)
 
 
 @partial(jax.jit, static_argnames="config")
-def _logits_at(config: Config, weights: Params, tokens: jax.Array, last: jax.Array) -> jax.Array:
-    return forward(config, weights, tokens, logits_at=last)[0]
+def _answers(config: Config, weights: Params, tokens: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Answers [B] and logits [B, V] at `last`."""
+    logits = forward(config, weights, tokens, logits_at=last)[0]
+    return answers(logits), logits

@@ -93,7 +93,7 @@ class Batches:
 
 
 def equal_parts(count: int, size: int, copies: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices 0 .. count - 1 in parts of min(size, count), or a little more, which are of one shape.
+    """Indices 0 .. count - 1 in as few parts of at most `size` as there can be, or a little more, all of one shape.
 
     What fills up a part are indices from 0 on.
 
@@ -108,7 +108,7 @@ def equal_parts(count: int, size: int, copies: int = 1) -> Iterator[tuple[np.nda
     """
     if size < 1:
         raise ValueError(f"batch_size={size}; expected at least 1.")
-    size = _rounded_up(min(size, count), copies)
+    size = _rounded_up(-(-count // -(-count // size)), copies)
     for start in range(0, count, size):
         indices = np.arange(start, start + size)
         yield indices % count, indices < count

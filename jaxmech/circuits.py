@@ -12,7 +12,7 @@ Axes as in `jaxmech.model`; R vital tokens of a prompt, C circuits, U distinct t
 1, or one for each example.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,56 +39,118 @@ from jaxmech.model import (
     visible,
 )
 from jaxmech.pairs import Pairs
-from jaxmech.patching import as_heads_by_role, at_tokens
-from jaxmech.predictions import Predictions
+from jaxmech.patching import as_heads_by_role, at_tokens, head_values
+from jaxmech.predictions import Predictions, answers, is_correct
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 
 Array = Any  # NumPy on the host, jax.Array inside jit
+# Indices of circuits and of examples, and their answers [C, B] and logits [C, B, V], None if they are not asked for.
+Passes = Iterator[tuple[np.ndarray, np.ndarray, tuple[jax.Array, jax.Array | None]]]
 
 
 def mean_activations(
-    model: Model, tokens: np.ndarray, last: np.ndarray | None = None, *, batch_size: int = 64
+    model: Model, tokens: np.ndarray | Pairs, last: np.ndarray | None = None, *, batch_size: int = 64
 ) -> np.ndarray:
     """z of every head averaged over prompts, position by position: float32 [T, L, N, H].
 
     Args:
-      tokens: int [B, T], prompts in which a position means the same, as far as that can be.
+      tokens: int [B, T], prompts in which a position means the same, as far as that can be; or `Pairs`, whose clean
+        prompts and last tokens are taken.
       last: int [B], the last token of each prompt (`pairs.position("last")`); a position is averaged over the prompts
-        that reach it, and is zero where none does. None: all prompts have T tokens.
+        that reach it, and is NaN where none does. None: all prompts have T tokens; what pads shorter ones would count.
       batch_size: prompts in one call.
 
     Raises:
-      ValueError: ids outside the vocabulary, or `last` is not [B] positions.
+      ValueError: no prompts, ids outside the vocabulary, or `last` is not [B] positions.
     """
-    tokens = check_tokens(model.config, tokens)
-    count, length = tokens.shape
-    last = np.full(count, length - 1) if last is None else np.asarray(last)
-    if last.shape != (count,) or last.min() < 0 or last.max() >= length:
-        raise ValueError(f"last is {last}; expected a position 0..{length - 1} for each of the {count} prompts.")
+    prompts, last = _prompts_to_ablate_by(model.config, tokens, last)
+    count, length = prompts.shape
     reached = (np.arange(length) <= last[:, None]).astype(np.float32)  # [B, T]
     total = np.zeros((), np.float32)
     for rows, new in equal_parts(count, batch_size, row_devices(model.weights)):
-        prompts = over_rows(model.weights, (tokens[rows], reached[rows] * new[:, None]))
-        total = total + np.asarray(_sum_of_z(model.config, model.weights, *prompts))
-    return np.moveaxis(total, 0, 1) / np.maximum(reached.sum(0), 1)[:, None, None, None]
+        here = over_rows(model.weights, (prompts[rows], reached[rows] * new[:, None]))
+        total = total + np.asarray(_sum_of_z(model.config, model.weights, *here))
+    counts = np.where(reached.any(0), reached.sum(0), np.nan).astype(np.float32)
+    return np.moveaxis(total, 0, 1) / counts[:, None, None, None]
 
 
-def resampled_activations(model: Model, tokens: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """z of every head on `count` prompts drawn from `tokens` [B, T] with replacement, [count, T, L, N, H].
+def resampled_activations(
+    model: Model,
+    tokens: np.ndarray | Pairs,
+    examples: Pairs | int,
+    seed: int = 0,
+    *,
+    last: np.ndarray | None = None,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """z of every head on prompts drawn with replacement, one for each example: float32 [B, T, L, N, H].
 
-    Ablated values of `evaluate` for resample ablation: one other prompt for each example.
+    Ablated values of `evaluate` for resample ablation.
+
+    Args:
+      tokens: int [P, T], prompts to draw from; or `Pairs`, whose clean prompts and last tokens are taken.
+      examples: the B pairs that are to be ablated: each draws from the prompts that are at least as long as its own
+        clean prompt and not the same. Or B alone: then from all.
+      last: int [P], the last token of each prompt; values behind it are NaN. None: all prompts have T tokens.
+      batch_size: prompts in one call; None picks as many as fit the memory budget.
 
     Raises:
-      ValueError: ids outside the vocabulary, or count < 1.
+      ValueError: no prompts, ids outside the vocabulary, no examples, or one that has no prompt to draw.
     """
-    if count < 1:
-        raise ValueError(f"count={count}; expected at least 1.")
-    tokens = check_tokens(model.config, tokens)
-    chosen = np.random.default_rng(seed).integers(len(tokens), size=count)
-    rows, back = np.unique(chosen, return_inverse=True)
-    _, captured = model(tokens[rows], capture=("z",))
-    return np.moveaxis(np.asarray(captured["z"], np.float32), 0, 2)[back]
+    prompts, last = _prompts_to_ablate_by(model.config, tokens, last)
+    length = prompts.shape[1]
+    allowed = _drawable(prompts, last, examples)  # [B, P]
+    chosen = np.where(allowed, np.random.default_rng(seed).random(allowed.shape), -1).argmax(1)
+    once, back = np.unique(chosen, return_inverse=True)
+    if batch_size is None:
+        z = 2 * memory.of_heads(model.config, length, model.config.num_layers)  # and in float32
+        batch_size = memory.fitting(model.weights, z + memory.of_forward(model.config, length))
+    everywhere = np.broadcast_to(np.arange(length), prompts.shape)
+    parts = []
+    for rows, new in equal_parts(len(once), batch_size, row_devices(model.weights)):
+        z = head_values(model, (prompts, everywhere), once[rows], sites=("z",))["z"]  # [L, b, T, N, H]
+        parts.append(np.moveaxis(np.asarray(z, np.float32), 0, 2)[new])
+    values = np.concatenate(parts)
+    values[np.arange(length) > last[once, None]] = np.nan
+    return values[back]
+
+
+def _drawable(tokens: np.ndarray, last: np.ndarray, examples: Pairs | int) -> np.ndarray:
+    """Which of the P prompts each of the B examples may be ablated by, bool [B, P]."""
+    if not isinstance(examples, Pairs):
+        if examples < 1:
+            raise ValueError(f"examples={examples}; expected pairs, or a number of at least 1.")
+        return np.ones((examples, len(tokens)), bool)
+
+    def texts(tokens: np.ndarray, last: np.ndarray) -> list[bytes]:
+        return [row[: end + 1].astype(np.int32).tobytes() for row, end in zip(tokens, last, strict=True)]
+
+    own, others = texts(examples.clean, examples.position("last")), texts(tokens, last)
+    allowed = last >= examples.position("last")[:, None]
+    allowed &= np.array([[text != other for other in others] for text in own])
+    if (none := ~allowed.any(1)).any():
+        raise ValueError(
+            f"Example {int(none.argmax())} has no prompt to draw that is at least as long as its own and another one; "
+            "give more prompts, or longer ones."
+        )
+    return allowed
+
+
+def _prompts_to_ablate_by(
+    config: Config, tokens: np.ndarray | Pairs, last: np.ndarray | None
+) -> tuple[Any, np.ndarray]:
+    """Prompts [B, T] and their last tokens [B]."""
+    if isinstance(tokens, Pairs):
+        last = tokens.position("last") if last is None else last
+    prompts = check_tokens(config, tokens.clean if isinstance(tokens, Pairs) else tokens)
+    count, length = prompts.shape
+    last = np.full(count, length - 1) if last is None else np.asarray(last)
+    if not count:
+        raise ValueError("No prompts given, so there is nothing to ablate by.")
+    if last.shape != (count,) or last.min() < 0 or last.max() >= length:
+        raise ValueError(f"last is {last}; expected a position 0..{length - 1} for each of the {count} prompts.")
+    return prompts, last
 
 
 def evaluate(
@@ -119,36 +181,96 @@ def evaluate(
       ValueError: no circuits, an unknown role or head, or means that do not fit the model and the prompts.
     """
     config = model.config
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; expected at least 1.")
     roles, keep, named = _circuit_masks(config, circuits)
-    tokens, last = check_prompts(config, pairs), pairs.position("last")
-    vital = np.stack([pairs.position(role) for role in roles], axis=1)  # [B, R]
+    prompts = _Prompts(
+        tokens=check_prompts(config, pairs),
+        vital=np.stack([pairs.position(role) for role in roles], axis=1),
+        last=pairs.position("last"),
+    )
     values = _ablated_values(config, means, pairs)
-    run = _evaluate_vital if ablate_elsewhere else _evaluate_full
-    copies = row_devices(model.weights) if ablate_elsewhere else 1  # full forward passes run one after another
-    size, per_call = _call_sizes(config, len(keep), pairs, len(roles), batch_size, full=not ablate_elsewhere)
-    correct = np.zeros((len(keep), len(pairs)), bool)
-    logits = np.zeros((*correct.shape, config.vocab_size), np.float32) if keep_logits else None
-    parts = [rows for rows, _ in equal_parts(len(pairs), size)]
-    distinct = _distinct_tokens([tokens[rows] for rows in parts], per_example=len(values) > 1)
-    for rows, (index, tokens_once) in zip(parts, distinct, strict=True):
-        batch = _Batch(tokens[rows], vital[rows], last[rows], index)
-        values_here = values[rows] if len(values) > 1 else values
-        inputs = run.prepare(config, model.weights, batch, np.moveaxis(values_here, 2, 0), tokens_once)
-        for circuits_here, _ in equal_parts(len(keep), per_call, copies):
-            masks = keep[circuits_here], named[circuits_here]
-            masks = over_rows(model.weights, masks) if ablate_elsewhere else masks
-            found = run.circuits(config, model.weights, batch, inputs, *masks)
-            correct[np.ix_(circuits_here, rows)] = np.asarray(found.argmax(-1)) == pairs.labels[rows]
-            if logits is not None:
-                logits[np.ix_(circuits_here, rows)] = np.asarray(found)
-    return Predictions(correct, logits)
+    # Circuits that fill up a call are the first again: few numbers of circuits, so few compilations.
+    masks = tuple(np.resize(x, (_filled_up(len(x)), *x.shape[1:])) for x in (keep, named))
+    run = _vital_passes if ablate_elsewhere else _full_passes
+    answered = np.zeros((len(masks[0]), len(pairs)), np.int32)
+    logits = np.zeros((len(keep), len(pairs), config.vocab_size), np.float32) if keep_logits else None
+    for chosen, rows, found in run(model, prompts, values, *masks, batch_size=batch_size, keep_logits=keep_logits):
+        answered[np.ix_(chosen, rows)], kept = jax.device_get(found)
+        if logits is not None:
+            there = chosen < len(keep)
+            logits[np.ix_(chosen[there], rows)] = kept[there]
+    return Predictions(is_correct(answered[: len(keep)], pairs.labels), logits)
+
+
+def _vital_passes(
+    model: Model,
+    prompts: "_Prompts",
+    values: np.ndarray,
+    keep: np.ndarray,
+    named: np.ndarray,
+    *,
+    batch_size: int | None,
+    keep_logits: bool,
+) -> Passes:
+    """Runs the vital tokens of all circuits, every other token ablated."""
+    del named  # at a role that a circuit does not name, it has no heads
+    config, weights, copies = model.config, model.weights, row_devices(model.weights)
+    per_example = len(values) > 1
+    size, parts = _parts(model, prompts, per_example=per_example, batch_size=batch_size)
+    vital = prompts.vital.shape[1]
+    circuit = memory.of_tokens(config, vital) + memory.of_attention(config, vital, vital + prompts.tokens.shape[1])
+    per_call = memory.fitting(weights, size * (circuit + memory.of_logits(config)))
+    for rows, index, distinct in parts:
+        batch = _Batch(*prompts.of(rows), index)
+        ablated = _ablated_everywhere(config, weights, batch, _by_layer(config, values, rows), distinct)
+        for chosen, _ in equal_parts(len(keep), per_call, copies):
+            here = over_rows(weights, keep[chosen])
+            yield chosen, rows, _vital_answers(config, weights, batch, ablated, here, keep_logits=keep_logits)
+
+
+def _full_passes(
+    model: Model,
+    prompts: "_Prompts",
+    values: np.ndarray,
+    keep: np.ndarray,
+    named: np.ndarray,
+    *,
+    batch_size: int | None,
+    keep_logits: bool,
+) -> Passes:
+    """Runs full forward passes, one circuit after another, in which tokens without a role are as in the model."""
+    config, weights = model.config, model.weights
+    logits = memory.of_logits(config)
+    if batch_size is None:
+        batch_size = memory.fitting(weights, memory.of_forward(config, prompts.tokens.shape[1]) + logits)
+    size = min(len(prompts.tokens), batch_size)
+    per_call = memory.fitting(weights, size * logits)
+    for rows, _ in equal_parts(len(prompts.tokens), size):
+        here = prompts.of(rows)
+        at_vital = _values_at_vital(here.vital, _by_layer(config, values, rows))
+        for chosen, _ in equal_parts(len(keep), per_call):
+            masks = keep[chosen], named[chosen]
+            yield chosen, rows, _full_answers(config, weights, here, at_vital, *masks, keep_logits=keep_logits)
+
+
+class _Prompts(NamedTuple):
+    """Prompts, and where a circuit can have heads."""
+
+    tokens: Array  # [B, T]
+    vital: Array  # [B, R]
+    last: Array  # [B]
+
+    def of(self, rows: np.ndarray) -> "_Prompts":
+        """Those of some examples."""
+        return _Prompts(*(x[rows] for x in self))
 
 
 class _Batch(NamedTuple):
-    """Prompts of one call."""
+    """`_Prompts`, and their tokens among the distinct ones."""
 
     tokens: Array  # [B, T]
-    vital: Array  # [B, R] vital positions
+    vital: Array  # [B, R]
     last: Array  # [B]
     index: Array  # [B, T] which distinct token each is
 
@@ -191,19 +313,19 @@ def _ablated_everywhere(config: Config, weights: Params, batch: _Batch, values: 
         k, v = (project(config, layer_weights, site, normed) for site in ("k", "v"))
         attn_out = attention_output(config, layer_weights, z.astype(x.dtype))  # [S, T, D]
         x = mlp_half(config, layer_weights, x + attn_out[distinct.source, distinct.position])
-        return x, _Ablated(rope.rotate(k, *rotation), v, _at_vital(batch, z))
+        return x, _Ablated(rope.rotate(k, *rotation), v, _at_vital(batch.vital, z))
 
     x = embed(config, weights, distinct.token)
     return jax.lax.scan(layer, x, (weights["blocks"], values))[1]
 
 
-@partial(jax.jit, static_argnames="config")
-def _vital_logits(
-    config: Config, weights: Params, batch: _Batch, ablated: _Ablated, keep: Array, named: Array
-) -> jax.Array:
-    """Logits [C, B, V] of circuits keep [C, L, R, N] by forward passes of the vital tokens."""
-    del named  # at a role that a circuit does not name, it has no heads
-    return jax.vmap(partial(_circuit_logits, config, weights, batch, ablated))(keep)
+@partial(jax.jit, static_argnames=("config", "keep_logits"))
+def _vital_answers(
+    config: Config, weights: Params, batch: _Batch, ablated: _Ablated, keep: Array, *, keep_logits: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Answers [C, B] and logits [C, B, V] of circuits keep [C, L, R, N] by forward passes of the vital tokens."""
+    logits = jax.vmap(partial(_circuit_logits, config, weights, batch, ablated))(keep)
+    return answers(logits), logits if keep_logits else None
 
 
 def _circuit_logits(config: Config, weights: Params, batch: _Batch, ablated: _Ablated, keep: jax.Array) -> jax.Array:
@@ -236,43 +358,34 @@ def _circuit_logits(config: Config, weights: Params, batch: _Batch, ablated: _Ab
     return unembed(config, weights, x[example, at_last])
 
 
-@partial(jax.jit, static_argnames="config")
-def _values_at_vital(config: Config, weights: Params, batch: _Batch, values: Array, distinct: _Distinct) -> jax.Array:
-    """The ablated values [L, B, R, N, H] at the vital positions."""
-    del config, weights, distinct
-    return jax.vmap(partial(_at_vital, batch))(values)
+@jax.jit
+def _values_at_vital(vital: Array, values: Array) -> jax.Array:
+    """The ablated values [L, B, R, N, H] at the vital positions [B, R]."""
+    return jax.vmap(partial(_at_vital, vital))(values)
 
 
-def _at_vital(batch: _Batch, values: jax.Array) -> jax.Array:
-    """One layer's values [S, T, N, H] at the vital positions, [B, R, N, H]."""
-    source = jnp.arange(len(batch.vital)) if len(values) > 1 else jnp.zeros(len(batch.vital), jnp.int32)
-    return values[source[:, None], batch.vital]
+def _at_vital(vital: jax.Array, values: jax.Array) -> jax.Array:
+    """One layer's values [S, T, N, H] at the vital positions [B, R]: [B, R, N, H]."""
+    source = jnp.arange(len(vital)) if len(values) > 1 else jnp.zeros(len(vital), jnp.int32)
+    return values[source[:, None], vital]
 
 
-@partial(jax.jit, static_argnames="config")
-def _full_logits(config: Config, weights: Params, batch: _Batch, values: Array, keep: Array, named: Array) -> jax.Array:
-    """Logits [C, B, V] of circuits keep [C, L, R, N] by full forward passes, one after another."""
-    same = batch.vital[:, :, None] == batch.vital[:, None, :]  # [B, R, R]
+@partial(jax.jit, static_argnames=("config", "keep_logits"))
+def _full_answers(
+    config: Config, weights: Params, prompts: _Prompts, values: Array, keep: Array, named: Array, *, keep_logits: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Answers [C, B] and logits [C, B, V] of circuits keep [C, L, R, N] by full forward passes, one after another."""
+    same = prompts.vital[:, :, None] == prompts.vital[:, None, :]  # [B, R, R]
 
     def one(circuit):
         kept, roles = circuit
         named = (same & roles).any(-1)[..., None]  # [B, R, 1]; tokens that no role of the circuit names are left alone
-        ablated = named & ~at_tokens(batch.vital, kept)  # [L, B, R, N]
-        patch = Patch(ablated.astype(config.compute_dtype), values, batch.vital)
-        return forward(config, weights, batch.tokens, Interventions(z=patch), logits_at=batch.last)[0]
+        ablated = named & ~at_tokens(prompts.vital, kept)  # [L, B, R, N]
+        patch = Patch(ablated.astype(config.compute_dtype), values, prompts.vital)
+        logits = forward(config, weights, prompts.tokens, Interventions(z=patch), logits_at=prompts.last)[0]
+        return answers(logits), logits if keep_logits else None
 
     return jax.lax.map(one, (keep, named))
-
-
-class _Way(NamedTuple):
-    """How circuits are run: what is computed once for all of them, and then their logits."""
-
-    prepare: Any
-    circuits: Any
-
-
-_evaluate_vital = _Way(_ablated_everywhere, _vital_logits)
-_evaluate_full = _Way(_values_at_vital, _full_logits)
 
 
 def _circuit_masks(config: Config, circuits: Sequence[Any]) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -304,11 +417,50 @@ def _ablated_values(config: Config, means: np.ndarray, pairs: Pairs) -> np.ndarr
             "as long."
         )
     values = values[:, :length]
-    if not np.isfinite(values.sum(dtype=np.float64)):
+    reached = np.arange(length) <= pairs.position("last")[:, None]  # [B, T]
+    missing = ~np.isfinite(values.sum(axis=(2, 3, 4), dtype=np.float64))  # [S, T]
+    if (needed := missing & (reached if len(values) > 1 else reached.any(0))).any():
         raise ValueError(
-            "means holds numbers that are not finite; look at the model and the dtype that they come from."
+            f"means holds numbers that are not finite at position {int(needed.any(0).argmax())}, which the prompts "
+            "reach. Did none of the prompts that they come from reach it? Else look at the model and its dtype."
         )
-    return values
+    return np.where(missing[..., None, None, None], 0, values) if missing.any() else values
+
+
+def _by_layer(config: Config, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The ablated values [S, T, L, N, H] for some examples, as [L, S, T, N, H] in the compute dtype."""
+    here = values[rows] if len(values) > 1 else values
+    return np.moveaxis(here, 2, 0).astype(config.compute_dtype)
+
+
+def _filled_up(circuits: int) -> int:
+    """So many circuits or a few more: a power of two, or a multiple of eight."""
+    return 2 ** (circuits - 1).bit_length() if circuits < 8 else circuits + -circuits % 8
+
+
+def _parts(
+    model: Model, prompts: _Prompts, *, per_example: bool, batch_size: int | None
+) -> tuple[int, list[tuple[np.ndarray, np.ndarray, _Distinct]]]:
+    """The examples in parts that fit the memory budget, and how many each has.
+
+    Of each part: its examples, and what `_distinct_tokens` says of them.
+
+    Args:
+      per_example: every example has ablated values of its own.
+    """
+    config, length = model.config, prompts.tokens.shape[1]
+    layers, vital = config.num_layers, prompts.vital.shape[1]
+    distinct = memory.of_keys_and_values(config, 1, layers) + memory.of_tokens(config, 1)  # what such a token takes
+    example = memory.of_heads(config, vital + length * per_example, layers) + memory.of_logits(config)
+    example += memory.of_keys_and_values(config, length, 1) + memory.of_tokens(config, vital)
+    size, budget = len(prompts.tokens) if batch_size is None else batch_size, memory.budget(model.weights)
+    while True:
+        rows = [rows for rows, _ in equal_parts(len(prompts.tokens), size)]
+        found = _distinct_tokens([prompts.tokens[part] for part in rows], per_example=per_example)
+        size, taken = len(rows[0]), len(found[0][1].token) * distinct + len(rows[0]) * example
+        if batch_size is not None or taken <= budget or size == 1:
+            return size, [(part, *which) for part, which in zip(rows, found, strict=True)]
+        size = max(1, min(size - 1, int(size * budget / taken)))  # smaller parts share fewer tokens: look again
 
 
 def _distinct_tokens(batches: Sequence[np.ndarray], *, per_example: bool) -> list[tuple[np.ndarray, _Distinct]]:
@@ -328,18 +480,3 @@ def _distinct_tokens(batches: Sequence[np.ndarray], *, per_example: bool) -> lis
     most = max(len(distinct) for _, distinct in found)
     padded = [(index, np.pad(distinct, ((0, most - len(distinct)), (0, 0)))) for index, distinct in found]
     return [(index, _Distinct(*distinct.T)) for index, distinct in padded]
-
-
-def _call_sizes(
-    config: Config, circuits: int, pairs: Pairs, roles: int, batch_size: int | None, *, full: bool
-) -> tuple[int, int]:
-    """Examples and circuits in one call that fit the memory budget."""
-    T = pairs.clean.shape[1]
-    tokens, logits = T if full else roles, memory.of_logits(config)
-    activations = memory.of_tokens(config, tokens) + memory.of_attention(config, tokens, T + tokens)
-    shared = memory.of_keys_and_values(config, T, 1) + memory.of_heads(config, roles, config.num_layers)
-    if batch_size is None:
-        batch_size = memory.fitting(shared + activations + logits)
-    examples = min(len(pairs), batch_size)
-    per_circuit = examples * (logits + (0 if full else activations))
-    return examples, min(circuits, memory.fitting(per_circuit))

@@ -32,9 +32,9 @@ from jaxmech.patching import (
     positions_of,
     role_masks,
 )
-from jaxmech.predictions import Predictions
+from jaxmech.predictions import Predictions, answers, is_correct
 from jaxmech.scores import PathScores
-from jaxmech.sharding import over_rows, row_devices
+from jaxmech.sharding import devices_of, on_devices_of, over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
 COMPONENTS = ("z", "q", "k", "v")
@@ -73,7 +73,7 @@ def collect(
     """
     components, roles = _check_components(components), tuple(roles)
     source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
-    size = examples_per_call(model.config, pairs) if batch_size is None else batch_size
+    size = examples_per_call(model, pairs) if batch_size is None else batch_size
     parts = list(equal_parts(len(pairs), size))
     found = [jax.device_get(head_values(model, source, rows, sites=components)) for rows, _ in parts]
     kept = {
@@ -174,27 +174,29 @@ def cmap_heads(
     tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
     copies = row_devices(base.weights)
     if batch_size is None:
-        batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1], (config.num_heads + 1) / copies)
+        batch_size = _examples_per_call(base, last - p + 1, tokens.shape[1], (config.num_heads + 1) / copies)
     batches = Batches.plan([tokens], p, last, batch_size)
     heads = np.arange(config.num_layers * config.num_heads)
     work = batches.capacity / TOKENS_PER_CALL
     calls = calls_of_equal_size(heads, work, most=config.num_layers, copies=copies, besides=1)
     scores = np.zeros((len(heads), len(pairs)), np.float32)
-    correct = np.zeros((len(heads), len(pairs)), bool)
-    clean_correct, probability = np.zeros(len(pairs), bool), np.zeros(len(pairs), np.float32)
+    answered = np.zeros((1 + len(heads), len(pairs)), np.int32)  # without a patch, and with each head's
+    probability = np.zeros(len(pairs), np.float32)
     for rows in batches.rows:
         prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
-        inputs = _prepare(config, base.weights, prompts, suffixes, values_of(rows), pairs.labels[rows])
+        values = on_devices_of(base.weights, values_of(rows))
+        inputs = _prepare(config, base.weights, prompts, suffixes, values, pairs.labels[rows])
         for call in calls:
             run = over_rows(base.weights, np.append(NO_HEAD, call))
-            found, right = jax.device_get(_run_heads(config, base.weights, inputs, run))
+            found, said = jax.device_get(_run_heads(config, base.weights, inputs, run))
             clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, None)))
-            here = np.ix_(call, rows)
-            scores[here], correct[here] = effect(metric, patched, clean), right[1:]
-            clean_correct[rows], probability[rows] = right[0], np.exp(clean.log_probability)
+            scores[np.ix_(call, rows)] = effect(metric, patched, clean)
+            answered[np.ix_(np.append(0, 1 + call), rows)] = said
+            probability[rows] = np.exp(clean.log_probability)
     shape = config.num_layers, config.num_heads
-    accuracy, scores = correct.mean(-1).reshape(shape), scores.reshape(*shape, -1)
-    return HeadSweep(accuracy, PathScores(scores, probability, metric), float(clean_correct.mean()))
+    accuracy = is_correct(answered, pairs.labels).mean(-1)
+    scores = PathScores(scores.reshape(*shape, -1), probability, metric)
+    return HeadSweep(accuracy[1:].reshape(shape), scores, float(accuracy[0]))
 
 
 class _Inputs(NamedTuple):
@@ -214,7 +216,7 @@ def _prepare(config: Config, weights: Params, prompts, suffixes: Suffixes, value
 
 @partial(jax.jit, static_argnames="config")
 def _run_heads(config: Config, weights: Params, inputs: _Inputs, heads: Array) -> tuple[Outcome, jax.Array]:
-    """Outcomes and whether the answer is right, [R, B], of the heads [R]: NO_HEAD, and others in increasing order."""
+    """Outcomes and answers, [R, B], of the heads [R]: NO_HEAD, and others in increasing order."""
     start = jnp.minimum(heads[1] // config.num_heads, max(0, config.num_layers - 2))
 
     def one(head):
@@ -222,7 +224,7 @@ def _run_heads(config: Config, weights: Params, inputs: _Inputs, heads: Array) -
         patches = {s: (cone.HeadPatch(inputs.suffixes.first, weight, x),) for s, x in inputs.values.items()}
         x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, patches, start)
         logits = unembed(config, weights, x)
-        return outcome(logits, inputs.labels, inputs.labels), logits.argmax(-1) == inputs.labels
+        return outcome(logits, inputs.labels, inputs.labels), answers(logits)
 
     return jax.vmap(one)(heads)
 
@@ -239,8 +241,11 @@ def _paper_cmap(
     """As the published code does it, by full forward passes with patches at every token."""
     pairs = last_column(pairs)
     tokens, last = check_prompts(base.config, pairs), pairs.position("last")
+    if devices_of(base.weights) != devices_of(tuned.weights):
+        raise ValueError('compat="paper" runs both models in one call; load them onto the same devices.')
+    answered = np.empty(len(pairs), np.int32)
     logits = np.empty((len(pairs), base.config.vocab_size), np.float32)
-    size = max(1, examples_per_call(base.config, pairs) // base.config.num_layers) if batch_size is None else batch_size
+    size = max(1, examples_per_call(base, pairs) // base.config.num_layers) if batch_size is None else batch_size
     for start in range(0, len(pairs), size):
         rows = slice(start, start + size)
         positions = positions_of(pairs.position, roles)[rows]
@@ -249,12 +254,12 @@ def _paper_cmap(
                 [x if role == "prev_query_box" else last[rows] for role, x in zip(roles, positions.T, strict=True)], 1
             )
         arguments = base.config, base.weights, tuned.weights, tokens[rows], positions, last[rows], mask
-        logits[rows] = np.asarray(_paper_logits(*arguments, components=components))
-    return Predictions(logits.argmax(-1) == pairs.labels, logits)
+        answered[rows], logits[rows] = jax.device_get(_paper_answers(*arguments, components=components))
+    return Predictions(is_correct(answered, pairs.labels), logits)
 
 
 @partial(jax.jit, static_argnames=("config", "components"))
-def _paper_logits(
+def _paper_answers(
     config: Config,
     base: Params,
     tuned: Params,
@@ -264,8 +269,8 @@ def _paper_logits(
     mask: Array,
     *,
     components,
-) -> jax.Array:
-    """Logits [B, V] of the base model, patched as the published code does; mask [L, R, N], positions [B, R]."""
+) -> tuple[jax.Array, jax.Array]:
+    """Answers [B] and logits [B, V] of the base model, patched as published; mask [L, R, N], positions [B, R]."""
     (batch, length), dtype = tokens.shape, config.compute_dtype
     _, theirs = forward(config, tuned, tokens, capture=components, logits_at=last)
     at_role = at_tokens(positions, mask).astype(dtype)  # [L, B, R, N]
@@ -281,7 +286,8 @@ def _paper_logits(
         _, own = forward(config, base, tokens, capture=("z",), logits_at=last)
         frozen = (token < length - 1).astype(dtype)[:, None]  # [T, 1]
         patches["z"] = Patch(jnp.broadcast_to(frozen, (batch, length, 1)), own["z"])
-    return forward(config, base, tokens, Interventions(**patches), logits_at=last)[0]
+    logits = forward(config, base, tokens, Interventions(**patches), logits_at=last)[0]
+    return answers(logits), logits
 
 
 def _check_components(components: Sequence[str]) -> tuple[str, ...]:
@@ -341,10 +347,12 @@ def _chosen_values(values: HeadValues, roles: list[int], components: Sequence[st
     return {site: values.values[site][:, rows][:, :, roles] for site in components}
 
 
-def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int, rows: float) -> int:
+def _examples_per_call(base: Model, lengths: np.ndarray, tokens: int, rows: float) -> int:
     """Examples whose clean cache and whose streams, for so many heads at a time, fit the memory budget."""
-    length, layers = float(lengths.mean()), config.num_layers
+    config, length = base.config, float(lengths.mean())
+    layers = config.num_layers
     cache = memory.of_keys_and_values(config, tokens, layers) + memory.of_streams(config, length, layers)
     stream = memory.of_tokens(config, length) + memory.of_attention(config, length, tokens)
     values = memory.of_heads(config, 1, layers)
-    return memory.fitting(cache + values + rows * (stream + memory.of_logits(config)))
+    run = max(memory.of_forward(config, tokens), rows * (stream + memory.of_logits(config)))
+    return memory.fitting(base.weights, cache + values + run)

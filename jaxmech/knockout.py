@@ -17,7 +17,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs
-from jaxmech.predictions import Predictions
+from jaxmech.predictions import Predictions, answers, is_correct
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
@@ -58,22 +58,22 @@ def knockout(
         )
     tokens = check_prompts(config, pairs)
     if batch_size is None:
-        batch_size = _examples_per_call(config, last - p + 1, tokens.shape[1])
+        batch_size = _examples_per_call(model, last - p + 1, tokens.shape[1])
     batches = Batches.plan([tokens], p, last, batch_size)
     work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(model.weights)
     calls = calls_of_equal_size(np.arange(config.num_layers), work, most=config.num_layers, copies=copies)
-    correct = np.zeros((config.num_layers, len(pairs)), bool)
-    logits = np.zeros((*correct.shape, config.vocab_size), np.float32) if keep_logits else None
+    answered = np.zeros((config.num_layers, len(pairs)), np.int32)
+    logits = np.zeros((*answered.shape, config.vocab_size), np.float32) if keep_logits else None
     for rows in batches.rows:
         suffixes = batches.suffixes(rows)
         clean = _clean_cache(config, model.weights, batches.prompts(rows), suffixes)
         for starts in calls:
             run = over_rows(model.weights, starts)
-            found = np.asarray(_logits(config, model.weights, _Inputs(clean, suffixes, key[rows]), run))
-            correct[np.ix_(starts, rows)] = found.argmax(-1) == pairs.labels[rows]
+            found = _answers(config, model.weights, _Inputs(clean, suffixes, key[rows]), run, keep_logits=keep_logits)
+            answered[np.ix_(starts, rows)], kept = jax.device_get(found)
             if logits is not None:
-                logits[np.ix_(starts, rows)] = found
-    return Predictions(correct, logits)
+                logits[np.ix_(starts, rows)] = kept
+    return Predictions(is_correct(answered, pairs.labels), logits)
 
 
 def random_target(pairs: Pairs, source: str = "last", seed: int = 0) -> np.ndarray:
@@ -109,15 +109,18 @@ def _clean_cache(config: Config, weights: Params, prompts, suffixes: Suffixes) -
     return cone.live_cache(config, weights, prompts, suffixes)
 
 
-@partial(jax.jit, static_argnames="config")
-def _logits(config: Config, weights: Params, inputs: _Inputs, starts: Array) -> jax.Array:
-    """Logits [R, B, V] for the first blocked layers starts [R], in increasing order."""
+@partial(jax.jit, static_argnames=("config", "keep_logits"))
+def _answers(
+    config: Config, weights: Params, inputs: _Inputs, starts: Array, *, keep_logits: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Answers [R, B] and logits [R, B, V] for the first blocked layers starts [R], in increasing order."""
     first = jnp.minimum(starts[0], max(0, config.num_layers - 2))
 
     def one(start):
         blocked = cone.Knockout(inputs.target, start)
         x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, {}, first, knockout=blocked)
-        return unembed(config, weights, x)
+        logits = unembed(config, weights, x)
+        return answers(logits), logits if keep_logits else None
 
     return jax.vmap(one)(starts)
 
@@ -135,9 +138,11 @@ def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
     return target
 
 
-def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int) -> int:
+def _examples_per_call(model: Model, lengths: np.ndarray, tokens: int) -> int:
     """Examples whose clean cache and whose suffixes, for one first layer, fit the memory budget."""
-    length, layers = float(lengths.mean()), config.num_layers
+    config, length = model.config, float(lengths.mean())
+    layers = config.num_layers
     cache = memory.of_keys_and_values(config, tokens, layers) + memory.of_streams(config, length, layers)
     stream = memory.of_tokens(config, length) + memory.of_attention(config, length, tokens)
-    return memory.fitting(cache + stream + memory.of_logits(config))
+    run = max(memory.of_forward(config, tokens), stream + memory.of_logits(config))
+    return memory.fitting(model.weights, cache + run)

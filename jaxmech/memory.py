@@ -8,23 +8,31 @@ from typing import Any
 import jax
 
 from jaxmech.config import Config
+from jaxmech.sharding import devices_of
 
 CPU_BUDGET = 2**30  # bytes; a CPU reports no limit, and larger chunks are not faster there
 DEVICE_FRACTION = 0.5  # of what is free; the rest is for what XLA needs besides the arrays that are counted
 
 
-def budget(device: Any = None) -> int:
-    """Bytes of activations that one call may hold on the jax device `device`, the first one by default."""
-    stats = (device or jax.local_devices()[0]).memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return CPU_BUDGET
-    return int(DEVICE_FRACTION * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+def budget(weights: Any) -> int:
+    """Bytes of activations that one call may hold on each device that has the parameters `weights`.
+
+    That with the least free memory counts; of parameters that are on none, the first device.
+    """
+    stats = [device.memory_stats() or {} for device in devices_of(weights) or jax.local_devices()[:1]]
+    free = [x["bytes_limit"] - x.get("bytes_in_use", 0) for x in stats if "bytes_limit" in x]
+    return int(DEVICE_FRACTION * min(free)) if free else CPU_BUDGET
 
 
 def of_tokens(config: Config, count: float) -> float:
     """Tokens in one layer: their stream, heads and MLP, without attention."""
     heads = config.num_heads * config.head_dim
     return config.compute_dtype.itemsize * count * (4 * config.width + 3 * config.mlp_width + 4 * heads)
+
+
+def of_forward(config: Config, tokens: float) -> float:
+    """A layer of a forward pass of a prompt of so many tokens."""
+    return of_tokens(config, tokens) + of_attention(config, tokens, tokens)
 
 
 def of_attention(config: Config, queries: float, keys: float) -> float:
@@ -52,6 +60,6 @@ def of_logits(config: Config) -> float:
     return 8 * config.vocab_size
 
 
-def fitting(bytes_each: float) -> int:
-    """How many of what takes `bytes_each` fit the budget, 1 at least."""
-    return max(1, int(budget() / bytes_each))
+def fitting(weights: Any, bytes_each: float) -> int:
+    """How many of what takes `bytes_each` fit the budget beside the parameters `weights`, 1 at least."""
+    return max(1, int(budget(weights) / bytes_each))

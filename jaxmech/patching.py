@@ -21,8 +21,8 @@ from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
-from jaxmech.predictions import Predictions
-from jaxmech.sharding import over_rows, row_devices
+from jaxmech.predictions import Predictions, answers, is_correct
+from jaxmech.sharding import on_devices_of, over_rows, row_devices
 
 Array = Any  # NumPy on the host, jax.Array inside jit
 
@@ -82,12 +82,15 @@ def patched_predictions(
     """
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
     positions = positions_of(pairs.position, roles)
+    answered = np.empty(len(pairs), np.int32)
     logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
-    size = examples_per_call(model.config, pairs) if batch_size is None else batch_size
+    size = examples_per_call(model, pairs) if batch_size is None else batch_size
     for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], positions[rows], last[rows]))
-        logits[rows] = np.asarray(_patched_logits(model.config, model.weights, *prompts, mask, values(rows)))
-    return Predictions(logits.argmax(-1) == pairs.labels, logits)
+        here = on_devices_of(model.weights, values(rows))
+        found = _patched_answers(model.config, model.weights, *prompts, mask, here)
+        answered[rows], logits[rows] = jax.device_get(found)
+    return Predictions(is_correct(answered, pairs.labels), logits)
 
 
 def head_values(
@@ -105,16 +108,20 @@ def _head_values(config: Config, weights: Params, tokens: Array, positions: Arra
 
 
 @partial(jax.jit, static_argnames="config")
-def _patched_logits(
+def _patched_answers(
     config: Config, weights: Params, tokens: Array, positions: Array, last: Array, mask: Array, values: dict[str, Array]
-) -> jax.Array:
-    """Logits [B, V] at `last`, the heads of mask [L, R, N] replaced at positions [B, R] at every site of values."""
+) -> tuple[jax.Array, jax.Array]:
+    """Answers [B] and logits [B, V], the heads of mask [L, R, N] replaced at positions [B, R] at every site of values.
+
+    Logits are those at `last`.
+    """
     weight = at_tokens(positions, mask).astype(config.compute_dtype)
     if mask.shape[1] > 1:
         role = _role_of_heads(positions, mask)[..., None]
         values = {site: jnp.take_along_axis(value, role, axis=2) for site, value in values.items()}
     patches: dict[str, Any] = {site: Patch(weight, value, positions) for site, value in values.items()}
-    return forward(config, weights, tokens, Interventions(**patches), logits_at=last)[0]
+    logits = forward(config, weights, tokens, Interventions(**patches), logits_at=last)[0]
+    return answers(logits), logits
 
 
 def at_tokens(positions: Array, mask: Array) -> jax.Array:
@@ -179,8 +186,7 @@ def positions_of(position: Any, roles: Sequence[str]) -> np.ndarray:
     return np.stack([position(role) for role in roles], axis=1)
 
 
-def examples_per_call(config: Config, pairs: Pairs) -> int:
+def examples_per_call(model: Model, pairs: Pairs) -> int:
     """Examples whose activations in one layer and logits fit the memory budget."""
-    T = pairs.clean.shape[1]
-    forward = memory.of_tokens(config, T) + memory.of_attention(config, T, T)
-    return memory.fitting(forward + memory.of_logits(config))
+    forward = memory.of_forward(model.config, pairs.clean.shape[1])
+    return memory.fitting(model.weights, forward + memory.of_logits(model.config))

@@ -174,7 +174,8 @@ def plan(
         )
     if batch_size is None:
         rows = (config.num_heads + 1) / copies
-        batch_size = _examples_per_call(config, last - p + 1, prompts[0].shape[1], rows, live=mask is not None)
+        tokens = [x.shape[1] for x in prompts]
+        batch_size = _examples_per_call(model, last - p + 1, tokens, rows, live=mask is not None)
     batches = Batches.plan(prompts, p, last, batch_size)
     sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
     heads, work = np.arange(sender_layers * config.num_heads), _work(batches, live=mask is not None)
@@ -288,13 +289,19 @@ def _receiver_mask(config: Config, receivers: Iterable[Sequence[int]] | None, vi
     return head_mask(config, receivers)
 
 
-def _examples_per_call(config: Config, lengths: np.ndarray, tokens: int, rows: float, *, live: bool) -> int:
-    """Examples that fit the memory budget: their clean cache, and the activations of so many senders at a time."""
-    length, width, layers = float(lengths.mean()), int(lengths.max()), config.num_layers
+def _examples_per_call(model: Model, lengths: np.ndarray, tokens: Sequence[int], rows: float, *, live: bool) -> int:
+    """Examples whose clean cache fits the memory budget, beside what runs them or the senders, so many at a time.
+
+    Args:
+      tokens: of a clean and of a corrupt prompt.
+    """
+    config, length, width = model.config, float(lengths.mean()), int(lengths.max())
+    layers = config.num_layers
     cache = memory.of_streams(config, length + 1, layers) + memory.of_heads(config, 1, layers)
     sender = memory.of_tokens(config, length if live else 1)
     if live:
-        cache += memory.of_keys_and_values(config, tokens, layers)
+        cache += memory.of_keys_and_values(config, tokens[0], layers)
         sender += memory.of_heads(config, 1, layers)  # what the receivers read
-        sender += memory.of_heads(config, 4 * width, 1) + memory.of_attention(config, width, tokens + width)
-    return memory.fitting(cache + rows * (sender + memory.of_logits(config)))
+        sender += memory.of_heads(config, 4 * width, 1) + memory.of_attention(config, width, tokens[0] + width)
+    prompts = len(tokens) * memory.of_forward(config, max(tokens))
+    return memory.fitting(model.weights, cache + max(prompts, rows * (sender + memory.of_logits(config))))

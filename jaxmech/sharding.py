@@ -109,6 +109,25 @@ def over_rows(weights: Any, rows: Any) -> Any:
     return jax.device_put(rows, NamedSharding(_mesh(weights), PartitionSpec(ROWS)))
 
 
+def devices_of(weights: Any) -> list[Any]:
+    """The devices of this process that hold the parameters `weights`; none where they are NumPy arrays or shapes."""
+    found = getattr(weights["final_norm"], "sharding", None)
+    return sorted(found.addressable_devices, key=lambda device: device.id) if found else []
+
+
+def on_devices_of(weights: Any, values: Any) -> Any:
+    """The arrays of a tree where `weights` are, each of their devices with all of them; those that are, unchanged."""
+    devices = set(devices_of(weights))
+
+    def place(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or not devices or x.sharding.device_set == devices:
+            return x
+        mesh = _mesh(weights)
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec()) if mesh else next(iter(devices)))
+
+    return jax.tree.map(place, values)
+
+
 def _mesh(weights: Any) -> Any:
     return getattr(getattr(weights["final_norm"], "sharding", None), "mesh", None)
 

@@ -48,7 +48,7 @@ def test_means_of_prompts_of_unequal_length_leave_out_the_padding(model, random_
     expected = [z[last >= t, t].mean(0) for t in range(pairs.clean.shape[1] - 1)]
     assert len(set(last)) > 1
     assert_close(found[:-1], expected, TOLERANCES.recompiled)
-    assert not found[-1].any()
+    assert np.isnan(found[-1]).all()
     with pytest.raises(ValueError, match="last is .*expected a position 0..11 for each of the 5 prompts"):
         jm.mean_activations(model, pairs.clean, last + 3)
 
@@ -87,6 +87,45 @@ def test_every_prompt_can_have_ablated_values_of_its_own(model, random_pairs, el
         assert_close(logits, full_forward.evaluate(model, pairs, circuit, values, elsewhere), TOLERANCES.cone)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])
+def test_resampling_takes_other_prompts_that_are_as_long_and_nothing_of_their_padding(model, random_pairs, elsewhere):
+    pairs = random_pairs(model)
+    others = random_pairs(model, count=9, seed=3)
+    last = others.position("last").copy()
+    last[:2] = others.clean.shape[1] - 1
+    both = np.concatenate([others.clean, pairs.clean]), np.concatenate([last, pairs.position("last")])
+    values = jm.resampled_activations(model, both[0], pairs, last=both[1], batch_size=2)
+    assert np.isnan(values).any() and len(np.unique(last)) > 1
+    padding = both[0].copy()
+    padding[np.arange(padding.shape[1]) > both[1][:, None]] += 1
+    again = jm.resampled_activations(model, padding % 50, pairs, last=both[1])
+    found = [jm.evaluate(model, pairs, CIRCUITS, x, elsewhere).logits for x in (values, again)]
+    assert_close(found[1], found[0], TOLERANCES.recompiled)
+    z = np.asarray(model(pairs.clean, capture=("z",))[1]["z"])  # [L, B, T, N, H]
+    for i, position in enumerate(pairs.position("last")):
+        assert np.isfinite(values[i, : position + 1]).all()
+        assert np.abs(values[i, position] - z[:, i, position]).max() > 0.01, "not its own"
+    shortest = pairs[[int(pairs.position("last").argmin())]]
+    drawn = [jm.resampled_activations(model, pairs, shortest, seed=seed)[0, 0] for seed in range(9)]
+    assert len(np.unique(drawn, axis=0)) > 1, "seeds differ"
+    with pytest.raises(ValueError, match="Example 0 has no prompt to draw"):
+        jm.resampled_activations(model, pairs[:1], pairs[:1])
+
+
+def test_means_of_shorter_prompts_are_refused(model, random_pairs):
+    """Positions that no prompt reached have no mean; to take zero there would be another ablation."""
+    pairs = random_pairs(model)
+    short = pairs.position("last") - 1
+    means = jm.mean_activations(model, pairs.clean, short)
+    with pytest.raises(ValueError, match=f"not finite at position {short.max() + 1}, which the prompts reach"):
+        jm.evaluate(model, pairs, CIRCUITS, means)
+    np.testing.assert_array_equal(
+        jm.mean_activations(model, pairs), jm.mean_activations(model, pairs.clean, pairs.position("last"))
+    )
+    within = pairs.position("last") <= short.max()
+    assert jm.evaluate(model, pairs[within], CIRCUITS, means).accuracy.shape == (len(CIRCUITS),)
+
+
 def test_zero_ablation_is_means_of_zero(model, means, random_pairs):
     pairs = random_pairs(model)
     found = jm.evaluate(model, pairs, CIRCUITS[:1], np.zeros_like(means)).logits
@@ -111,10 +150,38 @@ def test_an_empty_circuit_is_everything_ablated(model, means, random_pairs):
 def test_circuits_are_split_to_fit_the_memory_budget(model, means, random_pairs, monkeypatch):
     pairs = random_pairs(model)
     whole = jm.evaluate(model, pairs, CIRCUITS, means).logits
-    monkeypatch.setattr(circuits.memory, "budget", lambda: 2**16)
-    sizes = circuits._call_sizes(model.config, len(CIRCUITS), pairs, 3, None, full=False)
-    assert sizes < (len(pairs), len(CIRCUITS))
+    calls = []
+    monkeypatch.setattr(circuits, "_vital_answers", recorded(circuits._vital_answers, calls))
+    monkeypatch.setattr(circuits.memory, "budget", lambda weights: 2**13)
     assert_close(jm.evaluate(model, pairs, CIRCUITS, means).logits, whole, TOLERANCES.recompiled)
+    examples, together = ({shape[i] for shape in calls} for i in (0, 1))
+    assert max(examples) < len(pairs) and max(together) < len(CIRCUITS)
+
+
+def recorded(run, calls: list[tuple[int, int]]):
+    """`run`, which also writes down how many examples and circuits it is called with."""
+
+    def wrapped(config, weights, batch, ablated, keep, **options):
+        calls.append((len(batch.tokens), len(keep)))
+        return run(config, weights, batch, ablated, keep, **options)
+
+    return wrapped
+
+
+def test_prompts_that_share_no_tokens_are_split_more(model, random_pairs, monkeypatch):
+    """Keys and values of all layers are kept for each distinct token: the budget counts these, not the prompts."""
+    pairs = random_pairs(model, count=12)
+    vital, last = pairs.position("query_box")[:, None], pairs.position("last")
+    alike = np.broadcast_to(pairs.clean[:1], pairs.clean.shape)
+    sizes = {}
+    monkeypatch.setattr(circuits.memory, "budget", lambda weights: 150_000)
+    for name, tokens in (("alike", alike), ("different", pairs.clean)):
+        prompts = circuits._Prompts(tokens, vital, last)
+        sizes[name], parts = circuits._parts(model, prompts, per_example=False, batch_size=None)
+        assert sorted(set(np.concatenate([rows for rows, *_ in parts]))) == list(range(12))
+    assert 1 <= sizes["different"] < sizes["alike"] == 12
+    fewer, _ = circuits._parts(model, circuits._Prompts(alike, vital, last), per_example=True, batch_size=None)
+    assert fewer <= sizes["different"], "examples with ablated values of their own share nothing"
 
 
 def test_logits_need_not_be_kept(model, means, random_pairs):
@@ -128,10 +195,12 @@ def test_the_number_of_circuits_is_no_reason_to_compile_again(random_model, rand
     model = random_model(vocab_size=57)
     pairs = random_pairs(model)
     means = jm.mean_activations(model, pairs.clean)
-    before = circuits._vital_logits._cache_size()
+    before = circuits._vital_answers._cache_size()
     jm.evaluate(model, pairs, list(CIRCUITS), means)
     jm.evaluate(model, pairs, [dict(reversed(circuit.items())) for circuit in CIRCUITS], means)
-    assert circuits._vital_logits._cache_size() == before + 1
+    jm.evaluate(model, pairs, list(CIRCUITS)[:-1], means)
+    assert circuits._vital_answers._cache_size() == before + 1
+    assert [circuits._filled_up(count) for count in (1, 2, 3, 5, 8, 9, 100, 104)] == [1, 2, 4, 8, 8, 16, 104, 104]
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])
@@ -142,12 +211,18 @@ def test_evaluation_lowers_for_every_platform(random_model, random_pairs, elsewh
     roles, keep, named = circuits._circuit_masks(model.config, CIRCUITS)
     ((index, distinct),) = circuits._distinct_tokens([pairs.clean], per_example=False)
     vital = np.stack([pairs.position(role) for role in roles], axis=1)
-    batch = circuits._Batch(pairs.clean, vital, pairs.position("last"), index)
-    run = circuits._evaluate_vital if elsewhere else circuits._evaluate_full
-    values = circuits._ablated_values(model.config, means, pairs)
-    arguments = model.config, model.weights, batch, np.moveaxis(values, 2, 0), distinct
-    inputs = jax.eval_shape(lambda *rest: run.prepare(model.config, *rest), *arguments[1:])
-    for traced in (run.prepare.trace(*arguments), run.circuits.trace(*arguments[:3], inputs, keep, named)):
+    prompts = circuits._Prompts(pairs.clean, vital, pairs.position("last"))
+    batch, model_arguments = circuits._Batch(*prompts, index), (model.config, model.weights)
+    values = np.moveaxis(circuits._ablated_values(model.config, means, pairs), 2, 0)
+    if elsewhere:
+        prepare, arguments = circuits._ablated_everywhere, (*model_arguments, batch, values, distinct)
+        inputs = jax.eval_shape(lambda *rest: prepare(model.config, *rest), *arguments[1:])
+        run = circuits._vital_answers.trace(*model_arguments, batch, inputs, keep, keep_logits=True)
+    else:
+        prepare, arguments = circuits._values_at_vital, (vital, values)
+        inputs = jax.eval_shape(prepare, *arguments)
+        run = circuits._full_answers.trace(*model_arguments, prompts, inputs, keep, named, keep_logits=True)
+    for traced in (prepare.trace(*arguments), run):
         assert "stablehlo" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

@@ -62,7 +62,7 @@ def test_sweeps_split_themselves_to_fit_the_memory_budget(random_model, random_p
     whole = jm.path_patch(model, pairs, "early", [(2, 0)], "v").per_example
     sizes = []
     split = Batches.plan
-    monkeypatch.setattr(path_patching.memory, "budget", lambda: 2**20)
+    monkeypatch.setattr(path_patching.memory, "budget", lambda weights: 2**20)
     monkeypatch.setattr(Batches, "plan", lambda *arguments: sizes.append(arguments[-1]) or split(*arguments))
     parts = jm.path_patch(model, pairs, "early", [(2, 0)], "v").per_example
     assert 1 <= sizes[0] < 12

@@ -11,10 +11,9 @@ from jax.sharding import AxisType, PartitionSpec
 import convert
 import jaxmech as jm
 from convert.families import TABLES, axis_sizes
-from jaxmech import checkpoint, path_patching
-from jaxmech.accuracy import clean_logits
+from jaxmech import checkpoint, memory, path_patching
 from jaxmech.model import forward, parameter_shapes
-from jaxmech.sharding import AXES, over_rows, parameter_axes, row_devices
+from jaxmech.sharding import AXES, devices_of, over_rows, parameter_axes, row_devices
 
 TOKENS = np.arange(36).reshape(3, 12)
 HEADS = [(0, 1), (1, 4), (2, 3), (2, 5)]
@@ -207,7 +206,7 @@ def test_copies_of_a_model_share_the_rows_of_every_sweep(random_model, random_pa
         "heads": lambda model: scores(jm.cmap_heads(model, tuned, pairs, "query_box").scores),
         "knockout": lambda model: jm.knockout(model, pairs).logits,
         "means": lambda model: jm.mean_activations(model, pairs.clean, batch_size=3),
-        "clean prompts": lambda model: clean_logits(model, pairs, batch_size=3),
+        "clean prompts": lambda model: jm.predict(model, pairs, batch_size=3).logits,
         "trainings": lambda model: trained(model, pairs),
         "tuned activations": lambda model: jm.cmap(model, tuned, pairs, circuits[1], ("q", "z")).logits,
         "activation patching": lambda model: jm.patch_activations(model, pairs, circuits[1]).logits,
@@ -290,3 +289,35 @@ def test_a_mesh_that_does_not_fit_is_refused(axes, kind, words):
     with pytest.raises(ValueError) as error:
         jm.parameter_shardings(jm.Config(**SIZES, num_kv_heads=2), mesh)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("one", ["kv heads do not divide"], indirect=True)
+def test_two_models_may_lie_on_different_devices(one, random_pairs):
+    """As two large models do: each alone on a device, or each split over its own."""
+    pairs, devices = random_pairs(one), jax.devices()
+    heads = {"last": HEADS, "early": [(0, 0)]}
+    expected = jm.cmap(one, one, pairs, heads, ("q", "v")).logits
+    swept = jm.cmap_heads(one, one, pairs, "early").scores.per_example
+    elsewhere = jm.Model(one.config, jax.device_put(one.params, devices[1]))
+    meshes = [jm.make_mesh(devices[:2]), jm.make_mesh(devices[2:6], rows=2)]
+    for base, tuned in ((one, elsewhere), (elsewhere, one), tuple(split(one, mesh) for mesh in meshes)):
+        assert_close(jm.cmap(base, tuned, pairs, heads, ("q", "v")).logits, expected, TOLERANCES.recompiled)
+        found = jm.cmap_heads(base, tuned, pairs, "early").scores.per_example
+        np.testing.assert_allclose(found, swept, atol=1e-5)
+    with pytest.raises(ValueError, match="load them onto the same devices"):
+        jm.cmap(one, elsewhere, pairs, heads, compat="paper")
+
+
+def test_the_device_with_the_least_free_memory_counts(one, monkeypatch):
+    """That of the model, wherever it lies."""
+    on = jm.Model(one.config, jax.device_put(one.params, jax.devices()[3]))
+    assert [device.id for device in devices_of(on.weights)] == [3]
+    assert len(devices_of(split(one, jm.make_mesh()).weights)) == 8
+    assert not devices_of(jax.tree.map(np.asarray, one.weights)), "NumPy arrays lie on no device"
+
+    class Device:
+        def __init__(self, used: int):
+            self.memory_stats = lambda: {"bytes_limit": 100, "bytes_in_use": used}
+
+    monkeypatch.setattr(memory, "devices_of", lambda weights: [Device(20), Device(60)])
+    assert memory.budget(on.weights) == int(memory.DEVICE_FRACTION * 40)

@@ -73,8 +73,8 @@ class BasePrompts:
         self._last = np.concatenate([pairs.position("last") for pairs in sets])
         config, starts = model.config, len(sets[0]) * np.arange(len(sets))
         together = [(starts[:, None] + part).reshape(-1) for part in parts]
-        forward = memory.of_tokens(config, T) + memory.of_attention(config, T, T)
-        most = memory.fitting(2 * _base_bytes(config, sets, role, 0) + forward)  # of all layers, and once transposed
+        kept = 2 * _base_bytes(config, sets, role, 0)  # of all layers, and once transposed
+        most = memory.fitting(model.weights, kept + memory.of_forward(config, T))
         calls = math.ceil(len(together[0]) / most)
         size = math.ceil(len(together[0]) / calls)
         self._rows = [np.resize(rows, (calls, size)) for rows in together]
@@ -91,28 +91,29 @@ class BasePrompts:
         return Base(resid_pre, k, v, p.reshape(-1), last.reshape(-1))
 
 
-def examples_at_a_time(config: Config, sets: Sequence[Pairs], role: str, first: int) -> int:
+def examples_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first: int) -> int:
     """Prompts of each set that are held at a time, in half of the memory budget; the other half is for the runs."""
-    return memory.fitting(2 * len(sets) * _base_bytes(config, sets, role, first))
+    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, role, first))
 
 
-def runs_at_a_time(config: Config, sets: Sequence[Pairs], role: str, first: int, examples: int) -> int:
+def runs_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first: int, examples: int) -> int:
     """Runs whose steps of so many examples, forward and backward, fit half of the memory budget."""
-    T, width = _lengths(sets, role)
+    config, (T, width) = model.config, _lengths(sets, role)
     stream = memory.of_streams(config, width, config.num_layers - first)
     stream += 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
-    return memory.fitting(2 * examples * (2 * _base_bytes(config, sets, role, first) + stream))
+    return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, role, first) + stream))
 
 
-def examples_per_call(config: Config, pairs: Pairs, role: str, first: int, masks: int, besides: float) -> int:
+def examples_per_call(model: Model, pairs: Pairs, role: str, first: int, masks: int, besides: float) -> int:
     """Examples whose prompts, whose streams for all masks, and what else each takes fit the memory budget.
 
     Args:
       besides: bytes.
     """
-    T, width = _lengths([pairs], role)
+    config, (T, width) = model.config, _lengths([pairs], role)
     stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
-    return memory.fitting(2 * _base_bytes(config, [pairs], role, first) + masks * stream + besides)
+    kept = 2 * _base_bytes(config, [pairs], role, first)
+    return memory.fitting(model.weights, kept + masks * stream + besides)
 
 
 def _lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
@@ -151,7 +152,7 @@ def collect_targets(model: Model, pairs: Pairs, roles: Sequence[str]) -> Targets
     position = np.stack([pairs.corrupt_position(role) for role in roles], axis=1)
     source = check_tokens(model.config, np.asarray(pairs.corrupt)), position
     found = []
-    for rows, new in equal_parts(len(pairs), patching.examples_per_call(model.config, pairs)):
+    for rows, new in equal_parts(len(pairs), patching.examples_per_call(model, pairs)):
         z = patching.head_values(model, source, rows, sites=("z",))["z"]
         found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
     return Targets(jnp.concatenate(found), pairs.labels)

@@ -17,6 +17,7 @@ from jaxmech.dcm.training import Run
 from jaxmech.loading import Model
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs
+from jaxmech.predictions import answers, is_correct
 from jaxmech.sharding import over_rows
 
 Name = TypeVar("Name", bound=Hashable)
@@ -56,10 +57,13 @@ def accuracies(
     Raises:
       ValueError: as `accuracy`.
     """
-    roles = list(dict.fromkeys(role for _, role in masks))
+    roles: dict[Desideratum, set[str]] = {}
+    for name, role in masks:
+        roles.setdefault(name, set()).add(role)
     sharing: dict[Any, dict[Desideratum, Pairs]] = {}
-    for name in dict.fromkeys(name for name, _ in masks):
-        sharing.setdefault(tuple(base_key(pairs[name], role) for role in roles), {})[name] = pairs[name]
+    for name, named in roles.items():
+        key = tuple((role, base_key(pairs[name], role)) for role in sorted(named))
+        sharing.setdefault(key, {})[name] = pairs[name]
     found: dict[tuple[Desideratum, str], dict[Name, np.ndarray]] = {}
     for same in sharing.values():
         found |= _accuracies(model, same, {(name, role): x for (name, role), x in masks.items() if name in same})
@@ -71,7 +75,7 @@ def _accuracies(
     pairs: Mapping[Desideratum, Pairs],
     masks: Mapping[tuple[Desideratum, str], Mapping[Name, tuple[Heads, np.ndarray]]],
 ) -> dict[tuple[Desideratum, str], dict[Name, np.ndarray]]:
-    """`accuracies` on desiderata that share their base prompts."""
+    """`accuracies` on desiderata that share their base prompts, at the same roles."""
     config, some = model.config, next(iter(pairs.values()))
     roles = list(dict.fromkeys(role for _, role in masks))
     first = {role: _first_layer_at(config, masks, role) for role in roles}
@@ -79,7 +83,7 @@ def _accuracies(
     most = {role: max(len(x) for (_, at), x in weights.items() if at == role) for role in roles}
     most = {role: 2 ** (count - 1).bit_length() for role, count in most.items()}  # few numbers, so few compilations
     kept = memory.of_heads(config, len(pairs) * len(roles), config.num_layers)
-    size = min(examples_per_call(config, some, role, first[role], most[role], kept) for role in roles)
+    size = min(examples_per_call(model, some, role, first[role], most[role], kept) for role in roles)
     parts = list(equal_parts(len(some), size))
     base = {role: BasePrompts(model, [some], role, first[role], [rows for rows, _ in parts]) for role in roles}
     correct: dict[tuple[Desideratum, str], list[np.ndarray]] = {key: [] for key in masks}
@@ -92,7 +96,7 @@ def _accuracies(
                 padded = np.pad(weight, ((0, most[role] - len(weight)), (0, 0), (0, 0)))
                 batch = Batch(prompts, targets[name].at(i, first[role]))
                 found = _answers(config, model.weights, batch, over_rows(model.weights, padded), first=first[role])
-                right = np.asarray(found)[: len(weight)] == pairs[name].labels[rows]
+                right = is_correct(np.asarray(found)[: len(weight)], pairs[name].labels[rows])
                 correct[name, role].append(right[:, new])
     answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
     ends = {key: np.cumsum([len(some) for _, some in sets.values()])[:-1] for key, sets in masks.items()}
@@ -137,6 +141,8 @@ def select_many(
 ) -> dict[tuple[Desideratum, Name], Run]:
     """`select` for several runs at one role, {(desideratum, name): run}, in one pass over the validation pairs."""
     paper = check_compat(compat)
+    if every < 1:
+        raise ValueError(f"every={every}; expected at least 1.")
     steps, rounded = {}, {}
     for key, run in runs.items():
         steps[key] = sorted({*range(every, len(run.history.mask) + 1, every), len(run.history.mask)})
@@ -171,13 +177,13 @@ def select_many(
 
 @partial(jax.jit, static_argnames=("config", "first"))
 def _answers(config: Config, weights: Params, batch: Batch, weight: Array, *, first: int) -> jax.Array:
-    """The most probable next token with heads patched by each of the weights [M, L, N], int [M, B]."""
+    """Answers with heads patched by each of the weights [M, L, N], int [M, B]."""
 
     base = jax.tree.map(lambda x: x[: len(batch.targets.labels)], batch.base)  # calls of prompts are filled up
     batch = batch._replace(base=base)
 
     def one(weight):
-        return unembed(config, weights, patched_stream(config, weights, batch, weight, first)).argmax(-1)
+        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first)))
 
     return jax.vmap(one)(weight)
 

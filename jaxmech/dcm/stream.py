@@ -47,8 +47,10 @@ def members(config: Config, heads: Heads, first: int) -> np.ndarray:
 
 
 def check_heads(config: Config, heads: Heads) -> list[tuple[int, int]]:
+    """The heads, each once; ValueError for others."""
+    heads = list(heads)
+    head_mask(config, heads)
     chosen = [(int(layer), int(head)) for layer, head in heads]
-    head_mask(config, chosen)
     if twice := [head for head in chosen if chosen.count(head) > 1]:
         raise ValueError(f"Head {twice[0]} is named twice in a group of DCM.")
     return chosen

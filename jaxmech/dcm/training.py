@@ -96,7 +96,7 @@ def train(
 
     Raises:
       ValueError: no corrupt prompts, an unknown role or head, a head named twice, fewer pairs than a batch, no epochs,
-        or a lambda that is no number.
+        a lambda or learning rate that is no number, or a loss that is not finite.
     """
     options = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "shuffle": shuffle}
     runs = train_many(model, {"": train_pairs}, {"": heads}, role, lams=[lam], seeds=[seed], **options)
@@ -133,6 +133,8 @@ def train_many(
             raise ValueError(f"train_many has no {name}; expected at least one.")
     if epochs < 1 or not np.isfinite(lams).all():
         raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and finite lambdas.")
+    if not (np.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate={learning_rate}; expected a positive number.")
     chosen = {name: check_heads(config, heads) for name, heads in groups.items()}
     counts = {len(pairs) for pairs in train_pairs.values()}
     if len(counts) != 1:
@@ -155,6 +157,12 @@ def train_many(
     )
     prompts = list(sets.values()), list(train_pairs.values())
     losses, masks = _run_all(model, *prompts, role, first, arguments, orders, learning_rate, progress)
+    if not np.isfinite(losses).all():
+        count = int((~np.isfinite(losses).all(axis=1)).sum())
+        raise ValueError(
+            f"The loss of {count} of {len(losses)} trainings is not finite; look at the model's parameters, or try "
+            "dtype float32 or bfloat16."
+        )
     runs = {}
     for i, key in enumerate(keys):
         layers, heads = np.array(chosen[key[1]]).T
@@ -191,12 +199,12 @@ def _run_all(
       orders: [orders, steps, E].
     """
     config, weights = model.config, model.weights
-    segments = cut(orders, examples_at_a_time(config, sets, role, first))
+    segments = cut(orders, examples_at_a_time(model, sets, role, first))
     prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
     targets = [collect_targets(model, pairs, [role]).at(0, first) for pairs in desiderata]
     targets = jax.tree.map(lambda *x: jnp.stack(x), *targets)
     copies = row_devices(weights)
-    at_a_time = copies * runs_at_a_time(config, sets, role, first, orders.shape[2])
+    at_a_time = copies * runs_at_a_time(model, sets, role, first, orders.shape[2])
     calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
