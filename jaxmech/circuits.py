@@ -167,8 +167,8 @@ def evaluate(
 
     Args:
       circuits: C of them: a `Circuit`, or {role: [(layer, head)]}; a role may have no heads.
-      means: float [T or more, L, N, H], what ablated heads put out, see `mean_activations` (zeros for zero ablation);
-        or [B, T or more, L, N, H], values for each example, see `resampled_activations`.
+      means: float [T or more, L, N, H], what ablated heads put out, see `mean_activations`;
+        or [B, T or more, L, N, H], values for each example, see `resampled_activations`; or 0, for zero ablation.
       ablate_elsewhere: ablate all heads at the tokens that are not in a circuit's roles; False leaves these tokens as
         they are, and runs every circuit in a full forward pass.
       batch_size: examples in one call; None picks as many as fit the memory budget.
@@ -381,7 +381,7 @@ def _full_answers(
         kept, roles = circuit
         named = (same & roles).any(-1)[..., None]  # [B, R, 1]; tokens that no role of the circuit names are left alone
         ablated = named & ~at_tokens(prompts.vital, kept)  # [L, B, R, N]
-        patch = Patch(ablated.astype(config.compute_dtype), values, prompts.vital)
+        patch = Patch(ablated, values, prompts.vital)
         logits = forward(config, weights, prompts.tokens, Interventions(z=patch), logits_at=prompts.last)[0]
         return answers(logits), logits if keep_logits else None
 
@@ -406,10 +406,11 @@ def _circuit_masks(config: Config, circuits: Sequence[Any]) -> tuple[list[str], 
 
 def _ablated_values(config: Config, means: np.ndarray, pairs: Pairs) -> np.ndarray:
     """The ablated values as [S, T, L, N, H]."""
+    length, heads = pairs.clean.shape[1], (config.num_layers, config.num_heads, config.head_dim)
     means = np.asarray(means)
+    if not means.ndim and means == 0:
+        means = np.zeros((length, *heads), np.float32)
     values = means[None] if means.ndim == 4 else means
-    length = pairs.clean.shape[1]
-    heads = (config.num_layers, config.num_heads, config.head_dim)
     if values.ndim != 5 or values.shape[2:] != heads or values.shape[1] < length or len(values) not in (1, len(pairs)):
         raise ValueError(
             f"means has shape {means.shape}; this model and these prompts need [{length} or more, L, N, H] with "

@@ -221,7 +221,7 @@ def _run_heads(config: Config, weights: Params, inputs: _Inputs, heads: Array) -
 
     def one(head):
         weight = (jnp.arange(config.num_layers * config.num_heads) == head).reshape(config.num_layers, -1)
-        patches = {s: (cone.HeadPatch(inputs.suffixes.first, weight, x),) for s, x in inputs.values.items()}
+        patches = {site: cone.HeadPatch(weight, x) for site, x in inputs.values.items()}
         x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, patches, start)
         logits = unembed(config, weights, x)
         return outcome(logits, inputs.labels, inputs.labels), answers(logits)

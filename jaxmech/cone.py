@@ -14,7 +14,7 @@ Suffixes are packed, see `jaxmech.suffixes`, whose axes this file shares. Layer 
 compilation serves every sender layer and every set of receivers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from jaxmech import rope
 from jaxmech.config import Config
+from jaxmech.interventions import mixed
 from jaxmech.model import (
     Params,
     added,
@@ -61,17 +62,13 @@ class Change(NamedTuple):
 
 
 class HeadPatch(NamedTuple):
-    """Other values for heads' q, k, v (before RoPE, per query head) or z at one token of each example.
+    """Other values for heads' q, k, v (before RoPE, per query head) or z at p; see `jaxmech.interventions.Patch`."""
 
-    x <- (1 - weight) * x + weight * value; a weight of True replaces x.
-    """
-
-    at: jax.Array  # [B] packed index of the token
     weight: jax.Array  # [L, N], bool or float
     value: jax.Array  # [L, B, N, H]
 
 
-Patches = Mapping[str, Sequence[HeadPatch]]  # by site: q, k, v or z
+Patches = Mapping[str, HeadPatch]  # by site: q, k, v or z
 
 
 class Knockout(NamedTuple):
@@ -233,11 +230,7 @@ def _live_layer(
     rotation = rope.angles(config, suffixes.position)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
-        for patch in patches.get(name, ()):
-            activation = per_query_head(config, activation)
-            old = activation[patch.at]
-            activation = activation.at[patch.at].set(_mixed(patch, i - clean.first, old))
-        return activation
+        return _patched(config, clean, suffixes, i, patches.get(name), activation)
 
     q, k, v = (site(name, project(config, layer, name, normed)) for name in ("q", "k", "v"))
     q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
@@ -268,16 +261,12 @@ def _last_layer(
     normed = attention_input(config, layer, x)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
-        """Patches k or v at every suffix token, q or z [B, N, H] at `last` alone."""
-        for patch in patches.get(name, ()):
-            activation = per_query_head(config, activation)
-            if name in ("k", "v"):
-                new = _mixed(patch, i - clean.first, activation[patch.at])
-                activation = activation.at[patch.at].set(new)
-            else:
-                new = _mixed(patch, i - clean.first, activation)
-                activation = jnp.where((patch.at == suffixes.last)[:, None, None], new, activation)
-        return activation
+        """Patches k or v of all suffix tokens, q or z [B, N, H] of `last` where that is p."""
+        patch = patches.get(name)
+        if patch is None or name in ("k", "v"):
+            return _patched(config, clean, suffixes, i, patch, activation)
+        new = _mixed(patch, i - clean.first, activation)
+        return jnp.where((suffixes.first == suffixes.last)[:, None, None], new, activation)
 
     k, v = (site(name, project(config, layer, name, normed)) for name in ("k", "v"))
     q = site("q", project(config, layer, "q", normed[suffixes.last]))  # [B, N, H]
@@ -294,13 +283,20 @@ def _last_layer(
     return mlp_half(config, layer, x[suffixes.last] + attn_out)
 
 
+def _patched(
+    config: Config, clean: CleanCache, suffixes: Suffixes, i: Layer, patch: HeadPatch | None, activation: jax.Array
+) -> jax.Array:
+    """Layer i's q, k, v or z [C, N, H] of the packed tokens, patched at p."""
+    if patch is None:
+        return activation
+    activation = per_query_head(config, activation)
+    new = _mixed(patch, i - clean.first, activation[suffixes.first])
+    return activation.at[suffixes.first].set(new)
+
+
 def _mixed(patch: HeadPatch, entry: Layer, old: jax.Array) -> jax.Array:
     """The activations `old` [B, N, H] of one layer, the entry of that number in the patch, with the patch's values."""
-    weight, value = jnp.asarray(patch.weight)[entry][:, None], patch.value[entry].astype(old.dtype)
-    if weight.dtype == jnp.bool_:
-        return jnp.where(weight, value, old)
-    weight = weight.astype(old.dtype)
-    return (1 - weight) * old + weight * value
+    return mixed(old, jnp.asarray(patch.weight)[entry][:, None], patch.value[entry])
 
 
 class _Queries(NamedTuple):

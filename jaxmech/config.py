@@ -86,6 +86,9 @@ class Rope:
 class Config:
     """Shape and numerics of a Llama-family decoder. Hashable, so that it can be a static jit argument.
 
+    Configs are equal if the mathematics of their models is: `family` and `max_positions` do not count, so that a model
+    and its fine-tune share what is compiled.
+
     Attributes:
       vocab_size, width, num_layers, num_heads, num_kv_heads, head_dim, mlp_width: the axes V, D, L, N, K, H
         and F of `model.py`. head_dim is independent of width.
@@ -127,13 +130,13 @@ class Config:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
-    family: str = "llama"
+    family: str = field(default="llama", compare=False)
     norm_eps: float = 1e-6
     norm_style: str = "llama"
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: str = "none"
-    max_positions: int = 2048
+    max_positions: int = field(default=2048, compare=False)
     rope: Rope = field(default_factory=Rope)
     window: int = 0
     full_layers: tuple[int, ...] = ()

@@ -5,7 +5,7 @@ each site is. Axes as in `model.py`; P counts the patched positions of one promp
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import jax
@@ -23,21 +23,25 @@ SITES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "m
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Patch:
-    """x <- (1 - weight) * x + weight * value, at `positions`.
+    """x <- (1 - weight) * x + weight * value, or x <- x + weight * value with `add`, at `positions`.
 
-    Weight 1 replaces the activation exactly, 0 leaves it exactly as it is, a fraction mixes (a DCM mask). `weight`
-    and `value` broadcast to the shapes below by NumPy's rule; at residual sites they have no axis N. P = T when
-    `positions` is None. The last axis of `value` is H for q, k, v and z, S for `pattern`, D for residual sites.
+    Weight 1 replaces the activation exactly, 0 leaves it exactly as it is, a fraction mixes (a DCM mask). Weights of
+    dtype bool select: where one is False, the value is not read, so that it may be nan; where a number is 0, nan stays
+    nan. `weight` and `value` broadcast to the shapes below by NumPy's rule; at residual sites they have no axis N.
+    P = T when `positions` is None. The last axis of `value` is H for q, k, v and z, S for `pattern`, D for residual
+    sites. Inside jit, where positions are not checked, one outside the prompt makes activations nan.
 
     Attributes:
-      weight: float [L, B, P, N].
+      weight: float or bool [L, B, P, N].
       value: float [L, B, P, N, H].
       positions: int32 [B, P], distinct within an example, or None for every position.
+      add: add to the activation instead of replacing it: a steering vector, say.
     """
 
     weight: jax.Array  # [L, B, P, N]
     value: jax.Array  # [L, B, P, N, H]
     positions: jax.Array | None = None  # [B, P]
+    add: bool = field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -118,13 +122,23 @@ def head_mask(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
 
 def apply_patch(x: jax.Array, patch: Patch, layer: jax.Array) -> jax.Array:
     """Patches one layer's activation x [B, T, ...] with `patch` at that (traced) layer index."""
-    weight = _at_layer(patch.weight, layer, rank=x.ndim)[..., None].astype(x.dtype)
-    value = _at_layer(patch.value, layer, rank=x.ndim + 1).astype(x.dtype)
+    weight = _at_layer(patch.weight, layer, rank=x.ndim)[..., None]
+    value = _at_layer(patch.value, layer, rank=x.ndim + 1)
     if patch.positions is None:
-        return (1 - weight) * x + weight * value
-    example = jnp.arange(x.shape[0])[:, None]
-    old = x[example, patch.positions]  # [B, P, ...]
-    return x.at[example, patch.positions].set((1 - weight) * old + weight * value)
+        return mixed(x, weight, value, add=patch.add)
+    example, position = jnp.arange(x.shape[0])[:, None], jnp.clip(patch.positions, 0, x.shape[1] - 1)
+    exists = (position == patch.positions).reshape(*position.shape, *(1,) * (x.ndim - 2))
+    new = mixed(x[example, position], weight, value, add=patch.add)  # [B, P, ...]
+    return x.at[example, position].set(jnp.where(exists, new, jnp.nan))
+
+
+def mixed(x: jax.Array, weight: jax.Array, value: jax.Array, *, add: bool = False) -> jax.Array:
+    """What a `Patch` makes of x, in float32 where weights are numbers; shapes broadcast."""
+    if weight.dtype == jnp.bool_:
+        value = value.astype(x.dtype)
+        return jnp.where(weight, x + value if add else value, x)
+    x32, weight, value = (y.astype(jnp.float32) for y in (x, weight, value))
+    return (x32 + weight * value if add else (1 - weight) * x32 + weight * value).astype(x.dtype)
 
 
 def knocked_out(interventions: Interventions, layer: jax.Array) -> jax.Array | None:
@@ -151,6 +165,14 @@ def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[in
     full = (config.num_layers, batch, count) + ((config.num_heads,) if site in HEAD_SITES else ())
     _check_broadcast(f"{site}.weight", np.shape(patch.weight), full)
     _check_broadcast(f"{site}.value", np.shape(patch.value), (*full, last))
+    by_layer = (config.num_layers, config.num_heads)
+    if site in HEAD_SITES and count == config.num_layers > 1:
+        for name, shape in (("weight", np.shape(patch.weight)), ("value", np.shape(patch.value)[:-1])):
+            if shape == by_layer:
+                raise ValueError(
+                    f"Interventions.{site}.{name} begins with the axes {shape}, and there are as many positions as "
+                    "layers. Write [L, 1, 1, N] for a number of each head, or [1, 1, P, N] for one of each position."
+                )
     if _concrete(patch.weight) and not np.any(patch.weight):
         raise ValueError(f"Interventions.{site}: every weight is 0, so nothing is patched. Leave the site out.")
 

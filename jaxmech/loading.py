@@ -1,6 +1,6 @@
 """`Model`, the bundle of config, parameters and tokenizer that every method takes, and `load`, which makes one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import convert
 from jaxmech import checkpoint
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions
-from jaxmech.model import Llama, Params, check_capture, forward
+from jaxmech.model import Llama, Params, check_capture, check_params, forward
 from jaxmech.pairs import Pairs
 from jaxmech.sharding import parameter_shardings
 
@@ -31,6 +31,18 @@ class Model:
     params: Any
     tokenizer: Any = None
 
+    def __post_init__(self):
+        """ValueError if the parameters are not those of the config: they would be used wrongly, or in part."""
+        if not isinstance(self.params, Mapping) or set(self.params) != {"params"}:
+            found = list(self.params) if isinstance(self.params, Mapping) else type(self.params).__name__
+            raise ValueError(f"Model: params is {found}; expected {{'params': tree}}, as module.init returns it.")
+        check_params(self.config, self.params, dtypes=False)
+
+    def __repr__(self) -> str:
+        c = self.config
+        shape = f"{c.num_layers} layers, {c.num_heads} heads, width {c.width}, vocabulary {c.vocab_size}"
+        return f"Model({c.family}, {shape}, {c.dtype})"
+
     @property
     def module(self) -> Llama:
         """The Flax module that declares `params`."""
@@ -46,14 +58,23 @@ class Model:
         tokens: jax.Array | np.ndarray,
         interventions: Interventions | None = None,
         capture: Sequence[str] = (),
+        *,
+        capture_at: jax.Array | np.ndarray | None = None,
+        logits_at: jax.Array | np.ndarray | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits and captured activations; see `jaxmech.model.Llama.__call__`. Compiled once per shape.
 
         Args:
           tokens: token ids, int [B, T], right-padded; inside jit, where they are traced, ids are not checked.
+          interventions: what to patch or knock out.
+          capture: sites to return.
+          capture_at: int [B, P]; return activations at these positions of each prompt only, [L, B, P, ...].
+          logits_at: int [B]; compute logits at this position of each prompt only, [B, V]. Logits of all tokens of many
+            prompts and a large vocabulary need much memory.
 
         Raises:
-          ValueError: ids outside the vocabulary, an unknown site, or an intervention that fails its check.
+          ValueError: ids outside the vocabulary, an unknown site, positions outside the prompts, or an intervention
+            that fails its check.
         """
         tokens = check_tokens(self.config, tokens, any_length=True)
         if interventions is not None:
@@ -62,12 +83,32 @@ class Model:
                     f"interventions is a {type(interventions).__name__}; expected jm.Interventions(z=jm.Patch(...))."
                 )
             interventions.check(self.config, tokens.shape)  # values are concrete here, inside jit they are not
-        return _apply(self.config, self.weights, tokens, interventions, capture=check_capture(capture))
+        capture = check_capture(capture)
+        _check_positions("capture_at", capture_at, tokens.shape, axes=2)
+        _check_positions("logits_at", logits_at, tokens.shape, axes=1)
+        return _apply(self.config, self.weights, tokens, interventions, capture_at, logits_at, capture=capture)
 
 
 @partial(jax.jit, static_argnames=("config", "capture"))
-def _apply(config: Config, weights: Params, tokens: jax.Array, interventions: Interventions | None, capture):
-    return forward(config, weights, tokens, interventions, capture=capture)
+def _apply(config: Config, weights: Params, tokens, interventions, capture_at, logits_at, capture):
+    options = {"capture": capture, "capture_at": capture_at, "logits_at": logits_at}
+    return forward(config, weights, tokens, interventions, **options)
+
+
+def _check_positions(name: str, positions: Any, tokens_shape: tuple[int, ...], axes: int) -> None:
+    """ValueError unless they are None or positions in each prompt; inside jit, only their shape is checked."""
+    if positions is None:
+        return
+    count, length = tokens_shape
+    shape, dtype = np.shape(positions), jax.numpy.result_type(positions)
+    if len(shape) != axes or shape[0] != count or not np.issubdtype(dtype, np.integer):
+        expected = f"integers [{count}{', P' * (axes - 1)}]"
+        raise ValueError(f"{name} has shape {shape} and dtype {dtype}; expected {expected}.")
+    if isinstance(positions, Tracer):
+        return
+    least, most = np.min(positions), np.max(positions)
+    if least < 0 or most >= length:
+        raise ValueError(f"{name} reaches from {least} to {most}; the prompts have positions 0..{length - 1}.")
 
 
 def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: bool = False) -> Any:

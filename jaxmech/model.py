@@ -10,7 +10,7 @@ Functions take `...` leading axes, so that the same function serves a batch and,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -38,6 +38,9 @@ class Llama(nn.Module):
         tokens: jax.Array,
         interventions: Interventions | None = None,
         capture: Sequence[str] = (),
+        *,
+        capture_at: jax.Array | None = None,
+        logits_at: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits and captured activations of `tokens` [B, T].
 
@@ -45,17 +48,21 @@ class Llama(nn.Module):
           tokens: token ids, int [B, T], right-padded.
           interventions: what to patch or knock out.
           capture: sites to return (see `jaxmech.interventions.SITES`).
+          capture_at: int [B, P]; return activations at these positions of each prompt only.
+          logits_at: int [B]; compute logits at this position of each prompt only.
 
         Returns:
-          logits float32 [B, T, V], and {site: activation [L, B, T, ...]} after patching: [..., N, H] for q, k, v, z
-          (k and v per query head), [..., N, S] for pattern, [..., D] for residual sites.
+          logits float32 [B, T, V], or [B, V] with `logits_at`, and {site: activation [L, B, T or P, ...]} after
+          patching: [..., N, H] for q, k, v, z (k and v per query head), [..., N, S] for pattern, [..., D] for residual
+          sites. An id outside the vocabulary makes all of its prompt nan.
 
         Raises:
           ValueError: an unknown site, or an intervention that fails `Interventions.check`.
         """
         shapes = parameter_shapes(self.config)
         params = {name: self.param(name, _init, shape, self.config) for name, shape in shapes.items()}
-        return forward(self.config, params, tokens, interventions, capture=capture)
+        options = {"capture": capture, "capture_at": capture_at, "logits_at": logits_at}
+        return forward(self.config, params, tokens, interventions, **options)
 
 
 def parameter_shapes(config: Config) -> dict[str, Any]:
@@ -94,6 +101,7 @@ def parameter_shapes(config: Config) -> dict[str, Any]:
     return top if config.tie_embeddings else top | {"unembed": (D, config.vocab_size)}
 
 
+@cache
 def abstract_params(config: Config) -> dict[str, Any]:
     """What `Llama(config).init` returns, {"params": tree}, as shapes and dtypes without any data."""
     return jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -216,7 +224,8 @@ def block(
 
 def embed(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
     """Token ids [...] to the residual stream [..., D]."""
-    x = params["embed"][tokens].astype(config.compute_dtype)
+    known = (tokens >= 0) & (tokens < config.vocab_size)  # JAX would take others for the nearest that there is
+    x = jnp.where(known[..., None], params["embed"][tokens], jnp.nan).astype(config.compute_dtype)
     return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 

@@ -115,7 +115,7 @@ def _patched_answers(
 
     Logits are those at `last`.
     """
-    weight = at_tokens(positions, mask).astype(config.compute_dtype)
+    weight = at_tokens(positions, mask)
     if mask.shape[1] > 1:
         role = _role_of_heads(positions, mask)[..., None]
         values = {site: jnp.take_along_axis(value, role, axis=2) for site, value in values.items()}

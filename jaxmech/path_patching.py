@@ -233,7 +233,7 @@ def _outcome(
         x = cone.frozen_stream(config, weights, clean, suffixes, change, call.first)
     else:
         read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, call.first, call.stop)
-        patches = {via: (cone.HeadPatch(suffixes.first, receivers, read),)}
+        patches = {via: cone.HeadPatch(receivers, read)}
         x = cone.live_stream(config, weights, clean, suffixes, patches, call.live, call.stop)
     return outcome(unembed(config, weights, x), inputs.labels, inputs.wrong_labels)
 

@@ -10,11 +10,13 @@ tokens of its longest suffix and P those of its longest prefix.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Array = Any  # NumPy on the host, jax.Array inside jit
 
 
 class Span(NamedTuple):
@@ -31,9 +33,9 @@ class Span(NamedTuple):
 class Bucket:
     """Neighbouring examples that attend together."""
 
-    packed: jax.Array  # [b, W] packed index of each suffix's tokens; behind the last one, that of the last one
-    position: jax.Array  # [b] p of each
-    length: jax.Array  # [b] tokens of each suffix
+    packed: Array  # [b, W] packed index of each suffix's tokens; behind the last one, that of the last one
+    position: Array  # [b] p of each
+    length: Array  # [b] tokens of each suffix
     span: Span = field(metadata={"static": True})
 
 
@@ -42,11 +44,11 @@ class Bucket:
 class Suffixes:
     """Where the packed suffix tokens p..last of each example lie."""
 
-    example: jax.Array  # [C] example that a packed token belongs to
-    position: jax.Array  # [C] its position in the prompt
-    unpacked: jax.Array  # [C] its index among the unpacked tokens of all buckets, [b, W] of each one behind another
-    first: jax.Array  # [B] packed index of each example's p
-    last: jax.Array  # [B] and of its last token
+    example: Array  # [C] example that a packed token belongs to
+    position: Array  # [C] its position in the prompt
+    unpacked: Array  # [C] its index among the unpacked tokens of all buckets, [b, W] of each one behind another
+    first: Array  # [B] packed index of each example's p
+    last: Array  # [B] and of its last token
     buckets: tuple[Bucket, ...]
 
     @classmethod
@@ -71,13 +73,13 @@ class Suffixes:
         for span in spans:
             of = slice(span.start, span.stop)
             packed = first[of, None] + np.minimum(np.arange(span.width), length[of, None] - 1)
-            buckets.append(Bucket(jnp.asarray(packed), jnp.asarray(p[of]), jnp.asarray(length[of]), span))
+            buckets.append(Bucket(np.int32(packed), np.int32(p[of]), np.int32(length[of]), span))
         return cls(
-            example=jnp.asarray(example),
-            position=jnp.asarray(p[example] + offset),
-            unpacked=jnp.asarray(row[example] + offset),
-            first=jnp.asarray(first),
-            last=jnp.asarray(first + length - 1),
+            example=np.int32(example),
+            position=np.int32(p[example] + offset),
+            unpacked=np.int32(row[example] + offset),
+            first=np.int32(first),
+            last=np.int32(first + length - 1),
             buckets=tuple(buckets),
         )
 
@@ -101,7 +103,3 @@ class Suffixes:
             last=first + length - 1,
             buckets=(bucket,),
         )
-
-    def at(self, p: jax.Array, position: jax.Array) -> jax.Array:
-        """Packed index of each example's token at `position` [B] in its suffix, which starts at p [B]."""
-        return self.first + position - p

@@ -217,3 +217,104 @@ def test_the_gradient_through_a_mask_over_heads_matches_finite_differences(model
     step = 0.003 * jnp.eye(LAYERS * HEADS).reshape(-1, LAYERS, HEADS)
     differences = jnp.array([loss(mask + s) - loss(mask - s) for s in step]) / 0.006
     assert_close(gradient.ravel(), differences, TOLERANCES.gradient)
+
+
+@pytest.mark.parametrize("site", ["z", "resid_pre"])
+def test_true_selects_and_false_leaves_alone_whatever_the_value_is(model, runs, site):
+    (tokens, _, _), (_, other, _) = runs
+    chosen = one_layer(1, site).astype(bool)
+    value = np.where(np.arange(LAYERS).reshape(-1, *(1,) * (other[site].ndim - 1)) == 1, other[site], np.nan)
+    found, expected = (model(tokens, patched(site, w, v))[0] for w, v in ((chosen, value), (1.0 * chosen, other[site])))
+    assert_close(found, expected, TOLERANCES.recompiled)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float32])
+def test_added_vectors_act_on_what_earlier_ones_changed(model, runs, dtype):
+    """Steering at two layers, step by step: the second adds to the stream that the first has changed."""
+    (tokens, sites, _), _ = runs
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(LAYERS, 1, 1, model.config.width)).astype(np.float32)
+    layers, positions = (1, 2), np.array([[3], [0], [8]])
+    weight = sum(one_layer(layer, "resid_pre") for layer in layers).astype(dtype)
+    steered = Interventions(resid_pre=Patch(weight, vectors, positions, add=True))
+    rows = np.arange(B)[:, None]
+    stream = sites["resid_pre"].copy()
+    for layer in layers:
+        stream[layer, rows, positions] += vectors[layer]
+        replaced = patched("resid_pre", one_layer(layer, "resid_pre"), stream)
+        logits, sites_now = model(tokens, replaced, capture=("resid_pre",))
+        stream = np.array(sites_now["resid_pre"])
+    assert_close(model(tokens, steered)[0], logits, TOLERANCES.recompiled)
+
+
+def test_small_weights_are_not_rounded_away_in_low_precision(random_model):
+    model = random_model(dtype="bfloat16")
+    tokens = np.arange(B * T).reshape(B, T)
+    z = np.asarray(model(tokens, capture=("z",))[1]["z"], np.float32)
+    _, found = model(tokens, Interventions(z=Patch(np.float32(0.001), 100 * np.ones(1, np.float32))), capture=("z",))
+    change = np.asarray(found["z"], np.float32)[0] - z[0]  # the first layer, which no other patch has changed
+    assert abs(change.mean() - 0.1) < 0.005
+
+
+def test_traced_positions_and_ids_that_do_not_exist_give_nan(model, runs):
+    """Inside jit nothing can be refused; JAX would take the nearest position or token that there is."""
+    (tokens, _, logits), (_, other, _) = runs
+
+    @jax.jit
+    def run(tokens, positions):
+        patch = Patch(EVERYWHERE, other["z"][:, :, :1], positions)
+        return model(tokens, Interventions(z=patch))[0]
+
+    for wrong in (T, -1):
+        found = np.asarray(run(tokens, np.array([[2], [wrong], [3]])))
+        assert np.isfinite(found[[0, 2]]).all() and np.isnan(found[1, -1]).all()
+    for wrong in (model.config.vocab_size, -1):
+        changed = tokens.copy()
+        changed[1, 4] = wrong
+        found = np.asarray(jax.jit(lambda x: model(x)[0])(changed))
+        assert np.isnan(found[1]).all()
+        assert_close(np.delete(found, 1, 0), np.delete(np.asarray(logits), 1, 0), TOLERANCES.recompiled)
+
+
+def test_activations_and_logits_at_some_positions_are_those_of_all(model, runs):
+    (tokens, sites, logits), _ = runs
+    at, last, rows = np.array([[1, 7], [0, 3], [8, 2]]), np.array([8, 3, 5]), np.arange(B)
+    found, kept = model(tokens, capture=("k", "resid_post"), capture_at=at, logits_at=last)
+    assert_close(found, np.asarray(logits)[rows, last], TOLERANCES.recompiled)
+    same, _ = model.module.apply(model.params, tokens, logits_at=last)
+    assert_close(same, found, TOLERANCES.recompiled)
+    for site, x in kept.items():
+        assert_close(x, sites[site][:, rows[:, None], at], TOLERANCES.recompiled)
+    for options, message in (
+        ({"logits_at": np.full(B, T)}, "logits_at reaches from 9 to 9; the prompts have positions 0..8"),
+        ({"logits_at": at}, r"logits_at has shape \(3, 2\) .*expected integers \[3\]"),
+        ({"capture_at": at - 1}, "capture_at reaches from -1 to 7"),
+        ({"capture_at": 1.0 * at}, r"capture_at .*float32; expected integers \[3, P\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, capture=("z",), **options)
+
+
+def test_a_model_has_the_parameters_of_its_config(model):
+    for change, message in (
+        ({"num_layers": 3}, r"blocks.attn_norm is \[4, .*calls for \[3, "),
+        ({"qk_norm": "head"}, "blocks.k_norm is missing"),
+        ({"tie_embeddings": True}, "unembed is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jm.Model(model.config.replace(**change), model.params)
+    with pytest.raises(ValueError, match=r"params is \['blocks', .*expected \{'params': tree\}"):
+        jm.Model(model.config, model.weights)
+    assert repr(model) == "Model(llama, 4 layers, 4 heads, width 24, vocabulary 50, float32)"
+
+
+def test_a_fine_tune_that_states_another_context_shares_what_is_compiled(model):
+    from jaxmech.accuracy import _answers
+
+    pairs = jm.Pairs(np.zeros((7, 5), int), None, np.zeros(7, int), {"last": np.full(7, 4)})
+    jm.predict(model, pairs)
+    before = _answers._cache_size()
+    jm.predict(jm.Model(model.config.replace(max_positions=4096, family="mistral"), model.params), pairs)
+    assert _answers._cache_size() == before
+    jm.predict(jm.Model(model.config.replace(norm_eps=1e-5), model.params), pairs)
+    assert _answers._cache_size() == before + 1

@@ -40,6 +40,10 @@ REFUSED = {
     "value with a head dim for a residual site": (Interventions(resid_pre=Patch(1.0, Z)), ["resid_pre.value", "24"]),
     "weight of another rank": (Interventions(mlp_out=Patch(Z, Z[..., 0, :1])), ["mlp_out.weight", "(4, 2, 6)"]),
     "pattern without keys": (Interventions(pattern=Patch(1.0, Z)), ["pattern.value", "(4, 2, 6, 4, 6)"]),
+    "weights by layer that could be by position": (
+        Interventions(z=Patch(NOTHING[:, 0, 0] + 1, Z[:, :, :L], np.array([[0, 1, 2, 3]] * B))),
+        ["z.weight", "(4, 4)", "as many positions as layers", "[L, 1, 1, N]"],
+    ),
     "lists": (Interventions(z=Patch([[1.0]], Z)), ["z.weight is a list", "expected an array"]),
     "knockout of floats": (Interventions(knockout=np.ones((T, 1, T), np.float32)), ["knockout", "float32", "bool"]),
     "knockout of another length": (Interventions(knockout=np.ones((5, 1, 5), bool)), ["knockout", "(5, 1, 5)"]),

@@ -32,7 +32,7 @@ def patched_stream(config: Config, weights: Params, batch: Batch, weight: jax.Ar
     resid_pre = base.resid_pre.reshape(1, count * width, -1)  # of the first layer alone: no other is read
     k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, batch.targets.z))
     clean = cone.CleanCache(resid_pre=resid_pre, k=k, v=v, first=first)
-    patches = {"z": (cone.HeadPatch(suffixes.first, weight, z),)}
+    patches = {"z": cone.HeadPatch(weight, z)}
     return cone.live_stream(config, weights, clean, suffixes, patches, first)
 
 
