@@ -279,7 +279,7 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
     base = prompts.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
-    data = jax.tree.map(lambda x: x[None], prompts.collect_targets(model, pairs, ["query_box"]).at(0, 1))
+    data = jax.tree.map(lambda x: x[None], prompts.collect_targets(model, [pairs], ["query_box"])[0].at(0, 1))
     zero = np.zeros(1, int)
     member = stream.members(model.config, HEADS, 1)[None]
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)

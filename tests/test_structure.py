@@ -21,7 +21,7 @@ ROWS = (
     ("jaxmech.patching", "jaxmech.accuracy"),
     ("jaxmech.boxes",),
     ("jaxmech.cone", "jaxmech.batches", "jaxmech.metrics", "jaxmech.scores", "jaxmech.memory", "jaxmech.compat"),
-    ("jaxmech.predictions", "jaxmech.bootstrap", "jaxmech.shared_prefix", "jaxmech.suffixes"),
+    ("jaxmech.predictions", "jaxmech.bootstrap", "jaxmech.shared_prefix", "jaxmech.prompt_trees", "jaxmech.suffixes"),
     ("jaxmech.verify",),
     ("jaxmech.loading", "jaxmech.deviations", "jaxmech.hf_sites"),
     ("convert",),

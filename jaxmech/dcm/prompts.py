@@ -24,9 +24,13 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
+from jaxmech.prompt_trees import PromptTrees, head_values, rounded_up
+from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Suffixes
 
+WORTH_A_TREE = 0.8  # of the tokens that the prompts have one by one
+TOKENS_PER_CALL = 2**15  # of trees that run together: enough for a GPU, and few, so that trees are of similar size
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -146,16 +150,56 @@ def _run_base(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
 
 
-def collect_targets(model: Model, pairs: Pairs, roles: Sequence[str]) -> Targets:
-    """Runs the counterfactual prompts, in parts, and keeps z of all layers at the roles: [B, L, R, N, H]."""
-    check_prompts(model.config, pairs)
-    position = np.stack([pairs.corrupt_position(role) for role in roles], axis=1)
-    source = check_tokens(model.config, np.asarray(pairs.corrupt)), position
+def collect_targets(model: Model, desiderata: Sequence[Pairs], roles: Sequence[str]) -> list[Targets]:
+    """Runs the counterfactual prompts, in parts, and keeps z of all layers at the roles: [B, L, R, N, H] of each.
+
+    What the prompts of an example begin with alike is computed once, if that is enough to matter.
+
+    Args:
+      desiderata: equally many pairs of each.
+    """
+    config = model.config
+    for pairs in desiderata:
+        check_prompts(config, pairs)
+    prompts = [check_tokens(config, np.asarray(pairs.corrupt)) for pairs in desiderata]
+    positions = [patching.positions_of(pairs.corrupt_position, roles) for pairs in desiderata]
+    if len(desiderata) > 1:
+        T = max(x.shape[1] for x in prompts)
+        together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
+        at = np.stack(positions, axis=1)  # [B, S, R]
+        trees = PromptTrees.grow(together, at.max(axis=2) + 1, at)
+        if trees.sizes.sum() < WORTH_A_TREE * sum(x.size for x in prompts):
+            found = _in_trees(model, trees, len(roles))
+            return [Targets(z, pairs.labels) for z, pairs in zip(found, desiderata, strict=True)]
+    found = map(partial(_one_by_one, model), prompts, positions)
+    return [Targets(z, pairs.labels) for z, pairs in zip(found, desiderata, strict=True)]
+
+
+def _one_by_one(model: Model, prompts: np.ndarray, positions: np.ndarray) -> jax.Array:
+    """z [B, L, R, N, H] of the prompts [B, T] at positions [B, R]."""
+    size = memory.fitting(model.weights, memory.of_forward(model.config, prompts.shape[1]))
     found = []
-    for rows, new in equal_parts(len(pairs), patching.examples_per_call(model, pairs)):
-        z = patching.head_values(model, source, rows, sites=("z",))["z"]
+    for rows, new in equal_parts(len(prompts), size, row_devices(model.weights)):
+        z = patching.head_values(model, (prompts, positions), rows, sites=("z",))["z"]
         found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
-    return Targets(jnp.concatenate(found), pairs.labels)
+    return jnp.concatenate(found)
+
+
+def _in_trees(model: Model, trees: PromptTrees, roles: int) -> list[jax.Array]:
+    """z [B, L, R, N, H] of each of the S prompts that the trees have, at their R roles."""
+    config, sizes = model.config, trees.sizes
+    order = np.argsort(sizes, kind="stable")  # trees of similar size run together
+    fitting = memory.fitting(model.weights, memory.of_forward(config, float(sizes.max())))
+    size = min(fitting, math.ceil(TOKENS_PER_CALL / sizes.mean()))
+    found = []
+    for part, new in equal_parts(len(order), size, row_devices(model.weights)):
+        rows = order[part]
+        here = over_rows(model.weights, trees.of(rows, rounded_up(int(sizes[rows].max()))))
+        z = jnp.moveaxis(head_values(config, model.weights, here), 0, 1)  # [b, L, S * R, N, H]
+        found.append(jnp.compress(new, z, axis=0))
+    back = np.argsort(order)
+    starts = range(0, trees.kept.shape[1], roles)
+    return [jnp.concatenate([z[:, :, start : start + roles] for z in found])[back] for start in starts]
 
 
 class Segment(NamedTuple):

@@ -82,13 +82,14 @@ def _accuracies(
     weights = {(name, role): _weights(config, sets, first[role]) for (name, role), sets in masks.items()}
     most = {role: max(len(x) for (_, at), x in weights.items() if at == role) for role in roles}
     most = {role: 2 ** (count - 1).bit_length() for role, count in most.items()}  # few numbers, so few compilations
-    kept = memory.of_heads(config, len(pairs) * len(roles), config.num_layers)
+    kept = 2 * memory.of_heads(config, len(pairs) * len(roles), config.num_layers)  # once more as they are sorted
     size = min(examples_per_call(model, some, role, first[role], most[role], kept) for role in roles)
     parts = list(equal_parts(len(some), size))
     base = {role: BasePrompts(model, [some], role, first[role], [rows for rows, _ in parts]) for role in roles}
     correct: dict[tuple[Desideratum, str], list[np.ndarray]] = {key: [] for key in masks}
     for part, (rows, new) in enumerate(parts):
-        targets = {name: collect_targets(model, x[rows], roles) for name, x in pairs.items()}
+        collected = collect_targets(model, [x[rows] for x in pairs.values()], roles)
+        targets = dict(zip(pairs, collected, strict=True))
         for i, role in enumerate(roles):
             prompts = base[role].run(part)
             for name in [name for name, at in weights if at == role]:

@@ -201,7 +201,7 @@ def _run_all(
     config, weights = model.config, model.weights
     segments = cut(orders, examples_at_a_time(model, sets, role, first))
     prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
-    targets = [collect_targets(model, pairs, [role]).at(0, first) for pairs in desiderata]
+    targets = [found.at(0, first) for found in collect_targets(model, desiderata, [role])]
     targets = jax.tree.map(lambda *x: jnp.stack(x), *targets)
     copies = row_devices(weights)
     at_a_time = copies * runs_at_a_time(model, sets, role, first, orders.shape[2])
