@@ -201,7 +201,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """Reads `values`, the output of `to_dict`. ValueError names a field that is missing or unknown to this version."""
+        """Reads `values`, the output of `to_dict`. ValueError names any field that is missing or unknown here."""
         _check_fields(cls, values)
         _check_fields(Rope, values["rope"])
         return cls(**_tuples(values | {"rope": Rope(**_tuples(values["rope"]))}))

@@ -116,9 +116,9 @@ def random_circuit(
 ) -> Circuit:
     """A circuit with groups of the same sizes at the same roles as those of `circuit`; `rng` is a generator, or a seed.
 
-    The heads of one role are drawn without replacement from all heads that `config` has, so that its groups are disjoint,
-    as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number divided by the
-    number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
+    The heads of one role are drawn without replacement from all heads that `config` has, so that its groups are
+    disjoint, as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number
+    divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     layers, heads = config.num_layers, config.num_heads
