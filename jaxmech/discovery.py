@@ -99,7 +99,7 @@ class Circuit:
         return Circuit(left, self.roles)
 
     def save(self, path: str | Path) -> None:
-        """Writes the paper's JSON, {group: [[layer, head], ...]}, to `path`, which is replaced only when it is whole."""
+        """Writes the paper's JSON, {group: [[layer, head], ...]}, to `path`; it is replaced only when it is whole."""
         groups = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
         write_text(path, json.dumps(groups) + "\n")
 
