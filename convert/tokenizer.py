@@ -3,11 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from jaxmech.config import Config
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+SENTENCEPIECE = "tokenizer.model"
+PROBE = "The fig is in Box X. Box X contains the"
+ADVICE = (
+    "If a file is damaged, copy it again. Of a folder with tokenizer.model alone, SentencePiece files of Llama and "
+    "Mistral can be read; add the tokenizer.json and tokenizer_config.json of the model's Hugging Face release to any "
+    "other, such as Llama 3's."
+)
 
 
 def read_tokenizer(path: Path, config: Config, adapter: Path | None = None) -> Any:
@@ -23,9 +31,9 @@ def read_tokenizer(path: Path, config: Config, adapter: Path | None = None) -> A
     if not _has_tokenizer(path):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = _read(path)
     except Exception as error:  # the Rust tokenizers raise bare Exceptions
-        raise ValueError(f"{path}: the tokenizer cannot be read ({error}); copy its files again.") from error
+        raise ValueError(f"{path}: the tokenizer cannot be read ({error}). {ADVICE}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}. They "
@@ -35,4 +43,24 @@ def read_tokenizer(path: Path, config: Config, adapter: Path | None = None) -> A
 
 
 def _has_tokenizer(path: Path) -> bool:
-    return any((Path(path) / name).is_file() for name in FILES)
+    return any((Path(path) / name).is_file() for name in (*HF_FILES, SENTENCEPIECE))
+
+
+def _read(path: Path) -> Any:
+    if any((path / name).is_file() for name in HF_FILES):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return _read_sentencepiece(path)
+
+
+def _read_sentencepiece(path: Path) -> Any:
+    """The tokenizer of a folder with tokenizer.model alone, such as Meta's releases of Llama 1 and 2.
+
+    Nothing there says which class it is, and AutoTokenizer's guess leaves out BOS and the space before the first word.
+    """
+    exact = SentencePieceProcessor()
+    exact.Load(str(path / SENTENCEPIECE))
+    tokenizer = LlamaTokenizer.from_pretrained(path, local_files_only=True, add_bos_token=True)
+    found, expected = tokenizer(PROBE).input_ids, [exact.bos_id(), *exact.Encode(PROBE)]
+    if found != expected:
+        raise ValueError(f"read as Llama's, it turns {PROBE!r} into {found}, SentencePiece into {expected}")
+    return tokenizer

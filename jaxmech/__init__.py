@@ -24,8 +24,11 @@ from jaxmech.pairs import Pairs
 from jaxmech.patching import patch_activations
 from jaxmech.path_patching import path_patch
 from jaxmech.predictions import Predictions
+from jaxmech.provenance import versions
 from jaxmech.scores import PathScores
 from jaxmech.sharding import make_mesh, parameter_shardings
+
+__version__ = versions(["jaxmech"])["jaxmech"]  # "unknown" when run from sources that are not installed
 
 __all__ = [
     "PAPER_CHAIN",

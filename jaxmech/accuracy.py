@@ -15,7 +15,13 @@ from jaxmech.sharding import over_rows, row_devices
 
 
 def accuracy(model: Model, pairs: Pairs, *, batch_size: int = 64) -> float:
-    """Fraction of the clean prompts whose most probable next token, out of the whole vocabulary, is the label."""
+    """Fraction of the clean prompts whose most probable next token, out of the whole vocabulary, is the label.
+
+    Args:
+      model: the model that is asked.
+      pairs: prompts and labels.
+      batch_size: prompts in one call.
+    """
     return float(predict(model, pairs, batch_size=batch_size).accuracy)
 
 

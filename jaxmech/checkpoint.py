@@ -62,7 +62,11 @@ def save(
     half checkpoint. Beside `params`, the host holds about twice as much as the largest of them.
 
     Args:
+      path: the folder to make.
+      config: that of the model.
       params: they may lie on several devices; what is written can be read onto any others.
+      tokenizer: a Hugging Face tokenizer, or None.
+      overwrite: replace a checkpoint that is at `path`.
       provenance: source and files; versions and date are added here.
 
     Raises:
@@ -135,6 +139,7 @@ def read_layers(path: Path, layers: Sequence[int], names: Iterable[str] | None =
     """The parameters of some layers alone: only their data is read, and nothing goes to a device.
 
     Args:
+      path: a checkpoint that `save` or `python -m convert` wrote.
       layers: l of them, in any order.
       names: parameters of blocks, such as "q" or "attn_norm" (see `jaxmech.model.parameter_shapes`); all by default.
 

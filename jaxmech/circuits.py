@@ -55,6 +55,7 @@ def mean_activations(
     """z of every head averaged over prompts, position by position: float32 [T, L, N, H].
 
     Args:
+      model: the model that is run.
       tokens: int [B, T], prompts in which a position means the same, as far as that can be; or `Pairs`, whose clean
         prompts and last tokens are taken.
       last: int [B], the last token of each prompt (`pairs.position("last")`); a position is averaged over the prompts
@@ -89,9 +90,11 @@ def resampled_activations(
     Ablated values of `evaluate` for resample ablation.
 
     Args:
+      model: the model that is run.
       tokens: int [P, T], prompts to draw from; or `Pairs`, whose clean prompts and last tokens are taken.
       examples: the B pairs that are to be ablated: each draws from the prompts that are at least as long as its own
         clean prompt and not the same. Or B alone: then from all.
+      seed: of the draws.
       last: int [P], the last token of each prompt; values behind it are NaN. None: all prompts have T tokens.
       batch_size: prompts in one call; None picks as many as fit the memory budget.
 
@@ -166,6 +169,8 @@ def evaluate(
     """Runs many circuits at once on the clean prompts.
 
     Args:
+      model: the model that is run.
+      pairs: prompts and labels; only the clean prompts are run.
       circuits: C of them: a `Circuit`, or {role: [(layer, head)]}; a role may have no heads.
       means: float [T or more, L, N, H], what ablated heads put out, see `mean_activations`;
         or [B, T or more, L, N, H], values for each example, see `resampled_activations`; or 0, for zero ablation.

@@ -70,6 +70,13 @@ def collect(
 
     With these, `cmap` and `cmap_heads` on the same pairs need the tuned model no longer: load it, collect, drop it,
     load the base. For two models that do not fit into memory together.
+
+    Args:
+      model: the tuned model.
+      pairs: the prompts that `cmap` will get; only the clean ones are run.
+      roles: the roles at which heads will be patched.
+      components: the activations to keep: any of "z", "q", "k" and "v".
+      batch_size: examples in one call; None picks as many as fit the memory budget.
     """
     components, roles = _check_components(components), tuple(roles)
     source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
@@ -96,8 +103,10 @@ def cmap(
     """Answers of `base` to the clean prompts when its heads' activations are those that `tuned` has there.
 
     Args:
+      base: the model that is patched.
       tuned: a model of the same shape (a fine-tune, also one that a LoRA adapter was merged into), or what `collect`
         kept of it for these pairs.
+      pairs: prompts and labels; only the clean prompts are run.
       heads_by_role: the heads patched at each role, {role: [(layer, head)]}, or a `Circuit`.
       components: "z", or any of "q", "k" and "v" (before RoPE, for the named query heads alone). Each is patched at the
         roles; what a head of a later layer computes from it is free to change.
@@ -141,7 +150,15 @@ class HeadSweep:
     clean_accuracy: float
 
     def top(self, k: int, min_effect: float = 0.0) -> list[tuple[int, int]]:
-        """The k heads that help most, those with the largest mean score, best first; else as `PathScores.top`."""
+        """The k heads that help most, those with the largest mean score, best first.
+
+        Args:
+          k: how many heads at most.
+          min_effect: heads whose mean score is below it are left out.
+
+        Raises:
+          ValueError: as `PathScores.top`.
+        """
         return replace(self.scores, per_example=-self.scores.per_example).top(k, min_effect)
 
 
@@ -161,8 +178,13 @@ def cmap_heads(
     own on (`jaxmech.cone`).
 
     Args:
+      base: the model that is patched.
       tuned: a model of the same shape, or what `collect` kept of it for these pairs.
+      pairs: prompts and labels; only the clean prompts are run.
+      role: the role at which each head is patched.
+      components: what is patched: "z", or any of "q", "k" and "v"; see `cmap`.
       metric: "probability" or "log_probability", see `jaxmech.metrics`.
+      batch_size: examples in one call; None picks as many as fit the memory budget.
 
     Raises:
       ValueError: as `cmap`, or another metric.

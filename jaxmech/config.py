@@ -78,7 +78,7 @@ class Rope:
         return self.original_max_positions if self.kind in ("dynamic", "longrope") else float("inf")
 
     def rotated(self, head_dim: int) -> int:
-        """How many of a head's dimensions are rotated."""
+        """How many of a head's `head_dim` dimensions are rotated."""
         return int(head_dim * self.fraction)
 
 
@@ -195,7 +195,7 @@ class Config:
         return self.dtype != "float32" or self.precision in COARSE
 
     def replace(self, **changes: Any) -> "Config":
-        """A copy with some fields changed."""
+        """A copy with some fields changed: `changes` are their new values, by name."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """Reads `to_dict`'s output. ValueError names any field that is missing or that this version does not know."""
+        """Reads `values`, the output of `to_dict`. ValueError names any field that is missing or unknown here."""
         _check_fields(cls, values)
         _check_fields(Rope, values["rope"])
         return cls(**_tuples(values | {"rope": Rope(**_tuples(values["rope"]))}))

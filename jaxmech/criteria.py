@@ -56,6 +56,11 @@ class Faithfulness:
         """Lower and upper bound of `ratio`, bootstrapped over prompts.
 
         Samples in which the model is always wrong are left out; nan if there is no other.
+
+        Args:
+          level: coverage, a fraction.
+          resamples: bootstrap samples of the prompts, drawn with replacement.
+          seed: of these draws.
         """
         part, whole = (resampled_means(x.correct, resamples=resamples, seed=seed) for x in (self.circuit, self.model))
         ratios = _ratio(part, whole)
@@ -77,8 +82,13 @@ def faithfulness(
     """Runs the circuit alone, the model, and `random` circuits with groups of the same sizes.
 
     Args:
+      model: the model that is run.
+      pairs: prompts and labels; only the clean prompts are run.
+      circuit: the heads, with the roles at which they act.
       means: what ablated heads put out; see `evaluate`.
-      random: random circuits, drawn from `seed`.
+      random: how many random circuits.
+      seed: of their draws.
+      batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" draws random circuits with replacement and splits a head's number by the wrong count (j), and
         rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.
 
@@ -104,11 +114,11 @@ def faithfulness(
 def random_circuit(
     config: Config, circuit: Circuit, rng: np.random.Generator | int, *, compat: str | None = None
 ) -> Circuit:
-    """A circuit with groups of the same sizes at the same roles; `rng` is a generator, or a seed.
+    """A circuit with groups of the same sizes at the same roles as those of `circuit`; `rng` is a generator, or a seed.
 
-    The heads of one role are drawn without replacement from all heads of the model, so that its groups are disjoint, as
-    those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number divided by the
-    number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
+    The heads of one role are drawn without replacement from all heads that `config` has, so that its groups are
+    disjoint, as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number
+    divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     layers, heads = config.num_layers, config.num_heads
@@ -166,6 +176,13 @@ def completeness(
     differ in nothing but the heads at the roles.
 
     Args:
+      model: the model that is run.
+      pairs: prompts and labels; only the clean prompts are run.
+      circuit: the heads, with the roles at which they act.
+      means: what ablated heads put out; see `evaluate`.
+      random: how many random sets.
+      seed: of their draws.
+      batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" leaves the other tokens of the model alone, while the circuit's are ablated (l);
         docs/paper_compat.md.
 
@@ -234,8 +251,13 @@ def minimality(
     is positive. Its score is F(C - partners) / F(C - partners - i) - 1; heads that score less than `threshold` leave.
 
     Args:
+      model: the model that is run.
+      pairs: prompts and labels; only the clean prompts are run.
+      circuit: the heads, with the roles at which they act.
+      means: what ablated heads put out; see `evaluate`.
       threshold: a fraction, the paper's 1 %.
       fraction: how many of a group's heads can be a head's partners, the paper's top 30 %.
+      batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" does not remove two heads of the same number in different layers together (d), and rounds
         accuracies to 0.01 (k); docs/paper_compat.md.
 

@@ -99,7 +99,7 @@ class Circuit:
         return Circuit(left, self.roles)
 
     def save(self, path: str | Path) -> None:
-        """Writes the paper's JSON, {group: [[layer, head], ...]}; the file is replaced only when it is whole."""
+        """Writes the paper's JSON, {group: [[layer, head], ...]}, to `path`; it is replaced only when it is whole."""
         groups = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
         write_text(path, json.dumps(groups) + "\n")
 
@@ -108,6 +108,7 @@ class Circuit:
         """Reads the paper's JSON. The file does not say where a group acts; `chain` does.
 
         Args:
+          path: the file.
           chain: stages, or the TOML file of a chain (see `read_chain`), whose groups the file has.
 
         Raises:
@@ -136,7 +137,7 @@ def _head(value: Sequence[int]) -> Head:
 
 
 def read_chain(path: str | Path) -> tuple[Stage, ...]:
-    """Reads a chain from TOML: one [[stage]] table per stage, with the fields of `Stage`.
+    """Reads a chain from the TOML file `path`: one [[stage]] table per stage, with the fields of `Stage`.
 
     Raises:
       FileNotFoundError: no such file.
@@ -231,6 +232,8 @@ def discover(
     head ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is issued.
 
     Args:
+      model: the model whose heads are swept.
+      pairs: clean and corrupt prompts, with the roles that the chain names.
       k: {group: number of heads}, in place of the chain's own numbers; groups left out keep theirs.
       chain: the stages, or the TOML file of a chain; the paper's four by default.
       min_effect: the smallest mean loss that counts, in units of `metric`: of the probability, a fraction.

@@ -75,6 +75,7 @@ class Interventions:
         """Refuses what cannot be meant. Shapes are checked always, values only where they are concrete.
 
         Args:
+          config: that of the model.
           tokens_shape: shape of the tokens that the interventions go with, (B, T).
 
         Raises:
@@ -93,6 +94,10 @@ class Interventions:
 
 def head_weights(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
     """Weight 1 at each (layer, head) of `heads`, 0 elsewhere: float32 [L, 1, 1, N], a `Patch.weight` for z, q, k or v.
+
+    Args:
+      config: that of the model, for L and N.
+      heads: (layer, head) pairs.
 
     Raises:
       ValueError: a head does not exist in this model, or `heads` is empty.

@@ -37,6 +37,8 @@ def knockout(
     """Forbids the attention from `source` to `target` in layers >= l, for every l.
 
     Args:
+      model: the model that is run.
+      pairs: prompts and labels; only the clean prompts are run.
       source: role of the query.
       target: role of the key, or its position in each clean prompt, int [B], see `random_target`; before the source.
       batch_size: examples in one call; None picks as many as fit the memory budget.
@@ -81,6 +83,11 @@ def random_target(pairs: Pairs, source: str = "last", seed: int = 0) -> np.ndarr
 
     The first token is left out because many heads attend to it when they have nothing to do. Where no other token is
     left, it may be any before the source.
+
+    Args:
+      pairs: the prompts, with their roles.
+      source: role of the query.
+      seed: of the draws.
 
     Raises:
       ValueError: the source is the first token of a prompt, so that nothing is before it.

@@ -48,6 +48,7 @@ def patch_activations(
     """Answers to the clean prompts when heads' z are those of the corrupt (counterfactual) prompts, role by role.
 
     Args:
+      model: the model that is run.
       pairs: clean and corrupt prompts; labels are the answers that count as right, a desideratum's targets, say.
       heads_by_role: the heads patched at each role, {role: [(layer, head)]}, or a `Circuit`.
       batch_size: examples in one call; None picks as many as fit the memory budget.

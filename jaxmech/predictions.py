@@ -29,7 +29,16 @@ class Predictions:
         return self.correct.mean(-1)
 
     def confidence_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0):
-        """Lower and upper bound of the accuracy, float [...] each; see `jaxmech.bootstrap`."""
+        """Lower and upper bound of the accuracy, float [...] each: percentile bootstrap over examples.
+
+        Args:
+          level: coverage, a fraction.
+          resamples: bootstrap samples of the examples, drawn with replacement.
+          seed: of these draws.
+
+        Raises:
+          ValueError: level outside (0, 1) or resamples < 1.
+        """
         return interval(self.correct, level, resamples=resamples, seed=seed)
 
 

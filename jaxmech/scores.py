@@ -57,6 +57,7 @@ class PathScores:
         Args:
           level: coverage, a fraction.
           resamples: bootstrap samples of the B examples, drawn with replacement.
+          seed: of these draws.
 
         Raises:
           ValueError: level outside (0, 1) or resamples < 1.

@@ -73,6 +73,10 @@ def parameter_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
     An axis whose size the mesh axis does not divide, such as few kv heads over many devices, is not split: every device
     holds all of it. Over other axes of the mesh all parameters are repeated.
 
+    Args:
+      config: that of the model, which says which parameters there are.
+      mesh: the devices, such as `make_mesh` returns.
+
     Raises:
       ValueError: the mesh has no axis "model", or one that XLA does not propagate.
     """

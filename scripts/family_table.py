@@ -24,6 +24,12 @@ from hf_families import HF_FAMILIES, family_model  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 
+HEADERS = (
+    "family (`model_type`)",
+    "what sets it apart; for Llama, models of the same architecture",
+    "float32: largest difference of a logit from transformers'",
+    "bfloat16: mean error of a logit, as a share of transformers'",
+)
 NAMES = {
     "llama": ("Llama 1 to 3.3", "Vicuna, Alpaca, CodeLlama, TinyLlama, SmolLM2, Yi, DeepSeek-LLM"),
     "mistral": ("Mistral", "sliding window"),
@@ -42,7 +48,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     jax.config.update("jax_default_matmul_precision", "highest")
-    print("| family | of its own, or the same configuration | float32, against transformers | bfloat16, error |")
+    print(f"| {' | '.join(HEADERS)} |")
     print("| --- | --- | ---: | ---: |")
     for family in HF_FAMILIES:
         difference, error = measured(family)

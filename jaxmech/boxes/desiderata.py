@@ -200,7 +200,17 @@ def check_desideratum(
     objects: Iterable[str] | None = None,
     compat: Literal["paper"] | None = None,
 ) -> None:
-    """Checks that `desideratum` can make a triple of each example; no text is made. Arguments and errors as there."""
+    """Checks that `desideratum` can make a triple of each example; no text is made.
+
+    Args:
+      name: a key of `DESIDERATA`.
+      examples: base examples.
+      objects: what counterfactuals are made of; None: the objects that the examples name.
+      compat: see `desideratum`.
+
+    Raises:
+      ValueError: as `desideratum`, where no tokenizer is needed to see it.
+    """
     _check(name, examples, None, compat)
     pool = _pool(examples, objects)
     for base in examples:

@@ -144,7 +144,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def write(path: str | Path, examples: Iterable[Example]) -> None:
-    """Writes examples as JSONL, key "sentence"; the file is replaced only when it is whole."""
+    """Writes `examples` as JSONL, key "sentence", to `path`; the file is replaced only when it is whole."""
     lines = [json.dumps({KEY: example.sentence}, ensure_ascii=False) + "\n" for example in examples]
     write_text(path, "".join(lines))
 

@@ -29,8 +29,11 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
     """How often the model says the target when heads are patched by `masks`, at once for all of them: float [M].
 
     Args:
+      model: the model that is run.
       pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
+      heads: the n heads, distinct (layer, head).
       masks: float [M, n]; round them for the accuracy of a selection of heads.
+      role: the role at which the heads are patched.
 
     Raises:
       ValueError: as `train`, or masks of another shape.
@@ -48,6 +51,7 @@ def accuracies(
     Base prompts are run once for all desiderata that share them, counterfactual prompts once for all roles.
 
     Args:
+      model: the model that is run.
       pairs: desideratum -> its pairs.
       masks: (desideratum, role) -> {name: (n heads, masks [M, n])}.
 
@@ -119,6 +123,8 @@ def select(
     Ties go to the mask that patches fewer heads, then to the earlier one.
 
     Args:
+      model: the model that the run was trained on.
+      run: what `train` returned.
       validation_pairs: as `train_pairs`, others.
       role: the one it was trained at.
       every: steps between two masks that are tried.
@@ -140,7 +146,20 @@ def select_many(
     compat: str | None = None,
     train_pairs: Mapping[Desideratum, Pairs] | None = None,
 ) -> dict[tuple[Desideratum, Name], Run]:
-    """`select` for several runs at one role, {(desideratum, name): run}, in one pass over the validation pairs."""
+    """`select` for several runs at one role, {(desideratum, name): run}, in one pass over the validation pairs.
+
+    Args:
+      model: the model that the runs were trained on.
+      runs: (desideratum, name) -> what was trained; names are any that tell the runs of a desideratum apart.
+      validation_pairs: desideratum -> pairs that it was not trained on.
+      role: the one that all were trained at.
+      every: steps between two masks that are tried.
+      compat: "paper" does as in `select`.
+      train_pairs: desideratum -> what its runs were trained on; for compat="paper" at `prev_query_box` alone.
+
+    Returns:
+      (desideratum, name) -> the run with its best mask.
+    """
     paper = check_compat(compat)
     if every < 1:
         raise ValueError(f"every={every}; expected at least 1.")

@@ -84,12 +84,17 @@ def train(
     """Trains one mask with Adam (optax), from m = 1; m is clipped to [0, 1] after every step.
 
     Args:
+      model: the model, which stays as it is.
       train_pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
       heads: distinct (layer, head), all at `role`.
+      role: the role at which the heads are patched.
       lam: weight of the number of patched heads in the loss, logits per head. With 0, nothing holds back the masks of
         heads that change nothing: Adam turns the rounding of their gradients into steps.
+      learning_rate: that of Adam.
       epochs: passes over the pairs; the last batch of each may be shorter.
+      batch_size: pairs in one step.
       shuffle: draw another order for every epoch from `seed`.
+      seed: of these orders.
 
     Returns:
       The run; `mask` is that after the last step.
@@ -120,8 +125,16 @@ def train_many(
     """Trains a mask for every desideratum, group, lambda and seed at once; see `train`.
 
     Args:
+      model: the model, which stays as it is.
       train_pairs: desideratum -> its pairs, equally many for each.
       groups: group -> its heads, all at `role`.
+      role: the role at which the heads are patched.
+      lams: the lambdas, weights of the number of patched heads in the loss; `lam` of `train`.
+      seeds: the seeds; without `shuffle` they make no difference.
+      learning_rate: that of Adam.
+      epochs: passes over the pairs.
+      batch_size: pairs in one step.
+      shuffle: draw another order for every epoch from the seed.
       progress: called with (calls done, calls in all); a call trains as many runs for as many steps as fit the memory.
 
     Returns:
