@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer, LlamaTokenizer
-
 from jaxmech.config import Config
 
 HF_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -47,6 +44,8 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _read(path: Path) -> Any:
+    from transformers import AutoTokenizer  # here, since importing transformers takes a second
+
     if any((path / name).is_file() for name in HF_FILES):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return _read_sentencepiece(path)
@@ -57,6 +56,9 @@ def _read_sentencepiece(path: Path) -> Any:
 
     Nothing there says which class it is, and AutoTokenizer's guess leaves out BOS and the space before the first word.
     """
+    from sentencepiece import SentencePieceProcessor
+    from transformers import LlamaTokenizer
+
     exact = SentencePieceProcessor()
     exact.Load(str(path / SENTENCEPIECE))
     tokenizer = LlamaTokenizer.from_pretrained(path, local_files_only=True, add_bos_token=True)
