@@ -99,6 +99,10 @@ def test_collected_values_are_of_the_pairs_that_they_were_collected_of(models, p
         jm.cmap(models[0], kept, pairs[:3], HEADS)
     with pytest.raises(ValueError, match="collected of other prompts or positions"):
         jm.cmap(models[0], kept, random_pairs(models[0], seed=1), HEADS)
+    for role in HEADS:  # the same prompts, and one of them with the role at another token
+        moved = {**pairs.positions, role: pairs.position(role) - (np.arange(len(pairs)) == 2)}
+        with pytest.raises(ValueError, match="collected of other prompts or positions"):
+            jm.cmap(models[0], kept, jm.Pairs(pairs.clean, None, pairs.labels, moved), HEADS)
 
 
 @pytest.mark.parametrize("components", COMPONENTS, ids="+".join)
@@ -304,7 +308,10 @@ def test_bad_arguments_are_named(random_model, random_pairs, call, message):
         call(model, random_pairs(model))
 
 
-def test_models_of_different_shapes_are_refused(random_model, random_pairs):
-    base, other = random_model(), random_model(num_layers=3)
+@pytest.mark.parametrize("change", [{"num_layers": 3}, {"num_heads": 8}, {"head_dim": 6}, {"vocab_size": 51}], ids=str)
+@pytest.mark.parametrize("method", [jm.cmap, jm.cmap_heads], ids=["cmap", "cmap_heads"])
+def test_models_of_different_shapes_are_refused(random_model, random_pairs, method, change):
+    base, other = random_model(), random_model(**change)
+    heads = HEADS if method is jm.cmap else "last"
     with pytest.raises(ValueError, match="fine-tune of the same shape"):
-        jm.cmap(base, other, random_pairs(base), HEADS)
+        method(base, other, random_pairs(base), heads)
