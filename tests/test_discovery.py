@@ -183,6 +183,8 @@ def test_a_head_in_two_groups_of_one_role_acts_there_once():
     circuit = jm.Circuit(groups, {"a": "last", "b": "last", "c": "early"})
     assert circuit.heads_by_role == {"last": [(0, 1), (2, 3), (1, 1)], "early": [(2, 3)]}
     assert circuit.without({"a": [[2, 3]], "c": [[2, 3]]}).groups == {"a": [(0, 1)], "b": [(2, 3), (1, 1)], "c": []}
+    lists = jm.Circuit({"a": [[0, 1], [2, 3]]}, {"a": "last"})
+    assert lists.without({"a": [(2, 3)]}).groups == {"a": [[0, 1]]}, "as JSON has heads"
 
 
 def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
