@@ -40,9 +40,8 @@ KINDS = {
         "rope_theta": 10000.0,
         "factor": 4.0,
         "original_max_position_embeddings": 4096,
-        "beta_fast": 8,
-        "beta_slow": 8,
-        "truncate": False,
+        "beta_fast": 700,
+        "beta_slow": 660,  # even the first dimension turns less often, so that the band begins and ends there
     },
     "yarn with a band beyond both ends": {
         "rope_type": "yarn",
