@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -80,6 +80,23 @@ def assert_close(found, expected, tolerance: float) -> None:
     assert scale > 0, "nothing to compare: every expected value is zero"
     worst = np.abs(found - expected).max()
     assert worst <= tolerance * scale, f"largest difference {worst:.3g}, allowed {tolerance * scale:.3g}"
+
+
+def right_in_turn(pairs: jm.Pairs, *answers: np.ndarray) -> jm.Pairs:
+    """The pairs with the first of `answers` [B] for the first label, and so on; after the last, with what none says.
+
+    So each of them is right somewhere and wrong somewhere, if there are more examples than answers.
+    """
+    none = [min(set(range(len(answers) + 1)) - set(said)) for said in zip(*answers, strict=True)]
+    return replace(pairs, labels=np.choose(np.arange(len(pairs)) % (len(answers) + 1), [*answers, none]))
+
+
+def assert_correct(found: jm.Predictions, expected: np.ndarray, pairs: jm.Pairs) -> None:
+    """Right where the expected logits [..., B, V] are, which is neither nowhere nor everywhere."""
+    correct = np.argmax(expected, -1) == pairs.labels
+    assert np.all((correct.mean(-1) > 0) & (correct.mean(-1) < 1)), f"accuracies {correct.mean(-1)} say little"
+    np.testing.assert_array_equal(found.correct, correct)
+    np.testing.assert_allclose(found.accuracy, correct.mean(-1))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -103,12 +103,12 @@ def test_roles_are_the_tokens_they_name(tokenizer):
     examples = boxes.make(6, 7)
     pairs = boxes.pairs(examples, tokenizer)
     for row, example in enumerate(examples):
-        at = {role: int(pairs.positions[role][row]) for role in boxes.ROLES}
+        at = {role: int(pairs.positions[role][row]) for role in (*boxes.ROLES, "object")}
         word = lambda position: tokenizer.decode([pairs.clean[row, position]]).strip()  # noqa: E731, B023
         assert word(at["query_box"]) == word(at["prev_query_box"]) == example.label
         assert word(at["last"]) == "the" and word(at["last"] - 1) == "contains"
         assert at["prev_query_box"] < at["query_box"] < at["last"]
-        assert word(at["prev_query_box"] - 4) == example.answer
+        assert word(at["prev_query_box"] - 4) == word(at["object"]) == example.answer
         assert tokenizer.decode([pairs.labels[row]]).strip() == example.answer
 
 

@@ -4,7 +4,7 @@ import full_forward
 import jax
 import numpy as np
 import pytest
-from conftest import TOLERANCES, assert_close
+from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 
 import jaxmech as jm
 from jaxmech import circuits
@@ -57,11 +57,11 @@ def test_means_of_prompts_of_unequal_length_leave_out_the_padding(model, random_
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])
 def test_circuits_equal_full_forwards_with_ablated_heads(model, means, random_pairs, elsewhere, batch_size):
     pairs = random_pairs(model)
-    found = jm.evaluate(model, pairs, CIRCUITS, means, elsewhere, batch_size=batch_size)
     expected = [full_forward.evaluate(model, pairs, circuit, means, elsewhere) for circuit in CIRCUITS]
+    pairs = right_in_turn(pairs, *np.argmax(expected, -1))
+    found = jm.evaluate(model, pairs, CIRCUITS, means, elsewhere, batch_size=batch_size)
     assert_close(found.logits, expected, TOLERANCES.cone)
-    np.testing.assert_array_equal(found.correct, np.argmax(expected, -1) == pairs.labels)
-    np.testing.assert_allclose(found.accuracy, found.correct.mean(-1))
+    assert_correct(found, expected, pairs)
 
 
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])

@@ -1,6 +1,8 @@
 """The commands, run as a user runs them."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,20 @@ BASE, TUNED = str(jm.demo.path("base")), str(jm.demo.path("tuned"))
 
 def discover(out, *more: str) -> None:
     cli.main(["discover", "--model", BASE, "--chain", CHAIN, "--scenes", "6", "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def discovered(tmp_path_factory) -> Path:
+    """The folder of a finished run; not to be written to."""
+    folder = tmp_path_factory.mktemp("discovered") / "run"
+    discover(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(discovered, tmp_path) -> Path:
+    """A copy of it, for the tests that write."""
+    return Path(shutil.copytree(discovered, tmp_path / "copy"))
 
 
 def test_the_demo_is_a_study_with_a_report_and_goes_on_when_it_is_called_again(tmp_path, capsys):
@@ -78,17 +94,15 @@ def test_data_and_discover_agree_with_the_library(tmp_path, capsys):
     assert config["k"] == {"value_fetcher": 2} and config["stages"][0]["group"] == "value_fetcher"
 
 
-def test_copies_on_several_devices_find_what_one_finds(tmp_path):
-    discover(tmp_path / "one")
-    discover(tmp_path / "four", "--copies", "4")
-    one, four = (np.load(tmp_path / name / "scores.npz") for name in ("one", "four"))
+def test_copies_on_several_devices_find_what_one_finds(discovered, tmp_path):
+    discover(tmp_path, "--copies", "4")
+    one, four = (np.load(folder / "scores.npz") for folder in (discovered, tmp_path))
     assert set(one) == set(four) and len(set(one)) > 0
     for name in one:
         assert_close(four[name], one[name], TOLERANCES.cone)
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(tmp_path, capsys, monkeypatch):
-    discover(tmp_path / "unbroken")
+def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(discovered, tmp_path, capsys, monkeypatch):
     whole = RunFolder.keep
 
     def interrupted(self, group, scores):
@@ -107,43 +121,41 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(tmp_path, capsys
     discover(tmp_path / "broken")
     assert kept == ["object_binder", "label_matcher"], "finished stages are not run again"
     assert "finished stages: value_fetcher, object_lookup" in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "broken/circuit.json").read_text() == (tmp_path / "unbroken/circuit.json").read_text()
-    with np.load(tmp_path / "broken/scores.npz") as broken, np.load(tmp_path / "unbroken/scores.npz") as unbroken:
+    assert (tmp_path / "broken/circuit.json").read_text() == (discovered / "circuit.json").read_text()
+    with np.load(tmp_path / "broken/scores.npz") as broken, np.load(discovered / "scores.npz") as unbroken:
         assert broken.files == unbroken.files
         for name in broken.files:
             np.testing.assert_array_equal(broken[name], unbroken[name])
 
 
-def test_results_of_other_settings_are_not_overwritten_unless_asked(tmp_path, capsys):
-    discover(tmp_path)
-    before = (tmp_path / "scores.npz").read_bytes()
+def test_results_of_other_settings_are_not_overwritten_unless_asked(copied, capsys):
+    before = (copied / "scores.npz").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        discover(tmp_path, "--seed", "9")
+        discover(copied, "--seed", "9")
     assert stop.value.code == 2
     printed = " ".join(capsys.readouterr().err.split())
     assert "other settings (examples, seed differ)" in printed and "--overwrite" in printed
-    assert (tmp_path / "scores.npz").read_bytes() == before
-    discover(tmp_path, "--seed", "9", "--overwrite")
-    assert (tmp_path / "scores.npz").read_bytes() != before
+    assert (copied / "scores.npz").read_bytes() == before
+    discover(copied, "--seed", "9", "--overwrite")
+    assert (copied / "scores.npz").read_bytes() != before
 
 
 def contents(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_overwrite_with_a_bad_option_leaves_everything_and_with_a_good_one_nothing_old(tmp_path, capsys):
-    discover(tmp_path)
-    (tmp_path / "mine.png").write_bytes(b"mine")
-    before = contents(tmp_path)
+def test_overwrite_with_a_bad_option_leaves_everything_and_with_a_good_one_nothing_old(copied, tmp_path):
+    (copied / "mine.png").write_bytes(b"mine")
+    before = contents(copied)
     for bad in (["--k", "typo", "3"], ["--k", "value_fetcher", "33"], ["--min-effect", "-1"]):
         with pytest.raises(SystemExit):
-            discover(tmp_path, *bad, "--overwrite")
-        assert contents(tmp_path) == before
+            discover(copied, *bad, "--overwrite")
+        assert contents(copied) == before
     (tmp_path / "one.toml").write_text('[[stage]]\ngroup = "only_one"\nsender = "last"')
-    command = ["discover", "--model", BASE, "--scenes", "6", "--out", str(tmp_path), "--overwrite"]
+    command = ["discover", "--model", BASE, "--scenes", "6", "--out", str(copied), "--overwrite"]
     cli.main([*command, "--chain", str(tmp_path / "one.toml")])
     written = {"config.json", "scores.npz", "circuit.json", "only_one.png"}
-    assert set(contents(tmp_path)) == {"one.toml", "mine.png", *written}
+    assert set(contents(copied)) == {"mine.png", *written}
 
 
 def test_a_rejected_option_does_not_stand_in_the_way_of_the_corrected_one(tmp_path):
@@ -153,16 +165,15 @@ def test_a_rejected_option_does_not_stand_in_the_way_of_the_corrected_one(tmp_pa
 
 
 def test_a_run_goes_on_however_its_paths_are_spelt_and_however_much_is_computed_at_a_time(
-    tmp_path, monkeypatch, capsys
+    copied, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "mybase").symlink_to(BASE)
     (tmp_path / "mychain.toml").write_text(open(CHAIN).read())
     monkeypatch.chdir(tmp_path)
-    command = ["discover", "--scenes", "6", "--out", "out"]
-    cli.main([*command, "--model", "mybase", "--chain", "mychain.toml"])
-    capsys.readouterr()
-    cli.main([*command, "--model", str(tmp_path / "mybase"), "--chain", CHAIN, "--batch-size", "2", "--copies", "1"])
-    assert "finished stages: value_fetcher, object_lookup" in " ".join(capsys.readouterr().out.split())
+    command = ["discover", "--scenes", "6", "--out", copied.name]
+    for model, chain in (("mybase", "mychain.toml"), (str(tmp_path / "mybase"), CHAIN)):
+        cli.main([*command, "--model", model, "--chain", chain, "--batch-size", "2", "--copies", "1"])
+        assert "finished stages: value_fetcher, object_lookup" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_path, capsys):

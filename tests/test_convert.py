@@ -11,7 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import TOLERANCES, assert_close
+from hf_families import HF_FAMILIES
 from hf_llama import FAMILIES, LLAMA3, SIZES, hf_model, word_tokenizer
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -80,6 +82,16 @@ def test_a_config_of_the_first_llama_is_read(tmp_path):
     edit_config(tmp_path, remove=("rope_parameters", "num_key_value_heads", "head_dim"), rope_scaling=None)
     config = convert.read_config(tmp_path)
     assert (config.num_kv_heads, config.head_dim, config.rope) == (4, 8, jm.Rope())
+
+
+@pytest.mark.parametrize("family", HF_FAMILIES)
+def test_fields_that_are_not_there_have_the_defaults_of_transformers(family):
+    given = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 30, "num_attention_heads": 4}
+    given |= {"num_key_value_heads": 2, "intermediate_size": 40, "pad_token_id": 0}
+    if family in ("qwen2", "qwen3"):
+        given["use_sliding_window"] = True
+    theirs = getattr(transformers, HF_FAMILIES[family][0])(**given).to_dict()
+    assert convert.config_from_hf({"model_type": family, **given}) == convert.config_from_hf(theirs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

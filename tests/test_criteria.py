@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import full_forward
 import numpy as np
@@ -291,6 +292,25 @@ def test_minimality_equals_loops_over_full_forwards(case, fraction, threshold, c
     kept = sum(len(heads) for heads in found.circuit.groups.values())
     assert 0 < kept < sum(len(heads) for heads in GROUPS.values()), "heads stay, and heads leave"
     assert any(partners for partners in found.partners["readers"]) == (fraction > 0)
+
+
+def test_by_default_three_of_ten_heads_are_partners_and_one_percent_is_the_threshold(random_model, monkeypatch):
+    """Of heads that each add something to the accuracy, which is the sum of what they add."""
+    worth = {(layer, head): 0.04 for layer in range(3) for head in range(4)}
+    worth |= {(3, 0): 0.0098, (3, 1): 0.0101}
+    groups = {"ten": list(worth)[:10], "eleven": list(worth)[:11], "less": [(3, 0)], "more": [(3, 1)]}
+    circuit = jm.Circuit(groups, {"ten": "last", "eleven": "early", "less": "query_box", "more": "query_box"})
+
+    def evaluate(model, pairs, circuits, means, **options):
+        other = 1 - sum(worth[head] for heads in circuit.heads_by_role.values() for head in heads)
+        left = [sum(worth[head] for heads in one.values() for head in heads) for one in circuits]
+        return SimpleNamespace(accuracy=other + np.array(left))
+
+    monkeypatch.setattr(jm.criteria, "evaluate", evaluate)
+    found = jm.minimality(random_model(), None, circuit, None)
+    assert {len(partners) for partners in found.partners["ten"]} == {3}  # ceil(0.3 * 10)
+    assert {len(partners) for partners in found.partners["eleven"]} == {4}  # ceil(0.3 * 11)
+    assert (found.circuit.groups["less"], found.circuit.groups["more"]) == ([], [(3, 1)])
 
 
 def test_the_paper_takes_heads_of_one_number_away_one_at_a_time(case):

@@ -1,5 +1,6 @@
 """DCM: training equals Adam on the gradient of patched full forwards, many runs equal single ones, and selection."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TOLERANCES, assert_close
+from conftest import TOLERANCES, assert_close, right_in_turn
 
 import jaxmech as jm
 from jaxmech import dcm, memory
@@ -83,6 +84,29 @@ def test_training_equals_adam_on_patched_full_forwards(model, pairs, role, shuff
     assert_close(run.history.loss, loss, TOLERANCES.cone)
     assert_close(run.history.mask, mask, TOLERANCES.cone)
     np.testing.assert_array_equal(run.mask, run.history.mask[-1])
+
+
+def test_every_epoch_is_shuffled_anew(random_model, random_pairs):
+    model = random_model()
+    run = dcm.train(model, random_pairs(model, count=6), [(3, 0)], batch_size=3, epochs=3, shuffle=True)
+    epochs = run.history.rows.reshape(3, 6)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(6), (3, 1)))
+    assert len(np.unique(epochs, axis=0)) == 3
+
+
+def test_prompts_of_equal_tokens_that_end_elsewhere_are_other_base_prompts(model, pairs):
+    """They share tokens and the role's positions, not the token at which the answer is read."""
+    earlier = {**pairs.positions, "last": pairs.position("last") - 1}
+    desiderata = {"one": pairs, "two": dataclasses.replace(pairs, positions=earlier)}
+    runs = dcm.train_many(model, desiderata, {"a": HEADS}, "early", batch_size=10, epochs=1)
+    masks = {(name, "early"): {"a": (HEADS, np.ones((1, 4)))} for name in desiderata}
+    logits, rows = np.asarray(model(pairs.clean)[0]), np.arange(len(pairs))
+    said = {name: logits[rows, x.position("last")] for name, x in desiderata.items()}
+    for name in desiderata:
+        assert_close(runs[name, "a", 0.01, 0].history.loss, [-said[name][rows, pairs.labels].mean()], TOLERANCES.cone)
+        desiderata[name] = right_in_turn(desiderata[name], said[name].argmax(-1))
+    found = dcm.accuracies(model, desiderata, masks)
+    assert [found[name, "early"]["a"].item() for name in desiderata] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -247,6 +271,14 @@ def test_the_most_accurate_mask_is_selected(model, pairs):
     assert (run.step, run.validation_accuracy) == (2, 1.0)
     assert run.selected == [(2, 1), (3, 1)]
     np.testing.assert_array_equal(run.mask, masks[2])
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 5, 7])
+def test_the_mask_after_the_last_step_is_tried_whatever_the_number_of_steps(model, pairs, every):
+    masks = np.array([[1, 1, 1, 1], [1, 1, 1, 0.9], [1, 1, 0.8, 1], [1, 0.7, 1, 1], [0, 1, 1, 0]], np.float32)
+    pairs = answering(model, pairs, HEADS, "last", masks[-1])
+    run = dcm.select(model, run_with(masks), pairs, every=every)
+    assert (run.step, run.validation_accuracy) == (5, 1.0)
 
 
 def test_paper_validation_takes_prev_query_box_from_the_training_batch(model, pairs, monkeypatch):

@@ -162,9 +162,29 @@ def test_a_stage_without_receivers_is_at_the_last_token_under_whatever_name(two_
     named = jm.Pairs(pairs.clean, pairs.corrupt, pairs.labels, *roles)
     found = jm.discover(model, named, chain=[jm.Stage("a", "answer", k=2)])
     assert found.groups["a"] == jm.discover(model, pairs, chain=[jm.Stage("a", "last", k=2)]).groups["a"]
+    mixed = [{**x, "now_and_then": np.where(np.arange(5) < 4, x["last"], x["query_box"])} for x in roles]
+    named = jm.Pairs(pairs.clean, pairs.corrupt, pairs.labels, *mixed)
+    with pytest.raises(ValueError, match="sender='now_and_then' without receivers; only the last token"):
+        jm.discover(model, named, chain=[jm.Stage("a", "now_and_then", k=2)])
     chain = (CHAIN[0], jm.Stage("a", "query_box"))
     with pytest.raises(ValueError, match="sender='query_box' without receivers; only the last token has a direct path"):
         jm.discover(model, pairs, chain=chain, on_stage=lambda *_: pytest.fail("a sweep was run"))
+
+
+def test_every_head_of_the_model_may_be_asked_for_and_the_whole_probability(two_heads):
+    chain = [jm.Stage("all", "last", k=6)]
+    done = {"all": fake_scores([-0.5, -1.0], [-0.1, -0.2], [-0.3, -0.4])}
+    assert len(jm.discover(*two_heads, chain=chain, done=done).groups["all"]) == 6
+    assert jm.discover(*two_heads, chain=chain, done=done, min_effect=1.0).groups["all"] == [(0, 1)]
+
+
+def test_a_head_in_two_groups_of_one_role_acts_there_once():
+    groups = {"a": [(0, 1), (2, 3)], "b": [(2, 3), (1, 1)], "c": [(2, 3)]}
+    circuit = jm.Circuit(groups, {"a": "last", "b": "last", "c": "early"})
+    assert circuit.heads_by_role == {"last": [(0, 1), (2, 3), (1, 1)], "early": [(2, 3)]}
+    assert circuit.without({"a": [[2, 3]], "c": [[2, 3]]}).groups == {"a": [(0, 1)], "b": [(2, 3), (1, 1)], "c": []}
+    lists = jm.Circuit({"a": [[0, 1], [2, 3]]}, {"a": "last"})
+    assert lists.without({"a": [(2, 3)]}).groups == {"a": [[0, 1]]}, "as JSON has heads"
 
 
 def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
@@ -230,6 +250,8 @@ def test_a_circuit_is_saved_as_in_the_paper_and_read_back(tmp_path):
         ("[1]", "not a circuit file"),
         ('{"value_fetcher": [[1]]}', "not a circuit file"),
         ('{"value_fetcher": [["1", "2"]]}', r"not \[layer, head\]"),
+        ('{"value_fetcher": [[-1, 2]]}', r"not \[layer, head\]"),
+        ('{"value_fetcher": [[1, -2]]}', r"not \[layer, head\]"),
         ('{"induction": [[1, 2]]}', r"groups \['induction'\].*give the chain"),
     ],
 )

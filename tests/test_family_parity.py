@@ -76,6 +76,29 @@ def test_windows_are_honoured_and_matter(saved, family):
     assert np.abs(jm.load(path)(LONG)[0] - found).max() > 0.01 * np.abs(found).max()
 
 
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "full_layers", "changes"),
+    [
+        ("gemma2", (1, 3), {"num_hidden_layers": 4}),
+        ("qwen2", (0,), QWEN_WINDOWS),
+        ("qwen3", (0, 1), QWEN_WINDOWS | {"max_window_layers": 2, "num_hidden_layers": 4}),
+    ],
+)
+def test_windows_of_a_config_that_does_not_name_the_kinds_of_its_layers(saved, family, full_layers, changes):
+    """Older ones have no layer_types: there, the family says which layers have a window."""
+    _, path = saved(family, **changes)
+    expected, fields = convert.read_config(path), json.loads((path / "config.json").read_text())
+    del fields["layer_types"]
+    (path / "config.json").write_text(json.dumps(fields))
+    ours = jm.load(path, precision="highest")
+    assert ours.config == expected and (ours.config.window, ours.config.full_layers) == (4, full_layers)
+    theirs = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    assert_close(ours(LONG)[0], logits(theirs, LONG), TOLERANCES.parity)
+
+
 @pytest.mark.parametrize("tokens", [TOKENS, LONG], ids=["within the original context", "beyond it"])
 @pytest.mark.parametrize("kind", SCALED)
 def test_scaled_rope_equals_that_of_transformers(saved, kind, tokens):

@@ -161,6 +161,13 @@ RELEASES = {
         None,
         2048,  # the release's is 4096; see `convert.meta`
     ),
+    "Code Llama 7B": (
+        {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "rope_theta": 1e6}
+        | {"norm_eps": 1e-5, "vocab_size": 32016},
+        11008,
+        None,
+        16384,
+    ),
     "Llama 3 8B": (
         {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, **LLAMA_3},
         14336,

@@ -50,6 +50,7 @@ def test_logit_difference_equals_that_of_full_forwards(sweep, receivers, via):
         ("logit_difference", lambda wrong: wrong + 0.5, "dtype float64"),
         ("logit_difference", lambda wrong: wrong + 50, "expected ids 0..49"),
         ("logit_difference", lambda wrong: (wrong - 7) % 50, "example 0 is its correct label"),
+        ("logit_difference", lambda wrong: (wrong - 7 * (np.arange(5) == 3)) % 50, "example 3 is its correct label"),
     ],
 )
 def test_metrics_that_cannot_be_meant_are_named(sweep, metric, change, message):

@@ -69,6 +69,7 @@ def test_answers_and_their_accuracy(model, pairs):
     pairs.labels[::2] = answers[::2]
     found = jm.predict(model, pairs, batch_size=4)
     check_predictions(found)
+    assert 0 < found.accuracy < 1
     np.testing.assert_array_equal(found.correct, pairs.labels == answers)
     assert isinstance(jm.accuracy(model, pairs), float) and jm.accuracy(model, pairs) == found.accuracy
     assert jm.accuracy(model, pairs[found.correct]) == 1

@@ -6,7 +6,7 @@ import full_forward
 import jax
 import numpy as np
 import pytest
-from conftest import TOLERANCES, assert_close
+from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 
 import jaxmech as jm
 from jaxmech import batches, compat
@@ -34,11 +34,12 @@ def pairs(models, random_pairs) -> jm.Pairs:
 
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_activation_patching_equals_a_full_forward_with_corrupt_z(models, pairs, batch_size):
-    found = jm.patch_activations(models[0], pairs, HEADS, batch_size=batch_size)
     expected = full_forward.from_corrupt(models[0], pairs, HEADS)
+    pairs = right_in_turn(pairs, expected.argmax(-1))
+    found = jm.patch_activations(models[0], pairs, HEADS, batch_size=batch_size)
     assert np.abs(expected - full_forward.last_logits(models[0], pairs)).max() > 0.1
     assert_close(found.logits, expected, TOLERANCES.cone)
-    np.testing.assert_array_equal(found.correct, expected.argmax(-1) == pairs.labels)
+    assert_correct(found, expected, pairs)
 
 
 def test_patching_prompts_from_themselves_changes_nothing(models, pairs):
@@ -98,6 +99,10 @@ def test_collected_values_are_of_the_pairs_that_they_were_collected_of(models, p
         jm.cmap(models[0], kept, pairs[:3], HEADS)
     with pytest.raises(ValueError, match="collected of other prompts or positions"):
         jm.cmap(models[0], kept, random_pairs(models[0], seed=1), HEADS)
+    for role in HEADS:  # the same prompts, and one of them with the role at another token
+        moved = {**pairs.positions, role: pairs.position(role) - (np.arange(len(pairs)) == 2)}
+        with pytest.raises(ValueError, match="collected of other prompts or positions"):
+            jm.cmap(models[0], kept, jm.Pairs(pairs.clean, None, pairs.labels, moved), HEADS)
 
 
 @pytest.mark.parametrize("components", COMPONENTS, ids="+".join)
@@ -105,9 +110,12 @@ def test_cross_model_patching_equals_full_forwards_with_the_tuned_models_activat
     base, tuned = models
     expected = full_forward.from_model(base, tuned, pairs, HEADS, components)
     assert np.abs(expected - full_forward.last_logits(base, pairs)).max() > 0.01
-    assert_close(jm.cmap(base, tuned, pairs, HEADS, components).logits, expected, TOLERANCES.cone)
+    pairs = right_in_turn(pairs, expected.argmax(-1))
     kept = jm.collect(tuned, pairs, reversed(HEADS), components, batch_size=2)
-    assert_close(jm.cmap(base, kept, pairs, HEADS, components, batch_size=2).logits, expected, TOLERANCES.cone)
+    for values, batch_size in ((tuned, None), (kept, 2)):
+        found = jm.cmap(base, values, pairs, HEADS, components, batch_size=batch_size)
+        assert_close(found.logits, expected, TOLERANCES.cone)
+        assert_correct(found, expected, pairs)
 
 
 @pytest.mark.parametrize("components", COMPONENTS, ids="+".join)
@@ -149,6 +157,10 @@ def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, com
     base, tuned = models
     monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
     monkeypatch.setattr(CMAP, "TOKENS_PER_CALL", 40)  # several calls
+    heads, clean = [(0, 0), (0, 3), (1, 2), (2, 1), (3, 0), (3, 3)], full_forward.last_logits(base, pairs)
+    patched = {head: full_forward.from_model(base, tuned, pairs, {role: [head]}, components) for head in heads}
+    answers = clean.argmax(-1), *(patched[head].argmax(-1) for head in heads[:3])
+    pairs = right_in_turn(pairs, *answers)
     found = jm.cmap_heads(base, tuned, pairs, role, components, batch_size=3)
     rows = np.arange(len(pairs))
 
@@ -156,13 +168,13 @@ def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, com
         exponents = np.exp(logits - logits.max(-1, keepdims=True))
         return (exponents / exponents.sum(-1, keepdims=True))[rows, pairs.labels]
 
-    clean = full_forward.last_logits(base, pairs)
+    assert 0 < found.clean_accuracy < 1
     assert found.clean_accuracy == pytest.approx((clean.argmax(-1) == pairs.labels).mean())
-    for head in [(0, 0), (0, 3), (1, 2), (2, 1), (3, 0), (3, 3)]:
-        logits = full_forward.from_model(base, tuned, pairs, {role: [head]}, components)
+    for head, logits in patched.items():
         effect = probability(logits) / probability(clean) - 1
         np.testing.assert_allclose(found.scores.per_example[head], effect, atol=1e-4 * max(1, np.abs(effect).max()))
         assert found.accuracy[head] == pytest.approx((logits.argmax(-1) == pairs.labels).mean())
+    assert len(np.unique(found.accuracy)) > 1, "accuracies of 0, or of 1, would all be alike"
 
 
 def test_heads_whose_change_cannot_reach_the_last_token_have_no_effect(models, pairs):
@@ -178,12 +190,13 @@ def test_knockouts_equal_full_forwards_with_a_mask(models, pairs, source, target
     monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
     monkeypatch.setattr(KNOCKOUT, "TOKENS_PER_CALL", 10)  # several calls
     target = jm.random_target(pairs, source) if target == "random" else target
-    found = jm.knockout(models[0], pairs, source, target, batch_size=batch_size)
     at = pairs.position(target) if isinstance(target, str) else target
-    for start in range(models[0].config.num_layers):
-        expected = full_forward.knocked_out(models[0], pairs, pairs.position(source), at, start)
-        assert_close(found.logits[start], expected, TOLERANCES.cone)
-        assert found.accuracy[start] == pytest.approx((expected.argmax(-1) == pairs.labels).mean())
+    starts = range(models[0].config.num_layers)
+    expected = [full_forward.knocked_out(models[0], pairs, pairs.position(source), at, start) for start in starts]
+    pairs = right_in_turn(pairs, *np.argmax(expected, -1))
+    found = jm.knockout(models[0], pairs, source, target, batch_size=batch_size)
+    assert_close(found.logits, expected, TOLERANCES.cone)
+    assert_correct(found, expected, pairs)
     clean = full_forward.last_logits(models[0], pairs)
     assert np.abs(found.logits[0] - clean).max() > 0.01
     reaches = source == "last"  # in the last layer, what another token reads is lost
@@ -295,7 +308,10 @@ def test_bad_arguments_are_named(random_model, random_pairs, call, message):
         call(model, random_pairs(model))
 
 
-def test_models_of_different_shapes_are_refused(random_model, random_pairs):
-    base, other = random_model(), random_model(num_layers=3)
+@pytest.mark.parametrize("change", [{"num_layers": 3}, {"num_heads": 8}, {"head_dim": 6}, {"vocab_size": 51}], ids=str)
+@pytest.mark.parametrize("method", [jm.cmap, jm.cmap_heads], ids=["cmap", "cmap_heads"])
+def test_models_of_different_shapes_are_refused(random_model, random_pairs, method, change):
+    base, other = random_model(), random_model(**change)
+    heads = HEADS if method is jm.cmap else "last"
     with pytest.raises(ValueError, match="fine-tune of the same shape"):
-        jm.cmap(base, other, random_pairs(base), HEADS)
+        method(base, other, random_pairs(base), heads)

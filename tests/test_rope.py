@@ -35,6 +35,22 @@ KINDS = {
         "mscale_all_dim": 1.4,
         "truncate": False,
     },
+    "yarn without a band": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 700,
+        "beta_slow": 660,  # even the first dimension turns less often, so that the band begins and ends there
+    },
+    "yarn with a band beyond both ends": {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 5000,
+        "beta_slow": 0.1,
+    },
     "longrope": {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -55,7 +71,7 @@ def both(request):
     return LlamaRotaryEmbedding(hf), convert.config_from_hf(hf.to_dict())
 
 
-@pytest.mark.parametrize("length", [None, 100, 5000, 16384])
+@pytest.mark.parametrize("length", [None, 100, 4096, 5000, 16384])
 def test_inverse_frequencies_equal_those_of_transformers(both, length):
     theirs, config = both
     found = rope.inverse_frequencies(config.rope, config.head_dim, length)

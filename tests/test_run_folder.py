@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from jaxmech.files import check_file
-from jaxmech.run_folder import RunFolder
+from jaxmech.run_folder import RunFolder, fingerprint
 from jaxmech.scores import PathScores
 
 SCORES = PathScores(np.zeros((2, 2, 3), np.float32), np.ones(3, np.float32))
@@ -31,6 +32,53 @@ def test_a_run_is_written_with_its_first_result(tmp_path):
     assert (config["seed"], config["model"]) == (0, "here") and "jax" in config["versions"]
     again = RunFolder.open(tmp_path / "run", {"seed": 0}, given={"model": "./here"})
     assert again.begun and list(again.scores) == ["group"]
+
+
+def test_finished_sweeps_are_read_back_as_they_were_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    kept = {
+        group: PathScores(rng.normal(size=(2, 2, 3)).astype(np.float32), rng.random(3).astype(np.float32))
+        for group in ("one", "two")
+    }
+    run = RunFolder.open(tmp_path, {"seed": 0})
+    for group, scores in kept.items():
+        run.keep(group, scores)
+    found = RunFolder.open(tmp_path, {"seed": 0}).scores
+    assert list(found) == list(kept)
+    for group, scores in kept.items():
+        np.testing.assert_array_equal(found[group].per_example, scores.per_example)
+        np.testing.assert_array_equal(found[group].probability, scores.probability)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"seed": 1, "k": 2}, "seed"), ({"seed": 0}, "k"), ({"seed": 0, "k": 2, "more": 1}, "more")]
+)
+def test_a_run_with_other_settings_is_refused_also_if_there_are_more_or_fewer(tmp_path, settings, name):
+    finished(tmp_path, seed=0, k=2)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"a run with other settings \({name} differ\)"):
+        RunFolder.open(tmp_path, settings)
+    assert contents(tmp_path) == before
+
+
+def test_the_fingerprint_of_a_checkpoint_changes_with_any_of_its_files(tmp_path):
+    model = tmp_path / "model"
+    (model / "params").mkdir(parents=True)
+    for file in (model / "config.json", model / "params" / "0"):
+        file.write_text("1")
+        os.utime(file, ns=(0, 10**9))
+    seen = [fingerprint(model)]
+    assert fingerprint(shutil.copytree(model, tmp_path / "elsewhere")) == seen[0] == fingerprint(model)
+    (model / "params" / "0").write_text("12")
+    os.utime(model / "params" / "0", ns=(0, 10**9))
+    seen.append(fingerprint(model))
+    os.utime(model / "params" / "0", ns=(0, 10**9 + 1000))
+    seen.append(fingerprint(model))
+    (model / "params" / "0").rename(model / "params" / "1")
+    seen.append(fingerprint(model))
+    (model / "params" / "0").write_text("")
+    seen.append(fingerprint(model))
+    assert len(set(seen)) == 5
 
 
 def test_what_overwrite_replaces_is_there_until_the_first_result(tmp_path):

@@ -227,6 +227,33 @@ def test_numbers_that_are_not_finite_always_deviate(number):
         assert [c.where for c in compare_bfloat16(ours, theirs, (theirs,)) if not c.ok] == ["z of layer 0"]
 
 
+def test_deviations_are_relative_to_all_numbers_of_the_site():
+    found, expected = np.array([4.0, 1, 1, 5], np.float32), np.array([1.0, 1, 1, 1], np.float32)
+    assert deviations.largest_deviation(found, expected) == 4.0
+    assert deviations.mean_square_deviation(found, expected) == 2.5  # sqrt((3^2 + 4^2) / 4)
+    assert deviations.mean_square_deviation(10 * found, 10 * expected) == 2.5
+    unequal = np.array([0.0, 0, 6, 8], np.float32)  # of root mean square 5
+    assert deviations.largest_deviation(unequal + np.float32([0, 0, 4, -3]), unequal) == 0.5
+    assert deviations.mean_square_deviation(unequal + np.float32([0, 0, 4, -3]), unequal) == 0.5
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_ours_deviate_where_transformers_is_not_finite(number):
+    theirs = made_up()
+    theirs["z"][0, 0, 1, 1] = number
+    for compare in (compare_float32(made_up(), theirs), compare_bfloat16(made_up(), theirs, (made_up(),))):
+        (bad,) = (c for c in compare if not c.ok)
+        assert (bad.where, bad.deviation) == ("z of layer 0", np.inf)
+
+
+def test_the_worst_layer_of_a_site_is_that_which_exceeds_most():
+    compared = [
+        deviations.Comparison("float32", "z", layer, deviation, allowed)
+        for layer, (deviation, allowed) in enumerate([(1.0, 2.0), (0.9, 1.0), (0.5, 1.0)])
+    ]
+    assert [found.layer for found in verify.Report((), tuple(compared)).worst("float32")] == [1]
+
+
 def test_a_site_that_is_zero_in_transformers_must_be_zero_here():
     zero, ours = made_up(), made_up()
     zero["mlp_out"][1] = 0
@@ -265,6 +292,8 @@ def test_prompts_within_a_window_are_said_not_to_show_it(saved, capsys):
     path = saved("mistral")
     assert command("--model", path, "--length", "5") == 0
     assert "windows of 5 tokens" in capsys.readouterr().out
+    assert command("--model", path, "--length", "6") == 0
+    assert "windows of" not in capsys.readouterr().out
 
 
 @pytest.fixture
