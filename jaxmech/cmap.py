@@ -196,7 +196,9 @@ def cmap_heads(
     tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
     copies = row_devices(base.weights)
     if batch_size is None:
-        batch_size = _examples_per_call(base, last - p + 1, tokens.shape[1], (config.num_heads + 1) / copies)
+        length, at_a_time = float((last - p + 1).mean()), (config.num_heads + 1) / copies
+        sweep = memory.of_live_sweep(config, length, tokens.shape[1], at_a_time)
+        batch_size = memory.fitting(base.weights, sweep + memory.of_heads(config, 1, config.num_layers))
     batches = Batches.plan([tokens], p, last, batch_size)
     heads = np.arange(config.num_layers * config.num_heads)
     work = batches.capacity / TOKENS_PER_CALL
@@ -367,14 +369,3 @@ def _chosen_values(values: HeadValues, roles: list[int], components: Sequence[st
     if missing := [site for site in components if site not in values.values]:
         raise ValueError(f"Components {missing} were not collected; these values have {', '.join(values.values)}.")
     return {site: values.values[site][:, rows][:, :, roles] for site in components}
-
-
-def _examples_per_call(base: Model, lengths: np.ndarray, tokens: int, rows: float) -> int:
-    """Examples whose clean cache and whose streams, for so many heads at a time, fit the memory budget."""
-    config, length = base.config, float(lengths.mean())
-    layers = config.num_layers
-    cache = memory.of_keys_and_values(config, tokens, layers) + memory.of_streams(config, length, layers)
-    stream = memory.of_tokens(config, length) + memory.of_attention(config, length, tokens)
-    values = memory.of_heads(config, 1, layers)
-    run = max(memory.of_forward(config, tokens), rows * (stream + memory.of_logits(config)))
-    return memory.fitting(base.weights, cache + values + run)

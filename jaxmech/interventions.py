@@ -16,7 +16,6 @@ from jax.core import Tracer
 from jaxmech.config import Config
 
 HEAD_SITES = ("q", "k", "v", "pattern", "z")
-RESIDUAL_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 SITES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 

@@ -21,7 +21,7 @@ from jaxmech.predictions import Predictions, answers, is_correct
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
-TOKENS_PER_CALL = 4096  # suffix tokens of all first layers that run together; see `Call`
+TOKENS_PER_CALL = 4096  # suffix tokens of all first layers that run together
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -60,7 +60,8 @@ def knockout(
         )
     tokens = check_prompts(config, pairs)
     if batch_size is None:
-        batch_size = _examples_per_call(model, last - p + 1, tokens.shape[1])
+        length = float((last - p + 1).mean())
+        batch_size = memory.fitting(model.weights, memory.of_live_sweep(config, length, tokens.shape[1], 1))
     batches = Batches.plan([tokens], p, last, batch_size)
     work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(model.weights)
     calls = calls_of_equal_size(np.arange(config.num_layers), work, most=config.num_layers, copies=copies)
@@ -143,13 +144,3 @@ def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
     if target.min() < 0:
         raise ValueError(f"target holds the position {target.min()}; positions are counted from the start, from 0 on.")
     return target
-
-
-def _examples_per_call(model: Model, lengths: np.ndarray, tokens: int) -> int:
-    """Examples whose clean cache and whose suffixes, for one first layer, fit the memory budget."""
-    config, length = model.config, float(lengths.mean())
-    layers = config.num_layers
-    cache = memory.of_keys_and_values(config, tokens, layers) + memory.of_streams(config, length, layers)
-    stream = memory.of_tokens(config, length) + memory.of_attention(config, length, tokens)
-    run = max(memory.of_forward(config, tokens), stream + memory.of_logits(config))
-    return memory.fitting(model.weights, cache + run)

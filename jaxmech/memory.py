@@ -55,6 +55,20 @@ def of_keys_and_values(config: Config, tokens: float, layers: int) -> float:
     return 2 * config.compute_dtype.itemsize * layers * tokens * config.num_kv_heads * config.head_dim
 
 
+def of_live_sweep(config: Config, length: float, tokens: int, rows: float) -> float:
+    """One example of a sweep on the causal cone: its clean cache, and what runs it or its live streams.
+
+    Args:
+      length: tokens of its suffix.
+      tokens: of its prompt.
+      rows: streams that run at a time.
+    """
+    layers = config.num_layers
+    cache = of_keys_and_values(config, tokens, layers) + of_streams(config, length, layers)
+    stream = of_tokens(config, length) + of_attention(config, length, tokens) + of_logits(config)
+    return cache + max(of_forward(config, tokens), rows * stream)
+
+
 def of_logits(config: Config) -> float:
     """The logits of one token and their exponentials, in float32."""
     return 8 * config.vocab_size
