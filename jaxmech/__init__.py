@@ -2,6 +2,7 @@
 
 from jaxmech import boxes, dcm, demo
 from jaxmech.accuracy import accuracy, predict
+from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
 from jaxmech.circuits import evaluate, mean_activations, resampled_activations
 from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
 from jaxmech.config import Config, Rope
@@ -15,7 +16,7 @@ from jaxmech.criteria import (
     overlap,
     random_circuit,
 )
-from jaxmech.discovery import PAPER_CHAIN, Circuit, Stage, discover, read_chain
+from jaxmech.discovery import Circuit, discover
 from jaxmech.interventions import Interventions, Patch, head_weights
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model, load

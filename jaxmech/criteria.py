@@ -116,9 +116,10 @@ def random_circuit(
 ) -> Circuit:
     """A circuit with groups of the same sizes at the same roles as those of `circuit`; `rng` is a generator, or a seed.
 
-    The heads of one role are drawn without replacement from all heads that `config` has, so that its groups are
-    disjoint, as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number
-    divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
+    The heads of one role are drawn without replacement from all heads of the model, so that its groups are disjoint, as
+    those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number divided by the
+    number of *layers* for its layer (j); layers that do not exist are left out, as they are there, and a head that is
+    drawn twice for a group counts once.
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     layers, heads = config.num_layers, config.num_heads
@@ -132,7 +133,8 @@ def random_circuit(
             numbers = rng.permutation(layers * heads)[: sum(sizes.values())]
             chosen = [(int(n) // heads, int(n) % heads) for n in numbers]
         for group, size in sizes.items():
-            drawn[group], chosen = [head for head in chosen[:size] if head[0] < layers], chosen[size:]
+            drawn[group] = [head for head in dict.fromkeys(chosen[:size]) if head[0] < layers]
+            chosen = chosen[size:]
     return Circuit({group: drawn[group] for group in circuit.groups}, circuit.roles)
 
 

@@ -7,6 +7,7 @@
 All are negative where the patch hurts.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,19 @@ def outcome(logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> Ou
     """The outcome, fields [B], of float32 logits [B, V] and labels [B]."""
     correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
     return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), correct - wrong)
+
+
+@partial(jax.jit, static_argnames="metric")
+def measure(metric: str, logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> jax.Array:
+    """What an effect by `metric`, one of METRICS, is a change of: float32 [..., B], of logits [..., B, V]."""
+    correct, wrong = (
+        jnp.take_along_axis(logits, jnp.broadcast_to(index[:, None], (*logits.shape[:-1], 1)), axis=-1)[..., 0]
+        for index in (labels, wrong_labels)
+    )
+    if metric == "logit_difference":
+        return correct - wrong
+    log_probability = correct - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.exp(log_probability) if metric == "probability" else log_probability
 
 
 def effect(metric: str, patched: Outcome, clean: Outcome) -> np.ndarray:

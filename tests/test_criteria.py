@@ -177,7 +177,7 @@ def test_random_circuits_of_the_paper_are_drawn_with_replacement_and_divided_by_
 
     found = jm.random_circuit(config, CIRCUIT, Drawn(), compat="paper")  # type: ignore[arg-type]
     # 17 is head 5 of the layer 17 // 3 = 5, which does not exist; so it is with 9, 10 and 16.
-    assert found.groups["readers"] == [(0, 0), (1, 5), (1, 5), (2, 2)]
+    assert found.groups["readers"] == [(0, 0), (1, 5), (2, 2)]  # (1, 5) was drawn twice
     assert found.groups["movers"] == [(0, 2)]
     assert found.groups["binders"] == [(2, 1), (0, 1), (1, 3)]
     assert found.groups["nobody"] == []

@@ -17,6 +17,7 @@ ROWS = (
     ("jaxmech", "jaxmech.demo"),  # the package's own re-exports
     ("jaxmech.criteria",),
     ("jaxmech.discovery",),
+    ("jaxmech.chain",),
     ("jaxmech.path_patching", "jaxmech.circuits", "jaxmech.dcm", "jaxmech.cmap", "jaxmech.knockout"),
     ("jaxmech.patching", "jaxmech.accuracy"),
     ("jaxmech.boxes",),
