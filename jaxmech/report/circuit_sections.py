@@ -31,8 +31,8 @@ def accuracy(results: Results) -> Section | None:
     values = listing(f"{model} {with_interval(entry)}" for model, entry in found.items())
     alt, caption = f"Bars of accuracy: {values}.", "Accuracy, with its interval in brackets."
     text = (
-        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals, "
-        "bootstrapped over prompts, unless said otherwise."
+        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals: of "
+        "accuracies by Wilson's score, of ratios and scores bootstrapped over prompts, unless said otherwise."
     )
     draw = partial(bars.accuracy_bars, found, results["models"])
     return Section(text, rows=[[Picture("accuracy", draw, alt, caption)]])
