@@ -26,6 +26,7 @@ from jaxmech.patching import patch_activations
 from jaxmech.path_patching import path_patch
 from jaxmech.predictions import Predictions
 from jaxmech.provenance import versions
+from jaxmech.run_folder import read_scores
 from jaxmech.scores import PathScores
 from jaxmech.sharding import make_mesh, parameter_shardings
 
@@ -74,5 +75,6 @@ __all__ = [
     "random_circuit",
     "random_target",
     "read_chain",
+    "read_scores",
     "resampled_activations",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
     """Clean prompts, their corrupt counterparts, the correct next token and named token positions.
 
@@ -51,6 +51,14 @@ class Pairs:
             raise ValueError(f"Pairs: corrupt has {len(self.corrupt)} examples, clean has {len(self.clean)}.")
         set_field("corrupt_positions", _roles("corrupt_positions", self.corrupt_positions, self.corrupt))
 
+    def __repr__(self) -> str:
+        tokens = str(self.clean.shape[1])
+        if self.corrupt is not None and self.corrupt.shape[1] != self.clean.shape[1]:
+            tokens += f" and {self.corrupt.shape[1]}"
+        without = ", no corrupt prompts" if self.corrupt is None else ""
+        prompts = f"{len(self)} prompt{'s' * (len(self) != 1)}"
+        return f"Pairs({prompts}, {tokens} tokens, roles {', '.join(self.positions)}{without})"
+
     def __len__(self) -> int:
         return len(self.clean)
 
@@ -59,9 +67,13 @@ class Pairs:
 
         Raises:
           TypeError: a single number; `pairs[3:4]` are the pairs with example 3 alone.
+          ValueError: no example is selected.
+          IndexError: an example that is not there, or a boolean array of another length.
         """
         if not isinstance(rows, slice) and np.ndim(rows) == 0:
             raise TypeError(f"pairs[{rows!r}]: rows are a slice or an array; for one example take pairs[i : i + 1].")
+        if not len(self.labels[rows]):
+            raise ValueError(f"pairs[rows] selects none of the {len(self)} prompts; there are no empty pairs.")
         pick = lambda roles: {role: value[rows] for role, value in roles.items()}  # noqa: E731
         return Pairs(
             clean=self.clean[rows],
@@ -108,16 +120,19 @@ def _roles(name: str, roles: Mapping, tokens: np.ndarray) -> dict[str, np.ndarra
     if "last" not in roles:
         raise ValueError(f"Pairs: {name} has roles {sorted(roles)}; 'last' (each true last token) is missing.")
     checked = {role: _integers(f"{name}[{role!r}]", value, 1, "positions") for role, value in roles.items()}
-    for role, value in checked.items():
+    for role, value in sorted(checked.items(), key=lambda item: item[0] != "last"):  # which others are compared with
         if len(value) != len(tokens):
             raise ValueError(f"Pairs: {name}[{role!r}] has {len(value)} examples, the prompts {len(tokens)}.")
         end = np.minimum(checked["last"], tokens.shape[1] - 1)
         outside = (value < 0) | (value > end)
         if outside.any():
             row = int(outside.argmax())
+            expected = f"0..{end[row]}, a token up to `last` of a prompt of {tokens.shape[1]} tokens"
+            if end[row] < 0:  # `last` itself
+                expected = f"0..{tokens.shape[1] - 1}, a token of the prompt"
             raise ValueError(
-                f"Pairs: {name}[{role!r}] of example {row} is {value[row]}; expected 0..{end[row]}, a token up to "
-                f"`last` of a prompt of {tokens.shape[1]} tokens. Positions are counted from the start."
+                f"Pairs: {name}[{role!r}] of example {row} is {value[row]}; expected {expected}. Positions are counted "
+                "from the start."
             )
     return {role: value.astype(np.int32) for role, value in checked.items()}
 

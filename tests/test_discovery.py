@@ -11,6 +11,7 @@ from full_forward import path_patch as full_path_patch
 
 import jaxmech as jm
 from jaxmech.chain import check_chain
+from jaxmech.run_folder import RunFolder
 
 CHAIN = (
     jm.Stage("readers", "last", k=3),
@@ -98,6 +99,15 @@ def test_finished_sweeps_are_reported_once_and_not_run_again(two_heads):
     first = jm.discover(*two_heads, chain=CHAIN[:2], on_stage=lambda stage, scores: seen.append(stage.group))
     again = jm.discover(*two_heads, chain=CHAIN[:2], done=first.scores, on_stage=lambda *_: pytest.fail("ran again"))
     assert seen == ["readers", "senders"] and again.groups == first.groups
+
+
+def test_scores_of_a_run_folder_are_taken_up(two_heads, tmp_path):
+    run = RunFolder.open(tmp_path, {})
+    options = {"chain": CHAIN[:2], "metric": "log_probability"}
+    first = jm.discover(*two_heads, **options, on_stage=lambda stage, scores: run.keep(stage.group, scores))
+    never = lambda *_: pytest.fail("ran again")  # noqa: E731
+    again = jm.discover(*two_heads, **options, done=jm.read_scores(tmp_path), on_stage=never)
+    assert again.groups == first.groups
 
 
 def test_progress_counts_to_the_end_of_every_stage(two_heads):

@@ -13,8 +13,8 @@ ROWS = (
     ("jaxmech.cli", "jaxmech.cli_options"),
     ("jaxmech.report",),
     ("jaxmech.study",),
-    ("jaxmech.run_folder",),
     ("jaxmech", "jaxmech.demo"),  # the package's own re-exports
+    ("jaxmech.run_folder",),
     ("jaxmech.criteria",),
     ("jaxmech.discovery",),
     ("jaxmech.chain",),
