@@ -1,12 +1,16 @@
 """Pairs: the token prompts that every method works on.
 
-Owns the container and its checks. It knows nothing of boxes or tokenizers: any token ids will do.
+Owns the container and its checks. It knows nothing of boxes, and any token ids will do; `Pairs.from_text` makes them of
+texts (`jaxmech.tokenized`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+from jaxmech.tokenized import Place, answer_tokens, read_prompts, right_padded, role_positions, text_reader
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,6 +54,55 @@ class Pairs:
         if len(self.corrupt) != len(self.clean):
             raise ValueError(f"Pairs: corrupt has {len(self.corrupt)} examples, clean has {len(self.clean)}.")
         set_field("corrupt_positions", _roles("corrupt_positions", self.corrupt_positions, self.corrupt))
+
+    @classmethod
+    def from_text(
+        cls,
+        tokenizer: Any,
+        clean: Sequence[str],
+        corrupt: Sequence[str] | None,
+        answers: Sequence[str],
+        roles: Mapping[str, Place | Sequence[Place]] | None = None,
+        corrupt_roles: Mapping[str, Place | Sequence[Place]] | None = None,
+        *,
+        between: str = " ",
+        add_bos: bool | None = None,
+    ) -> "Pairs":
+        """Pairs of prompts that are texts, padded on the right, with `last` and other roles.
+
+        Args:
+          tokenizer: a fast Hugging Face tokenizer.
+          clean: B prompts.
+          corrupt: their counterparts, or None where a method needs none.
+          answers: the correct continuation of each clean prompt, one token where it stands.
+          roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, or (start, end)
+            among its characters. The position is that of the place's last token. One place stands for all prompts;
+            `last` is found by itself.
+          corrupt_roles: the same for the corrupt prompts; None: `roles` hold for them too.
+          between: stands between a prompt and its answer, unless the answer begins with a space of its own.
+          add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
+
+        Raises:
+          ValueError: an answer that is not one token, a place that is not in its prompt or twice, numbers of prompts
+            that differ, or a tokenizer without offsets; the prompt is named.
+        """
+        read = text_reader(tokenizer, add_bos)
+        prompts = read_prompts(read, clean, "clean")
+        for name, given in (("answers", answers), ("corrupt", clean if corrupt is None else corrupt)):
+            if isinstance(given, str) or len(given) != len(prompts):
+                raise ValueError(f"{name} is {given!r}; expected a list of {len(prompts)}, one for each clean prompt.")
+        labels = answer_tokens(read, prompts, answers, between)
+        positions = role_positions(prompts, roles or {}, "roles")
+        if corrupt is None:
+            if corrupt_roles:
+                raise ValueError("corrupt_roles given without corrupt prompts.")
+            return cls(right_padded(prompts), None, labels, positions)
+        others = read_prompts(read, corrupt, "corrupt")
+        if corrupt_roles is None:
+            theirs = role_positions(others, roles or {}, "without corrupt_roles, roles hold for corrupt prompts: roles")
+        else:
+            theirs = role_positions(others, corrupt_roles, "corrupt_roles")
+        return cls(right_padded(prompts), right_padded(others), labels, positions, theirs)
 
     def __repr__(self) -> str:
         tokens = str(self.clean.shape[1])
