@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxmech.tokenized import Place, answer_tokens, read_prompts, right_padded, role_positions, text_reader
+from jaxmech.tokenized import (
+    Place,
+    answer_tokens,
+    read_prompts,
+    right_padded,
+    role_positions,
+    roles_by_characters,
+    text_reader,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +86,7 @@ class Pairs:
           roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, or (start, end)
             among its characters. The position is that of the place's last token. One place stands for all prompts;
             `last` is found by itself.
-          corrupt_roles: the same for the corrupt prompts; None: `roles` hold for them too.
+          corrupt_roles: the same for the corrupt prompts; None: the pieces of `roles` are looked for in them, too.
           between: stands between a prompt and its answer, unless the answer begins with a space of its own.
           add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
 
@@ -98,10 +106,14 @@ class Pairs:
                 raise ValueError("corrupt_roles given without corrupt prompts.")
             return cls(right_padded(prompts), None, labels, positions)
         others = read_prompts(read, corrupt, "corrupt")
-        if corrupt_roles is None:
-            theirs = role_positions(others, roles or {}, "without corrupt_roles, roles hold for corrupt prompts: roles")
-        else:
+        if corrupt_roles is not None:
             theirs = role_positions(others, corrupt_roles, "corrupt_roles")
+        elif spans := roles_by_characters(roles or {}):
+            raise ValueError(
+                f"roles gives {spans} by characters of the clean prompts; give corrupt_roles for the corrupt ones."
+            )
+        else:
+            theirs = role_positions(others, roles or {}, "without corrupt_roles, roles hold for corrupt prompts: roles")
         return cls(right_padded(prompts), right_padded(others), labels, positions, theirs)
 
     def __repr__(self) -> str:

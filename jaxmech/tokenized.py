@@ -125,6 +125,15 @@ def role_positions(
     return found
 
 
+def roles_by_characters(roles: Mapping[str, Place | Sequence[Place]]) -> list[str]:
+    """The roles that give (start, end) for some prompt."""
+    return [
+        role
+        for role, given in roles.items()
+        if _is_span(given) or (not isinstance(given, str) and any(_is_span(place) for place in given))
+    ]
+
+
 def _is_span(place: Any) -> bool:
     return isinstance(place, tuple) and len(place) == 2 and all(isinstance(x, int | np.integer) for x in place)
 

@@ -108,6 +108,8 @@ def test_bos_and_the_space_before_an_answer_can_be_chosen():
         ({"roles": {"last": "the"}}, "roles names 'last', which is the last token of each prompt"),
         ({"corrupt": CORRUPT}, r"without corrupt_roles, .*roles\['object'\] of example 0: 'fig' is not in 'The radio"),
         ({"corrupt": CORRUPT, "corrupt_roles": {"x": "Y"}}, r"^corrupt_roles\['x'\] of example 0: 'Y' is not in"),
+        ({"corrupt": CORRUPT, "roles": {"a": (0, 3)}}, r"roles gives \['a'\] by characters of the clean prompts; give"),
+        ({"corrupt": CORRUPT, "roles": {"a": ["The", (0, 3)]}}, r"roles gives \['a'\] by characters"),
         ({"corrupt_roles": {"x": "."}}, "corrupt_roles given without corrupt prompts"),
         ({"tokenizer": object()}, "object gives no character offsets"),
     ],
