@@ -97,7 +97,7 @@ PAPER_CHAIN = (
 
 
 def read_chain(path: str | Path) -> tuple[Stage, ...]:
-    """Reads a chain from TOML: one [[stage]] table per stage, with the fields of `Stage`.
+    """Reads a chain from the TOML file `path`: one [[stage]] table per stage, with the fields of `Stage`.
 
     Raises:
       FileNotFoundError: no such file.

@@ -66,6 +66,11 @@ class Faithfulness:
         Samples in which F of the model is not positive are left out; nan if there is no other. Where circuit and model
         answer the same prompts right, every sample has the ratio 1 and the interval has no width; how sure that is, the
         intervals of `circuit` and `model` say.
+
+        Args:
+          level: coverage, a fraction.
+          resamples: bootstrap samples of the prompts, drawn with replacement.
+          seed: of these draws.
         """
         samples = (resampled_means(x.per_example, resamples=resamples, seed=seed) for x in (self.circuit, self.model))
         part, whole = (_f(self.metric, means) for means in samples)
@@ -128,10 +133,10 @@ def random_circuit(
 ) -> Circuit:
     """A circuit with groups of the same sizes at the same roles as those of `circuit`; `rng` is a generator, or a seed.
 
-    The heads of one role are drawn without replacement from all heads of the model, so that its groups are disjoint, as
-    those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number divided by the
-    number of *layers* for its layer (j); layers that do not exist are left out, as they are there, and a head that is
-    drawn twice for a group counts once.
+    The heads of one role are drawn without replacement from all heads that `config` has, so that its groups are
+    disjoint, as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number
+    divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there, and a
+    head that is drawn twice for a group counts once.
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     layers, heads = config.num_layers, config.num_heads

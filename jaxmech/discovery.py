@@ -83,7 +83,7 @@ class Circuit:
         return Circuit(left, self.roles)
 
     def save(self, path: str | Path, *, roles: bool = False) -> None:
-        """Writes JSON; the file is replaced only when it is whole. `load` reads both forms.
+        """Writes JSON to `path`, which is replaced only when it is whole. `load` reads both forms.
 
         Args:
           roles: False writes what the paper's code reads, {group: [[layer, head], ...]}, which does not say where a

@@ -83,7 +83,7 @@ class PathScores:
     def table(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> list[dict[str, int | float]]:
         """One row for each head, layer by layer: {"layer", "head", "mean", "low", "high"}, for `pandas.DataFrame`, say.
 
-        `low` and `high` are those of `confidence_interval`, whose arguments these are.
+        `low` and `high` are those of `confidence_interval`, whose arguments `level`, `resamples` and `seed` are.
         """
         low, high = self.confidence_interval(level, resamples=resamples, seed=seed)
         columns = {"mean": self.mean, "low": low, "high": high}
@@ -93,12 +93,12 @@ class PathScores:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Writes a compressed npz; the file is replaced only when it is whole."""
+        """Writes a compressed npz to `path`, which is replaced only when it is whole."""
         save_arrays(path, {"per_example": self.per_example, "probability": self.probability, "metric": self.metric})
 
     @classmethod
     def load(cls, path: str | Path) -> "PathScores":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote to `path`.
 
         Raises:
           FileNotFoundError: no such file.
