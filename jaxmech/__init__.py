@@ -2,6 +2,7 @@
 
 from jaxmech import boxes, dcm, demo
 from jaxmech.accuracy import accuracy, predict
+from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
 from jaxmech.circuits import evaluate, mean_activations, resampled_activations
 from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
 from jaxmech.config import Config, Rope
@@ -15,7 +16,7 @@ from jaxmech.criteria import (
     overlap,
     random_circuit,
 )
-from jaxmech.discovery import PAPER_CHAIN, Circuit, Stage, discover, read_chain
+from jaxmech.discovery import Circuit, discover
 from jaxmech.interventions import Interventions, Patch, head_weights
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model, load
@@ -25,6 +26,7 @@ from jaxmech.patching import patch_activations
 from jaxmech.path_patching import path_patch
 from jaxmech.predictions import Predictions
 from jaxmech.provenance import versions
+from jaxmech.run_folder import read_scores
 from jaxmech.scores import PathScores
 from jaxmech.sharding import make_mesh, parameter_shardings
 
@@ -73,5 +75,6 @@ __all__ = [
     "random_circuit",
     "random_target",
     "read_chain",
+    "read_scores",
     "resampled_activations",
 ]

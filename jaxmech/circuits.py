@@ -25,6 +25,7 @@ from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
+from jaxmech.metrics import ACCURACY, check_measure, measure
 from jaxmech.model import (
     Params,
     attention_input,
@@ -165,6 +166,8 @@ def evaluate(
     *,
     batch_size: int | None = None,
     keep_logits: bool = True,
+    metric: str = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
 ) -> Predictions:
     """Runs many circuits at once on the clean prompts.
 
@@ -178,16 +181,20 @@ def evaluate(
         they are, and runs every circuit in a full forward pass.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       keep_logits: return the logits, float32 [C, B, V]; many circuits of a large vocabulary need much memory.
+      metric: what `mean` and `per_example` of the result are, "accuracy" or one of `jaxmech.metrics`, which is measured
+        whether or not logits are kept.
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
 
     Returns:
-      Predictions with `accuracy` [C], `correct` [C, B] and `logits` [C, B, V].
+      Predictions with `accuracy` [C], `correct` [C, B], `logits` [C, B, V] and, of another metric, `measured` [C, B].
 
     Raises:
-      ValueError: no circuits, an unknown role or head, or means that do not fit the model and the prompts.
+      ValueError: no circuits, an unknown role, head or metric, or means that do not fit the model and the prompts.
     """
     config = model.config
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected at least 1.")
+    wrong_labels = check_measure(metric, wrong_labels, pairs.labels, config.vocab_size)
     roles, keep, named = _circuit_masks(config, circuits)
     prompts = _Prompts(
         tokens=check_prompts(config, pairs),
@@ -200,12 +207,17 @@ def evaluate(
     run = _vital_passes if ablate_elsewhere else _full_passes
     answered = np.zeros((len(masks[0]), len(pairs)), np.int32)
     logits = np.zeros((len(keep), len(pairs), config.vocab_size), np.float32) if keep_logits else None
-    for chosen, rows, found in run(model, prompts, values, *masks, batch_size=batch_size, keep_logits=keep_logits):
-        answered[np.ix_(chosen, rows)], kept = jax.device_get(found)
+    measured = None if metric == ACCURACY else np.zeros(answered.shape, np.float32)
+    options = {"batch_size": batch_size, "keep_logits": keep_logits or measured is not None}
+    for chosen, rows, (said, kept) in run(model, prompts, values, *masks, **options):
+        answered[np.ix_(chosen, rows)] = said
+        if measured is not None:
+            measured[np.ix_(chosen, rows)] = measure(metric, kept, pairs.labels[rows], wrong_labels[rows])
         if logits is not None:
             there = chosen < len(keep)
-            logits[np.ix_(chosen[there], rows)] = kept[there]
-    return Predictions(is_correct(answered[: len(keep)], pairs.labels), logits)
+            logits[np.ix_(chosen[there], rows)] = jax.device_get(kept)[there]
+    measured = None if measured is None else measured[: len(keep)]
+    return Predictions(is_correct(answered[: len(keep)], pairs.labels), logits, measured)
 
 
 def _vital_passes(

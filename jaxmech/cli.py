@@ -197,7 +197,7 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
     for stage in chain:
         if stage.group in circuit.scores:
             mean, chosen = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
-            reads = "direct effect on the logits" if stage.receivers is None else f"{stage.via} of {stage.receivers}"
+            reads = "direct effect on the logits" if stage.receivers is None else stage.reads
             figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}")
             save_figure(figure, run.path / f"{stage.group}.png")
     console.print(circuit_table(chain, circuit))

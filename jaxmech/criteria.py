@@ -1,13 +1,17 @@
 """What makes a circuit a good one: faithfulness, completeness and minimality, and how two circuits compare.
 
 The criteria are those of Wang et al. 2022 (arXiv:2211.00593) in the form of Prakash et al. 2024, section 3.3 and
-appendix. Every number is a fraction of prompts or a ratio of such, and nothing is rounded. Results keep which prompts
-were answered right, so that intervals are bootstrapped over prompts, the same ones for both sides of a ratio.
+appendix. F, what a circuit or a model does, is its accuracy; or, where the right answer is rarely the most probable of
+all tokens, another metric of `jaxmech.metrics`: the mean over prompts of the label's probability, or of its logit
+difference from a wrong answer. Log-probabilities are negative, so that their ratio would say nothing: F is exp of their
+mean, the geometric mean of the probability. Nothing is rounded. Results keep what was measured of each prompt, so that
+intervals are bootstrapped over prompts, the same ones for both sides of a ratio.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import numpy as np
 
@@ -18,22 +22,25 @@ from jaxmech.compat import check_compat
 from jaxmech.config import Config
 from jaxmech.discovery import Circuit, Head
 from jaxmech.loading import Model
+from jaxmech.metrics import ACCURACY
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
 
 Subset = Mapping[str, Sequence[Head]]  # group -> some of its heads
+EQUAL_DROPS = {True: 9, False: 5}  # decimals to which drops are compared: of accuracies, and of sums of float32
 
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """How much of a model's accuracy its circuit alone has.
+    """How much of what a model does its circuit alone does.
 
     Attributes:
-      model: the model's own answers, `correct` [B].
+      model: the model's own answers, `per_example` [B].
       circuit: the circuit's.
-      random: those of random circuits of the same size, `correct` [R, B].
+      random: those of random circuits of the same size, `per_example` [R, B].
       random_circuits: what these are.
       rounded: ratios are taken of accuracies rounded to 0.01, as the published code does (compat="paper").
+      metric: what was measured.
     """
 
     model: Predictions
@@ -41,28 +48,32 @@ class Faithfulness:
     random: Predictions
     random_circuits: list[Circuit]
     rounded: bool = False
+    metric: str = ACCURACY
 
     @property
     def ratio(self) -> float:
-        """The circuit's accuracy / the model's; nan if the model is always wrong."""
-        return float(_ratio(self.circuit.accuracy, self.model.accuracy, self.rounded))
+        """F of the circuit / F of the model; nan if the latter is not positive: a model that is always wrong."""
+        return float(_ratio(_f(self.metric, self.circuit.mean), _f(self.metric, self.model.mean), self.rounded))
 
     @property
     def random_ratios(self) -> np.ndarray:
         """The same of every random circuit, float [R]."""
-        return _ratio(self.random.accuracy, self.model.accuracy, self.rounded)
+        return _ratio(_f(self.metric, self.random.mean), _f(self.metric, self.model.mean), self.rounded)
 
     def confidence_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Lower and upper bound of `ratio`, bootstrapped over prompts.
 
-        Samples in which the model is always wrong are left out; nan if there is no other.
+        Samples in which F of the model is not positive are left out; nan if there is no other. Where circuit and model
+        answer the same prompts right, every sample has the ratio 1 and the interval has no width; how sure that is, the
+        intervals of `circuit` and `model` say.
 
         Args:
           level: coverage, a fraction.
           resamples: bootstrap samples of the prompts, drawn with replacement.
           seed: of these draws.
         """
-        part, whole = (resampled_means(x.correct, resamples=resamples, seed=seed) for x in (self.circuit, self.model))
+        samples = (resampled_means(x.per_example, resamples=resamples, seed=seed) for x in (self.circuit, self.model))
+        part, whole = (_f(self.metric, means) for means in samples)
         ratios = _ratio(part, whole)
         low, high = bounds(ratios[whole > 0] if (whole > 0).any() else ratios, level)
         return float(low), float(high)
@@ -78,6 +89,8 @@ def faithfulness(
     seed: int = 0,
     batch_size: int | None = None,
     compat: str | None = None,
+    metric: str = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
 ) -> Faithfulness:
     """Runs the circuit alone, the model, and `random` circuits with groups of the same sizes.
 
@@ -91,23 +104,27 @@ def faithfulness(
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" draws random circuits with replacement and splits a head's number by the wrong count (j), and
         rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.
+      metric: what is measured, "accuracy", "probability", "log_probability" or "logit_difference"; see `evaluate`.
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
 
     Raises:
-      ValueError: see `evaluate`; random < 1.
+      ValueError: see `evaluate`; random < 1, or compat="paper" with another metric than accuracy.
     """
     _check_circuit(circuit)
     if random < 1:
         raise ValueError(f"random={random}; expected at least 1 random circuit.")
-    rng, paper = np.random.default_rng(seed), check_compat(compat)
+    rng, paper = np.random.default_rng(seed), _paper(compat, metric)
     others = [random_circuit(model.config, circuit, rng, compat=compat) for _ in range(random)]
-    options = {"batch_size": batch_size, "keep_logits": False}
-    found = evaluate(model, pairs, [circuit, *others], means, **options)
+    options = {"metric": metric, "wrong_labels": wrong_labels}
+    found = evaluate(model, pairs, [circuit, *others], means, batch_size=batch_size, keep_logits=False, **options)
+    whole = predict(model, pairs, batch_size=64 if batch_size is None else batch_size, **options)
     return Faithfulness(
-        model=Predictions(predict(model, pairs, batch_size=64 if batch_size is None else batch_size).correct),
-        circuit=Predictions(found.correct[0]),
-        random=Predictions(found.correct[1:]),
+        model=_without_logits(whole),
+        circuit=_without_logits(found, 0),
+        random=_without_logits(found, slice(1, None)),
         random_circuits=others,
         rounded=paper,
+        metric=metric,
     )
 
 
@@ -118,7 +135,8 @@ def random_circuit(
 
     The heads of one role are drawn without replacement from all heads that `config` has, so that its groups are
     disjoint, as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number
-    divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there.
+    divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there, and a
+    head that is drawn twice for a group counts once.
     """
     rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
     layers, heads = config.num_layers, config.num_heads
@@ -132,7 +150,8 @@ def random_circuit(
             numbers = rng.permutation(layers * heads)[: sum(sizes.values())]
             chosen = [(int(n) // heads, int(n) % heads) for n in numbers]
         for group, size in sizes.items():
-            drawn[group], chosen = [head for head in chosen[:size] if head[0] < layers], chosen[size:]
+            drawn[group] = [head for head in dict.fromkeys(chosen[:size]) if head[0] < layers]
+            chosen = chosen[size:]
     return Circuit({group: drawn[group] for group in circuit.groups}, circuit.roles)
 
 
@@ -143,19 +162,21 @@ class Completeness:
     Attributes:
       names: of the S subsets K: "nothing", each group, and "random 1", "random 2", ...
       subsets: the K, group -> heads.
-      circuit: answers of the circuit without K, `correct` [S, B].
-      model: answers of the model without K, `correct` [S, B].
+      circuit: answers of the circuit without K, `per_example` [S, B].
+      model: answers of the model without K, `per_example` [S, B].
+      metric: what was measured.
     """
 
     names: list[str]
     subsets: list[dict[str, list[Head]]]
     circuit: Predictions
     model: Predictions
+    metric: str = ACCURACY
 
     @property
     def gap(self) -> np.ndarray:
-        """|accuracy of circuit without K - accuracy of model without K|, float [S]; small for a complete circuit."""
-        return np.abs(self.circuit.accuracy - self.model.accuracy)
+        """|F of the circuit without K - F of the model without K|, float [S]; small for a complete circuit."""
+        return np.abs(_f(self.metric, self.circuit.mean) - _f(self.metric, self.model.mean))
 
 
 def completeness(
@@ -168,6 +189,8 @@ def completeness(
     seed: int = 0,
     batch_size: int | None = None,
     compat: str | None = None,
+    metric: str = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
 ) -> Completeness:
     """Takes the same sets K of the circuit's heads from the circuit and from the model.
 
@@ -185,12 +208,13 @@ def completeness(
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" leaves the other tokens of the model alone, while the circuit's are ablated (l);
         docs/paper_compat.md.
+      metric: what is measured, and `wrong_labels` [B] for "logit_difference"; see `faithfulness`.
 
     Raises:
-      ValueError: see `evaluate`.
+      ValueError: see `evaluate`; compat="paper" with another metric than accuracy.
     """
     _check_circuit(circuit)
-    rng, paper = np.random.default_rng(seed), check_compat(compat)
+    rng, paper = np.random.default_rng(seed), _paper(compat, metric)
     named: dict[str, dict[str, list[Head]]] = {"nothing": {}}
     named |= {group: {group: list(heads)} for group, heads in circuit.groups.items() if heads}
     for i in range(random):
@@ -198,12 +222,13 @@ def completeness(
     every = [(layer, head) for layer in range(model.config.num_layers) for head in range(model.config.num_heads)]
     without = [_remove(circuit.heads_by_role, circuit, subset) for subset in named.values()]
     model_without = [_remove({role: every for role in circuit.heads_by_role}, circuit, k) for k in named.values()]
-    options = {"batch_size": batch_size, "keep_logits": False}
+    options = {"batch_size": batch_size, "keep_logits": False, "metric": metric, "wrong_labels": wrong_labels}
     return Completeness(
         list(named),
         list(named.values()),
         evaluate(model, pairs, without, means, **options),
         evaluate(model, pairs, model_without, means, ablate_elsewhere=not paper, **options),
+        metric,
     )
 
 
@@ -212,12 +237,13 @@ class Minimality:
     """What every head of a circuit is good for.
 
     Attributes:
-      pairs: group -> accuracy of the circuit without heads i and j, float [n, n]; on the diagonal, without i alone.
+      pairs: group -> F of the circuit without heads i and j, float [n, n]; on the diagonal, without i alone.
       partners: group -> for each head, the other heads that were taken away with it.
-      before: group -> for each head, the accuracy without its partners, float [n].
+      before: group -> for each head, F without its partners, float [n].
       after: group -> without its partners and itself, float [n].
       threshold: the least score of a head that stays.
       circuit: the circuit of the heads that stay.
+      metric: what was measured.
     """
 
     pairs: dict[str, np.ndarray]
@@ -226,10 +252,15 @@ class Minimality:
     after: dict[str, np.ndarray]
     threshold: float
     circuit: Circuit
+    metric: str = ACCURACY
 
     @property
     def scores(self) -> dict[str, np.ndarray]:
-        """before / after - 1 of every head, by group, float [n]; inf where nothing is right without it."""
+        """before / after - 1 of every head, by group, float [n].
+
+        inf where F is positive before and not after: nothing is right without it. 0 where it is not positive before:
+        without its partners the circuit does nothing that the head could be needed for.
+        """
         return {group: _significance(self.before[group], self.after[group]) for group in self.before}
 
 
@@ -243,6 +274,8 @@ def minimality(
     fraction: float = 0.3,
     batch_size: int | None = None,
     compat: str | None = None,
+    metric: str = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
 ) -> Minimality:
     """Scores every head when the heads that could stand in for it are gone.
 
@@ -260,35 +293,41 @@ def minimality(
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" does not remove two heads of the same number in different layers together (d), and rounds
         accuracies to 0.01 (k); docs/paper_compat.md.
+      metric: what is measured, and `wrong_labels` [B] for "logit_difference"; see `faithfulness`.
 
     Raises:
-      ValueError: see `evaluate`; threshold < 0 or fraction outside [0, 1].
+      ValueError: see `evaluate`; threshold < 0, fraction outside [0, 1], or compat="paper" with another metric than
+        accuracy.
     """
     _check_circuit(circuit)
     if not (0 <= threshold < math.inf and 0 <= fraction <= 1):
         raise ValueError(f"threshold={threshold}, fraction={fraction}; expected threshold >= 0 and fraction in [0, 1].")
-    paper = check_compat(compat)
+    paper = _paper(compat, metric)
+    decimals = None if paper else EQUAL_DROPS[metric == ACCURACY]
+    options = {"batch_size": batch_size, "keep_logits": False, "metric": metric, "wrong_labels": wrong_labels}
     groups = {group: list(heads) for group, heads in circuit.groups.items() if heads}
 
-    def accuracies(subsets: Sequence[Subset]) -> np.ndarray:
+    def measured(subsets: Sequence[Subset]) -> np.ndarray:
         if not subsets:  # no group has heads
             return np.zeros(0)
         circuits = [_remove(circuit.heads_by_role, circuit, subset) for subset in subsets]
-        found = evaluate(model, pairs, circuits, means, batch_size=batch_size, keep_logits=False).accuracy
+        found = _f(metric, evaluate(model, pairs, circuits, means, **options).mean)
         return np.round(found, 2) if paper else found
 
     together = {group: [(i, j) for i in range(len(h)) for j in range(i, len(h))] for group, h in groups.items()}
     subsets = [{g: _pair(groups[g][i], groups[g][j], paper)} for g, both in together.items() for i, j in both]
-    found = iter(accuracies(subsets))
+    found = iter(measured(subsets))
     without = {group: _symmetric(len(groups[group]), both, found) for group, both in together.items()}
-    partners = {g: [_partners(hs, i, without[g], fraction, paper) for i in range(len(hs))] for g, hs in groups.items()}
+    partners = {
+        g: [_partners(hs, i, without[g], fraction, decimals) for i in range(len(hs))] for g, hs in groups.items()
+    }
     steps = [({g: partners[g][i]}, {g: [*partners[g][i], h]}) for g, hs in groups.items() for i, h in enumerate(hs)]
-    found = iter(accuracies([subset for step in steps for subset in step]).reshape(-1, 2))
+    found = iter(measured([subset for step in steps for subset in step]).reshape(-1, 2))
     both = {group: np.array([next(found) for _ in heads]) for group, heads in groups.items()}
     before, after = ({group: x[:, i] for group, x in both.items()} for i in (0, 1))
     scores = {group: _significance(before[group], after[group]) for group in groups}
     drop = {g: [h for h, score in zip(groups[g], scores[g], strict=True) if score < threshold] for g in groups}
-    return Minimality(without, partners, before, after, threshold, circuit.without(drop))
+    return Minimality(without, partners, before, after, threshold, circuit.without(drop), metric)
 
 
 def overlap(circuit: Circuit, reference: Circuit) -> dict[str, tuple[float, float]]:
@@ -311,6 +350,24 @@ def _check_circuit(circuit: Circuit) -> None:
             f"Found a {type(circuit).__name__}; expected a Circuit, whose heads are in groups: jm.Circuit({{group: "
             "heads}, {group: role})."
         )
+
+
+def _paper(compat: str | None, metric: str) -> bool:
+    """Whether it is to be as in the published code, which knows no metric but accuracy."""
+    paper = check_compat(compat)
+    if paper and metric != ACCURACY:
+        raise ValueError(f"metric={metric!r} with compat='paper'; the published code measures accuracy alone.")
+    return paper
+
+
+def _f(metric: str, mean: np.ndarray) -> np.ndarray:
+    """F by the mean of a metric over prompts."""
+    return np.exp(mean) if metric == "log_probability" else mean
+
+
+def _without_logits(found: Predictions, which: int | slice | EllipsisType = ...) -> Predictions:
+    """Some of the circuits of `found`."""
+    return Predictions(found.correct[which], measured=None if found.measured is None else found.measured[which])
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, rounded: bool = False) -> np.ndarray:
@@ -337,11 +394,11 @@ def _symmetric(size: int, entries: Sequence[tuple[int, int]], values) -> np.ndar
     return matrix
 
 
-def _partners(heads: Sequence[Head], i: int, without: np.ndarray, fraction: float, paper: bool) -> list[Head]:
+def _partners(heads: Sequence[Head], i: int, without: np.ndarray, fraction: float, decimals: int | None) -> list[Head]:
     """The heads without which head i matters most, ties in their order; `without` [n, n] as `Minimality.pairs`."""
     drop = np.diag(without) - without[i]
-    if not paper:  # which lets the last bit of a difference decide between drops that are equal
-        drop = np.round(drop, 9)
+    if decimals is not None:  # the published code lets the last bit of a difference decide between drops that are equal
+        drop = np.round(drop, decimals)
     order = [int(j) for j in np.argsort(-drop, kind="stable") if j != i]
     return [heads[j] for j in order[: math.ceil(fraction * len(heads))] if drop[j] > 0]
 

@@ -1,14 +1,12 @@
-"""Circuit discovery: a chain of path-patching sweeps, each of which reads its receivers from an earlier one.
+"""Circuit discovery: a chain of path-patching sweeps, each of which reads its receivers from earlier ones.
 
-The chain is data: a list of `Stage`, the paper's four by default (Prakash et al. 2024, section 3.2), or a TOML file.
+The chain is data, see `jaxmech.chain`; what is found is a `Circuit`.
 """
 
 import json
-import re
-import tomllib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -16,54 +14,34 @@ from typing import Any
 
 import numpy as np
 
-from jaxmech.config import Config
+from jaxmech.accuracy import predict
+from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
 from jaxmech.files import write_text
 from jaxmech.loading import Model
+from jaxmech.metrics import measure
 from jaxmech.pairs import Pairs
 from jaxmech.path_patching import path_patch
 from jaxmech.scores import PathScores
 
 Head = tuple[int, int]  # (layer, head)
-NAMES_OF_NUMPY = ("file", "allow_pickle")  # arguments of numpy.savez, which takes arrays by name
+# Clean probabilities, of one run and of another, may differ by so many nats: float32 by the order of its sums, coarse
+# products by their rounding, which another batch size changes. What is less than the least one counts as that.
+SAME_PROBABILITY = {False: 0.01, True: 1.0}
+LEAST_PROBABILITY = 1e-30
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One sweep of the chain.
-
-    Attributes:
-      group: name of the head group that this stage finds.
-      sender: role at which senders are patched, and at which the group acts.
-      receivers: name of an earlier group whose heads read the change; None: the logits. They read it at the role
-        `sender` too, wherever their own group acts: values that later tokens attend to, for instance.
-      via: the receivers' input that is patched, "q", "k" or "v"; None without receivers.
-      k: at most how many heads are selected.
-    """
-
-    group: str
-    sender: str
-    receivers: str | None = None
-    via: str | None = None
-    k: int = 5
-
-
-PAPER_CHAIN = (
-    Stage("value_fetcher", "last", k=20),
-    Stage("pos_transmitter", "last", "value_fetcher", "q", k=5),
-    Stage("pos_detector", "query_box", "pos_transmitter", "v", k=10),
-    Stage("struct_reader", "prev_query_box", "pos_detector", "v", k=5),
-)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Circuit:
     """Groups of heads, each acting at one role.
 
     Attributes:
-      groups: group name -> [(layer, head)], strongest first.
+      groups: group name -> [(layer, head)], strongest first; sequences and arrays of whole numbers are taken as well.
       roles: group name -> role.
       scores: group name -> the sweep that found it; empty for a circuit that was read from a file.
       stopped: why the chain ended early, or "".
+
+    Raises:
+      ValueError: groups and roles do not name the same, or something is no head or is twice in a group.
     """
 
     groups: dict[str, list[Head]]
@@ -74,6 +52,13 @@ class Circuit:
     def __post_init__(self):
         if missing := [group for group in self.groups if group not in self.roles]:
             raise ValueError(f"Circuit: roles says nothing of the groups {missing}; expected {{group: role}} for each.")
+        if unknown := [group for group in self.roles if group not in self.groups]:
+            raise ValueError(f"Circuit: roles names {unknown}; the groups are {list(self.groups)}. One may be empty.")
+        object.__setattr__(self, "groups", {group: _heads(group, heads) for group, heads in self.groups.items()})
+
+    def __repr__(self) -> str:
+        groups = [f"{group}: {len(heads)} at {self.roles[group]}" for group, heads in self.groups.items()]
+        return f"Circuit({', '.join(groups)}{'; stopped early' if self.stopped else ''})"
 
     @property
     def heads_by_role(self) -> dict[str, list[Head]]:
@@ -93,122 +78,105 @@ class Circuit:
             raise ValueError(f"Unknown groups {unknown}; the circuit has {list(self.groups)}.")
         gone = {group: {tuple(head) for head in heads} for group, heads in subset.items()}
         left = {
-            group: [head for head in heads if tuple(head) not in gone.get(group, ())]
-            for group, heads in self.groups.items()
+            group: [head for head in heads if head not in gone.get(group, ())] for group, heads in self.groups.items()
         }
         return Circuit(left, self.roles)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the paper's JSON, {group: [[layer, head], ...]}, to `path`; it is replaced only when it is whole."""
-        groups = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
-        write_text(path, json.dumps(groups) + "\n")
+    def save(self, path: str | Path, *, roles: bool = False) -> None:
+        """Writes JSON to `path`, which is replaced only when it is whole. `load` reads both forms.
+
+        Args:
+          roles: False writes what the paper's code reads, {group: [[layer, head], ...]}, which does not say where a
+            group acts. True writes {"groups": that, "roles": {group: role}}.
+        """
+        found: dict[str, Any] = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
+        write_text(path, json.dumps({"groups": found, "roles": self.roles} if roles else found) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, chain: Sequence[Stage] | str | Path = PAPER_CHAIN) -> "Circuit":
-        """Reads the paper's JSON. The file does not say where a group acts; `chain` does.
+    def load(
+        cls,
+        path: str | Path,
+        chain: Sequence[Stage] | str | Path | None = None,
+        *,
+        roles: Mapping[str, str] | None = None,
+    ) -> "Circuit":
+        """Reads a file of either form that `save` writes.
+
+        The paper's form does not say where a group acts: `roles` does, or `chain`, the paper's four stages by default.
 
         Args:
           path: the file.
           chain: stages, or the TOML file of a chain (see `read_chain`), whose groups the file has.
+          roles: {group: role}, in place of a chain.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: not JSON of this form, or a group that `chain` does not name.
+          ValueError: not JSON of either form, a group of which neither the file nor `roles` or `chain` says where it
+            acts, roles that are not those of the file, or roles as well as a chain.
         """
         path = Path(path)
-        chain = read_chain(chain) if isinstance(chain, str | Path) else chain
-        roles = {stage.group: stage.sender for stage in chain}
         try:
-            groups = {g: [_head(head) for head in heads] for g, heads in json.loads(path.read_text()).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a circuit file, {{group: [[layer, head], ...]}}: {error}") from error
-        if unknown := [group for group in groups if group not in roles]:
+            groups, own = _read(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
             raise ValueError(
-                f"{path} has groups {unknown}, but the chain names {list(roles)}; give the chain that found them."
-            )
-        return cls(groups, {group: roles[group] for group in groups})
+                f'{path} is not a circuit file, {{group: [[layer, head], ...]}} or {{"groups": that, "roles": {{group: '
+                f"role}}}}: {error}"
+            ) from error
+        given = _given_roles(chain, roles)
+        if own is None:
+            known = given or {stage.group: stage.sender for stage in PAPER_CHAIN}
+            if unknown := [group for group in groups if group not in known]:
+                raise ValueError(
+                    f"{path} has groups {unknown}, but roles are known of {list(known)}; give the chain that found "
+                    "them, or roles={group: role}."
+                )
+            own = {group: known[group] for group in groups}
+        elif given and (other := {group: given.get(group) for group in own if given.get(group) != own[group]}):
+            raise ValueError(f"{path} says that groups act at {own}; the roles given differ: {other}.")
+        return cls(groups, own)
 
 
-def _head(value: Sequence[int]) -> Head:
-    layer, head = value
-    if not (isinstance(layer, int) and isinstance(head, int)) or layer < 0 or head < 0:
-        raise ValueError(f"{value!r} is not [layer, head], numbers from 0 on")
-    return layer, head
+def _read(found: Any) -> tuple[dict[str, list[Head]], dict[str, str] | None]:
+    """Groups and roles, None where the JSON does not say, of either form."""
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}")
+    roles = None
+    if set(found) == {"groups", "roles"} and all(isinstance(value, dict) for value in found.values()):
+        found, roles = found["groups"], found["roles"]
+        if set(found) != set(roles) or not all(isinstance(role, str) for role in roles.values()):
+            raise ValueError(f"roles is {roles}; expected one for each of {list(found)}")
+    return {group: _heads(group, heads) for group, heads in found.items()}, roles
 
 
-def read_chain(path: str | Path) -> tuple[Stage, ...]:
-    """Reads a chain from the TOML file `path`: one [[stage]] table per stage, with the fields of `Stage`.
+def _given_roles(chain: Sequence[Stage] | str | Path | None, roles: Mapping[str, str] | None) -> Mapping[str, str]:
+    """{group: role} by a chain or as they are; empty if neither is given."""
+    if chain is None:
+        return roles or {}
+    if roles is not None:
+        raise ValueError("Circuit.load: chain and roles are given; expected one of them.")
+    chain = read_chain(chain) if isinstance(chain, str | Path) else chain
+    return {stage.group: stage.sender for stage in chain}
+
+
+def _heads(group: str, heads: Any) -> list[Head]:
+    """The heads of a group as tuples of Python's numbers.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: not TOML, an unknown or missing field, or stages that do not fit together (see `check_chain`).
+      ValueError: something else than (layer, head), or a head that is there twice.
     """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text())
-        tables, names = table.pop("stage", []), [field.name for field in fields(Stage)]
-        if unknown := sorted({key for stage in tables for key in stage} - set(names)):
-            raise ValueError(f"unknown keys {unknown} in a [[stage]]; expected {', '.join(names)}")
-        stages = tuple(Stage(**stage) for stage in tables)
-        if table:
-            raise ValueError(f"unknown tables {sorted(table)}; expected [[stage]] tables only")
-        check_chain(stages)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a chain of stages: {error}") from error
-    return stages
-
-
-def check_chain(chain: Sequence[Stage]) -> None:
-    """Refuses a chain whose stages cannot be run one after another.
-
-    Raises:
-      ValueError: it is empty, a group occurs twice or has no name for a file, receivers are none of the earlier groups,
-        or k is no number from 1 on.
-    """
-    if not chain:
-        raise ValueError("the chain has no stages; expected [[stage]] tables with group, sender, receivers, via and k.")
-    earlier: list[str] = []
-    for stage in chain:
-        if not re.fullmatch(r"\w[\w +-]*", stage.group) or stage.group in NAMES_OF_NUMPY:
-            raise ValueError(
-                f"group {stage.group!r}: files and arrays are named by groups; expected a letter or digit, and then "
-                f"letters, digits, spaces and _ + - only, and none of {', '.join(NAMES_OF_NUMPY)}."
-            )
-        if stage.group in earlier:
-            raise ValueError(f"group {stage.group!r} occurs twice in the chain.")
-        if stage.receivers is not None and stage.receivers not in earlier:
-            raise ValueError(
-                f"stage {stage.group!r}: receivers {stage.receivers!r} is none of the earlier groups {earlier}."
-            )
-        if (stage.receivers is None) != (stage.via is None) or stage.via not in (None, "q", "k", "v"):
-            raise ValueError(
-                f"stage {stage.group!r}: receivers={stage.receivers!r} with via={stage.via!r}; expected via "
-                "'q', 'k' or 'v' with receivers, and neither for the logits."
-            )
-        if not isinstance(stage.k, Integral) or stage.k < 1:
-            raise ValueError(f"stage {stage.group!r}: k={stage.k!r}; expected a whole number from 1 on.")
-        earlier.append(stage.group)
-
-
-def with_k(chain: Sequence[Stage], k: Mapping[str, int]) -> tuple[Stage, ...]:
-    """The chain with other numbers of heads, {group: k}. ValueError for unknown groups, and as `check_chain`."""
-    names = [stage.group for stage in chain]
-    if unknown := sorted(set(k) - set(names)):
-        raise ValueError(f"k names the groups {unknown}; the chain has {names}.")
-    chain = tuple(replace(stage, k=k.get(stage.group, stage.k)) for stage in chain)
-    check_chain(chain)
-    return chain
-
-
-def check_number_of_heads(chain: Sequence[Stage], config: Config) -> None:
-    """ValueError if a stage is to select more heads than the model has."""
-    heads = config.num_layers * config.num_heads
-    for stage in chain:
-        if stage.k > heads:
-            raise ValueError(
-                f"stage {stage.group!r}: k={stage.k}, but the model has {heads} heads "
-                f"({config.num_layers} layers x {config.num_heads}). Choose a smaller k."
-            )
+    form = f"Circuit: group {group!r} holds {{}}; expected a list of (layer, head), whole numbers from 0 on."
+    if isinstance(heads, str | Mapping) or not isinstance(heads, Iterable):
+        raise ValueError(form.format(repr(heads)))
+    found: list[Head] = []
+    for value in heads:
+        pair = tuple(value) if isinstance(value, Iterable) else ()
+        whole = [int(x) for x in pair if isinstance(x, Integral) and not isinstance(x, bool)]
+        if len(pair) != 2 or len(whole) != 2 or min(whole) < 0:
+            raise ValueError(form.format(repr(value)))
+        found.append((whole[0], whole[1]))
+    if repeated := sorted({head for head in found if found.count(head) > 1}):
+        raise ValueError(f"Circuit: group {group!r} holds {repeated} more than once; expected each head once.")
+    return found
 
 
 def discover(
@@ -239,21 +207,24 @@ def discover(
       min_effect: the smallest mean loss that counts, in units of `metric`: of the probability, a fraction.
       metric: what scores are, and `wrong_labels` [B] for "logit_difference"; see `path_patch`.
       batch_size: see `path_patch`.
-      done: {group: scores} of sweeps finished by an earlier call with the same arguments; they are not run again.
+      done: {group: scores} of sweeps finished by an earlier call with the same arguments; they are not run again. That
+        they are of this model, these pairs and this metric is checked by one forward pass of the clean prompts; of
+        which corrupt prompts, chain and wrong labels they are, they do not say.
       on_stage: called with (stage, scores) after each sweep that was run, to save it.
       progress: called with (stage, calls done, calls in all; see `path_patch`).
 
     Raises:
       ValueError: the chain does not fit together, k or `done` name an unknown group, k exceeds the number of heads, the
-        pairs lack a role, a stage without receivers is not at the last token, min_effect is out of range, or scores are
-        not finite.
+        pairs lack a role, a stage without receivers is not at the last token, min_effect is out of range, scores are
+        not finite, or those of `done` are of another shape, metric, model or other prompts.
     """
     chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
     chain = with_k(chain, k or {})
     check_number_of_heads(chain, model.config)
     if not min_effect >= 0 or (metric == "probability" and min_effect > 1):
         raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1, or in other metrics at least 0.")
-    if unknown := [group for group in done or {} if group not in [stage.group for stage in chain]]:
+    done = dict(done or {})
+    if unknown := [group for group in done if group not in [stage.group for stage in chain]]:
         raise ValueError(f"done has the groups {unknown}; the chain has {[stage.group for stage in chain]}.")
     options = {"metric": metric, "wrong_labels": wrong_labels, "batch_size": batch_size}
     for stage in chain:
@@ -264,10 +235,12 @@ def discover(
                 f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the last token has a direct "
                 "path to the logits. Name receivers and via."
             )
+    if done:
+        _check_done(model, pairs, done, metric, batch_size)
     found: dict[str, list[Head]] = {}
     circuit = Circuit({}, {})
     for stage in chain:
-        scores = (done or {}).get(stage.group)
+        scores = done.get(stage.group)
         if scores is None:
             scores = _sweep(model, pairs, stage, found, progress, options)
             if on_stage:
@@ -283,10 +256,38 @@ def discover(
     return circuit
 
 
+def _check_done(
+    model: Model, pairs: Pairs, done: Mapping[str, PathScores], metric: str, batch_size: int | None
+) -> None:
+    """ValueError if scores are not of this model, these clean prompts and labels, and this metric."""
+    config = model.config
+    shape = config.num_layers, config.num_heads, len(pairs)
+    for group, scores in done.items():
+        if scores.per_example.shape != shape or scores.probability.shape != shape[2:]:
+            raise ValueError(
+                f"done[{group!r}] has scores {scores.per_example.shape} and probabilities {scores.probability.shape}; "
+                f"this model and these pairs have [L, N, B] = {shape}. Are they of another model, or of other pairs?"
+            )
+        if scores.metric != metric:
+            raise ValueError(f"done[{group!r}] has scores of metric={scores.metric!r}; expected {metric!r}.")
+    logits = predict(model, pairs, batch_size=batch_size or 64).logits
+    now = np.asarray(measure("probability", logits, pairs.labels, pairs.labels))
+    for group, scores in done.items():
+        before, after = (np.log(np.maximum(x, LEAST_PROBABILITY)) for x in (scores.probability, now))
+        if not (agree := np.abs(after - before) <= SAME_PROBABILITY[config.coarse]).all():
+            row = int(agree.argmin())
+            raise ValueError(
+                f"done[{group!r}] has probability {scores.probability[row]:.4g} of the label of example {row}, where "
+                f"the model has {now[row]:.4g}: the scores are of another model or other pairs, or in another order."
+            )
+
+
 def _sweep(
     model: Model, pairs: Pairs, stage: Stage, found: Mapping[str, list[Head]], progress, options: Mapping[str, Any]
 ) -> PathScores:
-    receivers = None if stage.receivers is None else found[stage.receivers]
+    receivers = None
+    if stage.receivers is not None:
+        receivers = dict.fromkeys(head for group in stage.receiver_groups for head in found[group])
     report = None if progress is None else partial(progress, stage)
     return path_patch(model, pairs, stage.sender, receivers, stage.via, progress=report, **options)
 
@@ -301,8 +302,7 @@ def _add_group(circuit: Circuit, stage: Stage, heads: list[Head]) -> Circuit:
 
 
 def _nothing_found(stage: Stage, scores: PathScores, min_effect: float) -> str:
-    where = "the logits" if stage.receivers is None else f"{stage.receivers} via {stage.via}"
     return (
-        f"Stage {stage.group!r} (sender at {stage.sender}, receivers: {where}) found no head: the strongest mean "
+        f"Stage {stage.group!r} (sender at {stage.sender}, reading {stage.reads}) found no head: the strongest mean "
         f"effect is {scores.mean.min():.2g}, above -min_effect = -{min_effect:g}. The chain ends here."
     )

@@ -4,9 +4,11 @@
   log_probability    log p_patched - log p_clean of the correct token, in nats
   logit_difference   change of logit(correct) - logit(wrong), the wrong answer being named by the caller
 
-All are negative where the patch hurts.
+All are negative where the patch hurts. Of an answer itself, not of a change, the probability, log-probability or logit
+difference is measured, or whether it is right, "accuracy".
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 METRICS = ("probability", "log_probability", "logit_difference")
+ACCURACY = "accuracy"  # whether the label is the most probable token; no effect is measured by it
+_NO_USE = "wrong_labels given, but metric={!r} has no use for them."
 
 
 class Outcome(NamedTuple):
@@ -27,6 +31,19 @@ def outcome(logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> Ou
     """The outcome, fields [B], of float32 logits [B, V] and labels [B]."""
     correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
     return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), correct - wrong)
+
+
+@partial(jax.jit, static_argnames="metric")
+def measure(metric: str, logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> jax.Array:
+    """What an effect by `metric`, one of METRICS, is a change of: float32 [..., B], of logits [..., B, V]."""
+    correct, wrong = (
+        jnp.take_along_axis(logits, jnp.broadcast_to(index[:, None], (*logits.shape[:-1], 1)), axis=-1)[..., 0]
+        for index in (labels, wrong_labels)
+    )
+    if metric == "logit_difference":
+        return correct - wrong
+    log_probability = correct - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.exp(log_probability) if metric == "probability" else log_probability
 
 
 def effect(metric: str, patched: Outcome, clean: Outcome) -> np.ndarray:
@@ -49,7 +66,7 @@ def check_metric(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarra
         raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS)}.")
     if metric != "logit_difference":
         if wrong_labels is not None:
-            raise ValueError(f"wrong_labels given, but metric={metric!r} has no use for them.")
+            raise ValueError(_NO_USE.format(metric))
         return labels
     if wrong_labels is None:
         raise ValueError("metric='logit_difference' needs wrong_labels, a wrong answer for each prompt.")
@@ -61,3 +78,14 @@ def check_metric(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarra
     if (wrong == labels).any():
         raise ValueError(f"wrong_labels of example {int((wrong == labels).argmax())} is its correct label.")
     return wrong.astype(np.int32)
+
+
+def check_measure(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int) -> np.ndarray:
+    """As `check_metric`, for what is measured of answers: "accuracy" is among the metrics."""
+    if metric not in (ACCURACY, *METRICS):
+        raise ValueError(f"metric={metric!r}; expected one of {', '.join((ACCURACY, *METRICS))}.")
+    if metric != ACCURACY:
+        return check_metric(metric, wrong_labels, labels, vocab_size)
+    if wrong_labels is not None:
+        raise ValueError(_NO_USE.format(metric))
+    return labels

@@ -1,15 +1,27 @@
 """Pairs: the token prompts that every method works on.
 
-Owns the container and its checks. It knows nothing of boxes or tokenizers: any token ids will do.
+Owns the container and its checks. It knows nothing of boxes, and any token ids will do; `Pairs.from_text` makes them of
+texts (`jaxmech.tokenized`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from jaxmech.tokenized import (
+    Place,
+    answer_tokens,
+    read_prompts,
+    right_padded,
+    role_positions,
+    roles_by_characters,
+    text_reader,
+)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
     """Clean prompts, their corrupt counterparts, the correct next token and named token positions.
 
@@ -51,6 +63,67 @@ class Pairs:
             raise ValueError(f"Pairs: corrupt has {len(self.corrupt)} examples, clean has {len(self.clean)}.")
         set_field("corrupt_positions", _roles("corrupt_positions", self.corrupt_positions, self.corrupt))
 
+    @classmethod
+    def from_text(
+        cls,
+        tokenizer: Any,
+        clean: Sequence[str],
+        corrupt: Sequence[str] | None,
+        answers: Sequence[str],
+        roles: Mapping[str, Place | Sequence[Place]] | None = None,
+        corrupt_roles: Mapping[str, Place | Sequence[Place]] | None = None,
+        *,
+        between: str = " ",
+        add_bos: bool | None = None,
+    ) -> "Pairs":
+        """Pairs of prompts that are texts, padded on the right, with `last` and other roles.
+
+        Args:
+          tokenizer: a fast Hugging Face tokenizer.
+          clean: B prompts.
+          corrupt: their counterparts, or None where a method needs none.
+          answers: the correct continuation of each clean prompt, one token where it stands.
+          roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, or (start, end)
+            among its characters. The position is that of the place's last token. One place stands for all prompts;
+            `last` is found by itself.
+          corrupt_roles: the same for the corrupt prompts; None: the pieces of `roles` are looked for in them, too.
+          between: stands between a prompt and its answer, unless the answer begins with a space of its own.
+          add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
+
+        Raises:
+          ValueError: an answer that is not one token, a place that is not in its prompt or twice, numbers of prompts
+            that differ, or a tokenizer without offsets; the prompt is named.
+        """
+        read = text_reader(tokenizer, add_bos)
+        prompts = read_prompts(read, clean, "clean")
+        for name, given in (("answers", answers), ("corrupt", clean if corrupt is None else corrupt)):
+            if isinstance(given, str) or len(given) != len(prompts):
+                raise ValueError(f"{name} is {given!r}; expected a list of {len(prompts)}, one for each clean prompt.")
+        labels = answer_tokens(read, prompts, answers, between)
+        positions = role_positions(prompts, roles or {}, "roles")
+        if corrupt is None:
+            if corrupt_roles:
+                raise ValueError("corrupt_roles given without corrupt prompts.")
+            return cls(right_padded(prompts), None, labels, positions)
+        others = read_prompts(read, corrupt, "corrupt")
+        if corrupt_roles is not None:
+            theirs = role_positions(others, corrupt_roles, "corrupt_roles")
+        elif spans := roles_by_characters(roles or {}):
+            raise ValueError(
+                f"roles gives {spans} by characters of the clean prompts; give corrupt_roles for the corrupt ones."
+            )
+        else:
+            theirs = role_positions(others, roles or {}, "without corrupt_roles, roles hold for corrupt prompts: roles")
+        return cls(right_padded(prompts), right_padded(others), labels, positions, theirs)
+
+    def __repr__(self) -> str:
+        tokens = str(self.clean.shape[1])
+        if self.corrupt is not None and self.corrupt.shape[1] != self.clean.shape[1]:
+            tokens += f" and {self.corrupt.shape[1]}"
+        without = ", no corrupt prompts" if self.corrupt is None else ""
+        prompts = f"{len(self)} prompt{'s' * (len(self) != 1)}"
+        return f"Pairs({prompts}, {tokens} tokens, roles {', '.join(self.positions)}{without})"
+
     def __len__(self) -> int:
         return len(self.clean)
 
@@ -59,9 +132,13 @@ class Pairs:
 
         Raises:
           TypeError: a single number; `pairs[3:4]` are the pairs with example 3 alone.
+          ValueError: no example is selected.
+          IndexError: an example that is not there, or a boolean array of another length.
         """
         if not isinstance(rows, slice) and np.ndim(rows) == 0:
             raise TypeError(f"pairs[{rows!r}]: rows are a slice or an array; for one example take pairs[i : i + 1].")
+        if not len(self.labels[rows]):
+            raise ValueError(f"pairs[rows] selects none of the {len(self)} prompts; there are no empty pairs.")
         pick = lambda roles: {role: value[rows] for role, value in roles.items()}  # noqa: E731
         return Pairs(
             clean=self.clean[rows],
@@ -108,16 +185,19 @@ def _roles(name: str, roles: Mapping, tokens: np.ndarray) -> dict[str, np.ndarra
     if "last" not in roles:
         raise ValueError(f"Pairs: {name} has roles {sorted(roles)}; 'last' (each true last token) is missing.")
     checked = {role: _integers(f"{name}[{role!r}]", value, 1, "positions") for role, value in roles.items()}
-    for role, value in checked.items():
+    for role, value in sorted(checked.items(), key=lambda item: item[0] != "last"):  # which others are compared with
         if len(value) != len(tokens):
             raise ValueError(f"Pairs: {name}[{role!r}] has {len(value)} examples, the prompts {len(tokens)}.")
         end = np.minimum(checked["last"], tokens.shape[1] - 1)
         outside = (value < 0) | (value > end)
         if outside.any():
             row = int(outside.argmax())
+            expected = f"0..{end[row]}, a token up to `last` of a prompt of {tokens.shape[1]} tokens"
+            if end[row] < 0:  # `last` itself
+                expected = f"0..{tokens.shape[1] - 1}, a token of the prompt"
             raise ValueError(
-                f"Pairs: {name}[{role!r}] of example {row} is {value[row]}; expected 0..{end[row]}, a token up to "
-                f"`last` of a prompt of {tokens.shape[1]} tokens. Positions are counted from the start."
+                f"Pairs: {name}[{role!r}] of example {row} is {value[row]}; expected {expected}. Positions are counted "
+                "from the start."
             )
     return {role: value.astype(np.int32) for role, value in checked.items()}
 

@@ -6,40 +6,67 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech.bootstrap import interval
+from jaxmech.bootstrap import interval, wilson
 
 NO_ANSWER = -1  # where logits are not finite; no token has this id
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Predictions:
     """Answers of one or many interventions, on the leading axes, to B prompts.
 
     Attributes:
       correct: bool [..., B], whether the most probable next token is the label.
       logits: float32 [..., B, V] at `last`, or None where they were not asked for.
+      measured: float32 [..., B], another metric that was asked for (see `jaxmech.metrics`), or None.
     """
 
     correct: np.ndarray  # [..., B]
     logits: np.ndarray | None = None  # [..., B, V]
+    measured: np.ndarray | None = None  # [..., B]
+
+    def __repr__(self) -> str:
+        *axes, prompts = np.shape(self.correct)
+        many = "".join(f"{size} x " for size in axes)
+        accuracy = f"accuracy {self.accuracy:.3f}" if not axes else f"accuracies {_range(self.accuracy)}"
+        found = [accuracy, *(name for name in ("logits", "measured") if getattr(self, name) is not None)]
+        return f"Predictions({many}{prompts} prompts, {', '.join(found)})"
 
     @property
     def accuracy(self) -> np.ndarray:
         """Fraction of the prompts that are answered right, float [...]."""
         return self.correct.mean(-1)
 
+    @property
+    def per_example(self) -> np.ndarray:
+        """What was measured of each prompt, [..., B]: `measured`, or else `correct`."""
+        return self.correct if self.measured is None else self.measured
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of `per_example` over prompts, float [...]: the accuracy, unless another metric was measured."""
+        return self.per_example.mean(-1, dtype=np.float64)
+
     def confidence_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0):
-        """Lower and upper bound of the accuracy, float [...] each: percentile bootstrap over examples.
+        """Lower and upper bound of `mean`, float [...] each; see `jaxmech.bootstrap`.
+
+        Of the accuracy, the score interval (Wilson 1927), for which nothing is drawn; of another metric, a percentile
+        bootstrap over prompts.
 
         Args:
           level: coverage, a fraction.
-          resamples: bootstrap samples of the examples, drawn with replacement.
-          seed: of these draws.
+          resamples, seed: of the bootstrap.
 
         Raises:
-          ValueError: level outside (0, 1) or resamples < 1.
+          ValueError: level outside (0, 1), or resamples < 1 where they are drawn.
         """
-        return interval(self.correct, level, resamples=resamples, seed=seed)
+        if self.measured is None:
+            return wilson(self.correct, level)
+        return interval(self.measured, level, resamples=resamples, seed=seed)
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{values.min():.3f} to {values.max():.3f}" if values.size else "of nothing"
 
 
 def answers(logits: jax.Array) -> jax.Array:

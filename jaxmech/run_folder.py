@@ -7,18 +7,14 @@ kept. Figures beside them are the commands' business.
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxmech.files import check_folder, replacing, write_text
+from jaxmech.files import check_folder, write_text
 from jaxmech.provenance import versions
-from jaxmech.scores import PathScores
+from jaxmech.scores import PathScores, load_groups, save_groups
 
 CONFIG, SCORES, CIRCUIT = "config.json", "scores.npz", "circuit.json"
 _PACKAGES = ("jaxmech", "jax", "flax", "transformers", "numpy")
@@ -96,10 +92,23 @@ class RunFolder:
         """Saves a finished sweep."""
         self.begin()
         self.scores[group] = scores
-        arrays: dict[str, Any] = {name: found.per_example for name, found in self.scores.items()}
-        arrays |= {f"{name}.probability": found.probability for name, found in self.scores.items()}
-        with replacing(self.path / SCORES) as temporary, open(temporary, "wb") as stream:
-            np.savez_compressed(stream, **arrays)
+        save_groups(self.path / SCORES, self.scores)
+
+
+def read_scores(path: str | Path) -> dict[str, PathScores]:
+    """The scores of the sweeps that a discovery run has finished: {group: scores}, in the order of the chain.
+
+    What a command found can so be looked at, and taken up by `discover` as `done`.
+
+    Args:
+      path: the folder that the run was told to write to, or its scores.npz.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is damaged, or not that of a run.
+    """
+    path = Path(path)
+    return load_groups(path / SCORES if path.is_dir() else path)
 
 
 def earlier_config(path: str | Path) -> dict[str, Any]:
@@ -155,15 +164,12 @@ def _check_config_of_a_run(path: Path) -> None:
 
 
 def _load_scores(file: Path) -> dict[str, PathScores]:
-    """All stages of the npz: GROUP (per example, [L, N, B]) and GROUP.probability ([B])."""
+    """All stages that are finished."""
     if not file.exists():
         return {}
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            groups = [name for name in arrays.files if not name.endswith(".probability")]
-            return {group: PathScores(arrays[group], arrays[f"{group}.probability"]) for group in groups}
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError) as error:
+        return load_groups(file)
+    except ValueError as error:
         raise ValueError(
-            f"{file} is damaged ({error}). Delete it, and the same command finds the scores again, or start anew with "
-            "--overwrite."
+            f"{error} Delete it, and the same command finds the scores again, or start anew with --overwrite."
         ) from error

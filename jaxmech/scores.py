@@ -1,13 +1,20 @@
 """`PathScores`: the scores of a sweep per example, and what is read off them."""
 
+import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxmech.bootstrap import interval
+from jaxmech.files import replacing
+from jaxmech.metrics import METRICS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PathScores:
     """Effect of patching each head's path, most negative where the head matters most.
 
@@ -21,20 +28,29 @@ class PathScores:
     probability: np.ndarray  # [B]
     metric: str = "probability"
 
+    def __repr__(self) -> str:
+        mean = self.mean
+        means = f", means {mean.min():.3g} to {mean.max():.3g}" if mean.size else ""
+        return f"PathScores([L, N, B] = {list(self.per_example.shape)}, {self.metric}{means})"
+
     @property
     def mean(self) -> np.ndarray:
         """Mean over examples, float32 [L, N]."""
         return self.per_example.mean(-1)
 
-    def top(self, k: int, min_effect: float = 0.0) -> list[tuple[int, int]]:
+    def top(self, k: int, min_effect: float = 0.0, *, largest: bool = False) -> list[tuple[int, int]]:
         """The k heads with the most negative mean, strongest first, as (layer, head).
 
         Heads whose mean is above -min_effect are left out, so there may be fewer; ties go to the lower head.
 
+        Args:
+          largest: the k heads with the most positive mean instead, those that work against the answer; heads whose mean
+            is below min_effect are left out.
+
         Raises:
           ValueError: k is negative or exceeds the number of heads, min_effect is negative, or a mean is not finite.
         """
-        mean = self.mean
+        mean = -self.mean if largest else self.mean
         if not (np.isfinite(min_effect) and min_effect >= 0):
             raise ValueError(f"min_effect={min_effect}; expected a number of at least 0, in the units of the scores.")
         if count := int((~np.isfinite(mean)).sum()):
@@ -63,3 +79,81 @@ class PathScores:
           ValueError: level outside (0, 1) or resamples < 1.
         """
         return interval(self.per_example, level, resamples=resamples, seed=seed)
+
+    def table(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> list[dict[str, int | float]]:
+        """One row for each head, layer by layer: {"layer", "head", "mean", "low", "high"}, for `pandas.DataFrame`, say.
+
+        `low` and `high` are those of `confidence_interval`, whose arguments `level`, `resamples` and `seed` are.
+        """
+        low, high = self.confidence_interval(level, resamples=resamples, seed=seed)
+        columns = {"mean": self.mean, "low": low, "high": high}
+        return [
+            {"layer": layer, "head": head, **{name: float(x[layer, head]) for name, x in columns.items()}}
+            for layer, head in np.ndindex(low.shape)
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a compressed npz to `path`, which is replaced only when it is whole."""
+        save_arrays(path, {"per_example": self.per_example, "probability": self.probability, "metric": self.metric})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PathScores":
+        """Reads what `save` wrote to `path`.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: it is damaged, or holds something else.
+        """
+        arrays = load_arrays(path)
+        if set(arrays) != {"per_example", "probability", "metric"}:
+            raise ValueError(
+                f"{path} holds {sorted(arrays)}; expected per_example, probability and metric, the scores of one "
+                "sweep. Those of a whole run are read by jm.read_scores."
+            )
+        return _checked(path, arrays["per_example"], arrays["probability"], arrays["metric"])
+
+
+def save_groups(path: str | Path, scores: Mapping[str, PathScores]) -> None:
+    """Writes the scores of several sweeps as one npz: GROUP, GROUP.probability and, if it is another, GROUP.metric."""
+    arrays: dict[str, Any] = {group: found.per_example for group, found in scores.items()}
+    arrays |= {f"{group}.probability": found.probability for group, found in scores.items()}
+    arrays |= {f"{group}.metric": found.metric for group, found in scores.items() if found.metric != "probability"}
+    save_arrays(path, arrays)
+
+
+def load_groups(path: str | Path) -> dict[str, PathScores]:
+    """Reads what `save_groups` wrote, in its order. Raises as `PathScores.load`."""
+    arrays = load_arrays(path)
+    groups = [name for name in arrays if "." not in name]  # groups are named without dots, see `Stage`
+    if missing := [group for group in groups if f"{group}.probability" not in arrays]:
+        raise ValueError(f"{path} holds no probabilities of {missing}; it is not the scores.npz of a run.")
+    named = {group: (f"{group}.probability", f"{group}.metric") for group in groups}
+    return {
+        group: _checked(path, arrays[group], arrays[probability], arrays.get(metric, "probability"))
+        for group, (probability, metric) in named.items()
+    }
+
+
+def save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Writes an npz under exactly that name, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+
+
+def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz; none is unpickled. ValueError if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+
+
+def _checked(path: str | Path, per_example: np.ndarray, probability: np.ndarray, metric: Any) -> PathScores:
+    """Scores whose arrays fit together."""
+    if per_example.ndim != 3 or probability.shape != per_example.shape[2:] or str(metric) not in METRICS:
+        raise ValueError(
+            f"{path} is damaged: it holds scores {per_example.shape}, probabilities {probability.shape} and metric "
+            f"{str(metric)!r}; expected [L, N, B], [B] and one of {', '.join(METRICS)}."
+        )
+    return PathScores(per_example, probability, str(metric))

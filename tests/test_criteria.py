@@ -7,6 +7,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import full_forward
+import jax
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
@@ -178,7 +179,7 @@ def test_random_circuits_of_the_paper_are_drawn_with_replacement_and_divided_by_
 
     found = jm.random_circuit(config, CIRCUIT, Drawn(), compat="paper")  # type: ignore[arg-type]
     # 17 is head 5 of the layer 17 // 3 = 5, which does not exist; so it is with 9, 10 and 16.
-    assert found.groups["readers"] == [(0, 0), (1, 5), (1, 5), (2, 2)]
+    assert found.groups["readers"] == [(0, 0), (1, 5), (2, 2)]  # (1, 5) was drawn twice
     assert found.groups["movers"] == [(0, 2)]
     assert found.groups["binders"] == [(2, 1), (0, 1), (1, 3)]
     assert found.groups["nobody"] == []
@@ -359,6 +360,119 @@ def test_a_head_in_two_groups_of_one_role_is_taken_away_from_both(case):
     np.testing.assert_array_equal(complete.circuit.correct[2], case.correct(without_movers))
 
 
+# Other metrics than accuracy.
+
+
+@pytest.fixture
+def measured(case) -> Callable:
+    """A function from a metric to its keywords, and one from heads by role (None: the model) to its values [B]."""
+    wrong = (case.pairs.labels + 7) % case.model.config.vocab_size
+    rows = np.arange(PROMPTS)
+
+    def by(metric: str):
+        def values(heads: Heads | None, elsewhere: bool = True) -> np.ndarray:
+            if heads is None:
+                logits = full_forward.last_logits(case.model, case.pairs)
+            else:
+                logits = full_forward.evaluate(case.model, case.pairs, heads, case.means, elsewhere)
+            logits = logits.astype(np.float64)
+            right = logits[rows, case.pairs.labels]
+            if metric == "logit_difference":
+                return right - logits[rows, wrong]
+            log_probability = right - np.log(np.exp(logits).sum(-1))
+            return np.exp(log_probability) if metric == "probability" else log_probability
+
+        return {"metric": metric, "wrong_labels": wrong if metric == "logit_difference" else None}, values
+
+    return by
+
+
+def f(metric: str, values: np.ndarray) -> np.ndarray:
+    return np.exp(values.mean(-1)) if metric == "log_probability" else values.mean(-1)
+
+
+METRICS = ["probability", "log_probability", "logit_difference"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_faithfulness_in_other_metrics_is_that_of_full_forwards(case, measured, metric):
+    options, values = measured(metric)
+    found = jm.faithfulness(case.model, case.pairs, CIRCUIT, case.means, random=2, **options)
+    model, circuit = values(None), values(left(CIRCUIT, {}))
+    others = np.stack([values(left(other, {})) for other in found.random_circuits])
+    for ours, theirs in ((found.model, model), (found.circuit, circuit), (found.random, others)):
+        assert_close(ours.per_example, theirs, TOLERANCES.cone)
+    assert found.ratio == pytest.approx(f(metric, circuit) / f(metric, model), rel=1e-4)
+    np.testing.assert_allclose(found.random_ratios, f(metric, others) / f(metric, model), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.circuit.correct, case.correct(left(CIRCUIT, {})))
+    low, high = found.confidence_interval()
+    assert low < found.ratio < high and found.circuit.logits is None
+    mean_low, mean_high = found.circuit.confidence_interval()
+    assert mean_low < found.circuit.mean < mean_high
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_completeness_in_other_metrics_is_that_of_full_forwards(case, measured, metric):
+    options, values = measured(metric)
+    found = jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=1, **options)
+    for i, gone in enumerate(found.subsets):
+        every = dict.fromkeys(ROLES.values(), EVERY_HEAD)
+        taken = {role: [h for g in gone if ROLES[g] == role for h in gone[g]] for role in every}
+        model = values({role: [head for head in heads if head not in taken[role]] for role, heads in every.items()})
+        circuit = values(left(CIRCUIT, gone))
+        assert_close(found.circuit.per_example[i], circuit, TOLERANCES.cone)
+        assert_close(found.model.per_example[i], model, TOLERANCES.cone)
+        assert found.gap[i] == pytest.approx(abs(f(metric, circuit) - f(metric, model)), abs=1e-4)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_minimality_in_other_metrics_equals_loops_over_full_forwards(case, measured, metric):
+    options, values = measured(metric)
+    small = jm.Circuit(
+        {g: GROUPS[g][:3] for g in ("readers", "binders")}, {g: ROLES[g] for g in ("readers", "binders")}
+    )
+    whole = lambda group, gone: f(metric, values(left(small, {group: gone})))  # noqa: E731
+    found = jm.minimality(case.model, case.pairs, small, case.means, fraction=0.3, **options)
+    for group, heads in small.groups.items():
+        without = np.array([[whole(group, [i, j]) for j in heads] for i in heads])
+        assert_close(found.pairs[group], without, TOLERANCES.cone)
+        for i, head in enumerate(heads):
+            drop = np.diag(without) - without[i]
+            best = max((x for x in range(len(heads)) if x != i), key=lambda j, drop=drop: drop[j])
+            partners = [heads[best]] if drop[best] > 0 else []  # ceil(0.3 * 3) = 1
+            assert found.partners[group][i] == partners
+            before, after = whole(group, partners), whole(group, [*partners, head])
+            assert found.before[group][i] == pytest.approx(before, rel=1e-4)
+            assert found.after[group][i] == pytest.approx(after, rel=1e-4)
+        kept = [head for head, score in zip(heads, found.scores[group], strict=True) if score >= 0.01]
+        assert found.circuit.groups[group] == kept
+
+
+def test_where_the_label_is_never_the_most_probable_token_another_metric_tells_circuits_apart(case):
+    """As in indirect object identification: accuracy knows nothing, the logit difference does."""
+    never = case.with_labels((case.own_answers() + 1) % case.model.config.vocab_size)
+    args = never.model, never.pairs, CIRCUIT, never.means
+    assert math.isnan(jm.faithfulness(*args, random=1).ratio)
+    found = jm.faithfulness(*args, random=1, metric="probability")
+    assert found.model.accuracy == 0 and found.ratio > 0 and found.random_ratios[0] > 0
+    assert abs(found.ratio - found.random_ratios[0]) > 0.01
+
+
+def test_what_is_measured_does_not_depend_on_parts_or_kept_logits(case):
+    args = case.model, case.pairs, [CIRCUIT, {"last": []}, {"last": EVERY_HEAD}], case.means
+    options = {"metric": "probability"}
+    for elsewhere in (True, False):
+        whole = jm.evaluate(*args, elsewhere, **options)
+        parts = jm.evaluate(*args, elsewhere, batch_size=5, keep_logits=False, **options)
+        assert whole.logits is not None and parts.logits is None and whole.measured is not None
+        assert_close(parts.measured, whole.measured, TOLERANCES.recompiled)
+        right = jax.nn.softmax(whole.logits)[:, np.arange(PROMPTS), case.pairs.labels]
+        assert_close(whole.measured, right, TOLERANCES.recompiled)
+    assert jm.evaluate(*args).measured is None
+    own = jm.predict(case.model, case.pairs, batch_size=7, **options)
+    assert_close(own.measured, jm.path_patch(case.model, case.pairs).probability, TOLERANCES.cone)
+
+
 # Overlap.
 
 
@@ -404,6 +518,43 @@ def test_the_interval_of_a_mean_widens_with_the_level_and_narrows_with_examples(
     assert_close((few[1] - few[0]) / (many[1] - many[0]), 2, 0.2)
 
 
+# Predictions.
+
+
+@pytest.mark.parametrize(("right", "count", "level"), [(8, 10, 0.95), (0, 10, 0.95), (10, 10, 0.95), (1, 40, 0.9)])
+def test_intervals_of_accuracies_are_score_intervals(right, count, level):
+    """The bounds are the proportions from which the accuracy is z standard errors away."""
+    low, high = jm.Predictions(np.arange(count) < right).confidence_interval(level)
+    z, p = {0.95: 1.959964, 0.9: 1.644854}[level], right / count
+    for bound in {float(low), float(high)} - {0.0, 1.0}:
+        assert abs(p - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / count), abs=1e-6)
+    assert (low == 0) == (right == 0) and (high == 1) == (right == count) and low < high
+    if (right, count) == (8, 10):
+        np.testing.assert_allclose([low, high], [0.4902, 0.9433], atol=5e-5)
+
+
+def test_intervals_of_accuracies_stay_between_nothing_and_all_and_have_a_width():
+    for count in (*range(1, 60), 350, 1000):
+        correct = np.arange(count) < np.arange(count + 1)[:, None]
+        low, high = jm.Predictions(correct).confidence_interval()
+        accuracy = correct.mean(-1)
+        assert (low[0], high[-1]) == (0, 1) and (low >= 0).all() and (high <= 1).all()
+        assert (low <= accuracy).all() and (accuracy <= high).all() and (high - low > 0.003).all()
+    with pytest.raises(ValueError, match="level=1.0; expected a fraction between 0 and 1"):
+        jm.Predictions(correct).confidence_interval(1.0)
+
+
+def test_resamples_of_prompts_that_are_all_right_are_all_right():
+    for count in (7, 49, 350):
+        assert (bootstrap.resampled_means(np.ones(count, bool)) == 1).all()
+
+
+def test_predictions_are_shown_in_one_line():
+    assert repr(jm.Predictions(np.array([True, False, True, True]))) == "Predictions(4 prompts, accuracy 0.750)"
+    many = jm.Predictions(np.eye(2, 4, dtype=bool), np.zeros((2, 4, 9)), np.zeros((2, 4)))
+    assert repr(many) == "Predictions(2 x 4 prompts, accuracies 0.250 to 0.250, logits, measured)"
+
+
 # Errors.
 
 
@@ -421,6 +572,17 @@ def test_the_interval_of_a_mean_widens_with_the_level_and_narrows_with_examples(
         (lambda m, p, c, z: jm.minimality(m, p, jm.Circuit({"a": [(0, 0)]}, {"a": "first"}), z), "Unknown role"),
         (lambda m, p, c, z: jm.random_circuit(m.config, c, np.random.default_rng(0), compat="x"), "compat='x'"),
         (lambda *x: jm.minimality(*x, threshold=np.nan), "threshold=nan"),
+        (
+            lambda *x: jm.minimality(*x, metric="logit"),
+            "expected one of accuracy, probability, log_prob",
+        ),
+        (lambda *x: jm.completeness(*x, metric="logit_difference"), "needs wrong_labels"),
+        (lambda *x: jm.faithfulness(*x, wrong_labels=x[1].labels), "metric='accuracy' has no use for them"),
+        (
+            lambda *x: jm.faithfulness(*x, metric="probability", compat="paper"),
+            "code measures accuracy alone",
+        ),
+        (lambda m, p, c, z: jm.predict(m, p, metric="logit"), "metric='logit'; expected one of accuracy"),
         (lambda m, p, c, z: jm.faithfulness(m, p, c, z * np.nan), "means holds numbers that are not finite"),
         (lambda *x: bootstrap.interval(np.ones(3), 1.0), "level=1.0; expected a fraction between 0 and 1"),
         (lambda *x: bootstrap.interval(np.ones(3), resamples=0), "resamples=0; expected at least 1"),

@@ -1,13 +1,17 @@
 """The chain of sweeps: what a stage selects, what it hands on, and how chains and circuits are read."""
 
+import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import TOLERANCES, assert_close
 from full_forward import path_patch as full_path_patch
 
 import jaxmech as jm
-from jaxmech.discovery import check_chain
+from jaxmech.chain import check_chain
+from jaxmech.run_folder import RunFolder
 
 CHAIN = (
     jm.Stage("readers", "last", k=3),
@@ -32,17 +36,25 @@ def test_each_stage_takes_its_receivers_from_the_stage_before(random_model, rand
     assert circuit.heads_by_role == {"last": circuit.groups["readers"] + senders, "early": early}
 
 
-def fake_scores(*rows: list[float]) -> jm.PathScores:
-    return jm.PathScores(np.array(rows, np.float32)[..., None], np.ones(1, np.float32))
-
-
 @pytest.fixture
 def two_heads(random_model, random_pairs):
     model = random_model(num_layers=3, num_heads=2, num_kv_heads=2)
     return model, random_pairs(model)
 
 
-def test_a_head_chosen_again_at_the_same_role_leaves_the_earlier_group(two_heads):
+@pytest.fixture
+def fake_scores(two_heads):
+    """A function from the mean score of every head to scores of the `two_heads`, equal for all prompts."""
+    probability = jm.path_patch(*two_heads).probability
+
+    def make(*rows: list[float]) -> jm.PathScores:
+        mean = np.array(rows, np.float32)[..., None]
+        return jm.PathScores(np.repeat(mean, len(probability), axis=-1), probability)
+
+    return make
+
+
+def test_a_head_chosen_again_at_the_same_role_leaves_the_earlier_group(two_heads, fake_scores):
     done = {
         "readers": fake_scores([-0.1, -0.5], [-0.6, 0], [-0.9, 0]),
         "senders": fake_scores([0, -0.4], [-0.3, 0], [0, 0]),
@@ -55,7 +67,7 @@ def test_a_head_chosen_again_at_the_same_role_leaves_the_earlier_group(two_heads
     assert circuit.stopped == ""
 
 
-def test_heads_below_the_smallest_effect_are_never_selected(two_heads):
+def test_heads_below_the_smallest_effect_are_never_selected(two_heads, fake_scores):
     done = {"readers": fake_scores([-0.5, -0.0009], [0.3, 0], [0, 0]), "senders": fake_scores([-1, 0], [0, 0], [0, 0])}
     circuit = jm.discover(*two_heads, chain=CHAIN[:2], done=done, k={"readers": 6})
     assert circuit.groups == {"readers": [], "senders": [(0, 0)]}  # (0, 0) moved on, and nothing else was selected
@@ -64,16 +76,16 @@ def test_heads_below_the_smallest_effect_are_never_selected(two_heads):
     assert circuit.groups == {"readers": [(0, 0), (0, 1)]}
 
 
-def test_a_stage_that_finds_nothing_ends_the_chain_and_says_so(two_heads):
+def test_a_stage_that_finds_nothing_ends_the_chain_and_says_so(two_heads, fake_scores):
     done = {"readers": fake_scores([-0.5, 0], [-0.3, 0], [0, 0]), "senders": fake_scores([0.2, 0], [0, 0], [0, 0])}
-    with pytest.warns(UserWarning, match="Stage 'senders' .*readers via q.*found no head.*chain ends here"):
+    with pytest.warns(UserWarning, match="Stage 'senders' .*reading q of readers.*found no head.*chain ends here"):
         circuit = jm.discover(*two_heads, chain=CHAIN, done=done)
     assert list(circuit.groups) == ["readers"]
     assert "'senders'" in circuit.stopped
     assert list(circuit.scores) == ["readers", "senders"], "the scores are there to look at"
 
 
-def test_receivers_in_the_first_layer_end_the_chain_since_nothing_reaches_them(two_heads):
+def test_receivers_in_the_first_layer_end_the_chain_since_nothing_reaches_them(two_heads, fake_scores):
     done = {"readers": fake_scores([-0.5, 0], [0, 0], [0, 0])}
     with pytest.warns(UserWarning, match="No head has a path"), pytest.warns(UserWarning, match="found no head"):
         circuit = jm.discover(*two_heads, chain=CHAIN, done=done)
@@ -87,6 +99,15 @@ def test_finished_sweeps_are_reported_once_and_not_run_again(two_heads):
     first = jm.discover(*two_heads, chain=CHAIN[:2], on_stage=lambda stage, scores: seen.append(stage.group))
     again = jm.discover(*two_heads, chain=CHAIN[:2], done=first.scores, on_stage=lambda *_: pytest.fail("ran again"))
     assert seen == ["readers", "senders"] and again.groups == first.groups
+
+
+def test_scores_of_a_run_folder_are_taken_up(two_heads, tmp_path):
+    run = RunFolder.open(tmp_path, {})
+    options = {"chain": CHAIN[:2], "metric": "log_probability"}
+    first = jm.discover(*two_heads, **options, on_stage=lambda stage, scores: run.keep(stage.group, scores))
+    never = lambda *_: pytest.fail("ran again")  # noqa: E731
+    again = jm.discover(*two_heads, **options, done=jm.read_scores(tmp_path), on_stage=never)
+    assert again.groups == first.groups
 
 
 def test_progress_counts_to_the_end_of_every_stage(two_heads):
@@ -107,7 +128,7 @@ def test_scores_can_be_of_another_metric(two_heads):
     assert circuit.scores["senders"].metric == "logit_difference"
 
 
-def test_scores_that_are_not_finite_choose_no_heads(two_heads):
+def test_scores_that_are_not_finite_choose_no_heads(two_heads, fake_scores):
     model, pairs = two_heads
     loud = jm.Model(model.config, {"params": {**model.weights, "unembed": 1e4 * model.weights["unembed"]}})
     with pytest.raises(ValueError, match=r'mean scores of . of 6 heads are not finite.*metric="log_probability"'):
@@ -122,7 +143,45 @@ def test_a_smallest_effect_that_is_no_fraction_is_refused(two_heads, options):
         jm.discover(*two_heads, chain=CHAIN, **options)
 
 
-def test_unknown_groups_are_named(two_heads):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: replace(s, per_example=s.per_example[:2]), r"has scores \(2, 2, 5\) .* = \(3, 2, 5\)"),
+        (lambda s: jm.PathScores(s.per_example[..., :1], s.probability[:1]), r"\(3, 2, 1\).* = \(3, 2, 5\)"),
+        (lambda s: replace(s, probability=s.probability[:1]), r"probabilities \(1,\)"),
+        (lambda s: replace(s, metric="log_probability"), "metric='log_probability'; expected 'probability'"),
+        (lambda s: replace(s, probability=1.1 * s.probability), "probability .* of the label of example 0, where the"),
+        (lambda s: replace(s, probability=s.probability[::-1]), "of another model or other pairs, or in another order"),
+        (lambda s: replace(s, probability=np.nan * s.probability), "has probability nan of the label"),
+    ],
+)
+def test_scores_of_something_else_are_not_taken_for_done(two_heads, fake_scores, change, message):
+    done = {"readers": fake_scores([-0.5, 0], [0, 0], [0, 0])}
+    with pytest.raises(ValueError, match=r"done\['readers'\].*" + message):
+        jm.discover(*two_heads, chain=CHAIN, done={"readers": change(done["readers"])})
+
+
+def test_scores_of_other_pairs_or_another_model_are_not_taken_for_done(random_model, random_pairs, two_heads):
+    model, pairs = two_heads
+    done = {"readers": jm.path_patch(model, pairs)}
+    for other in (
+        (model, random_pairs(model, seed=1)),
+        (model, replace(pairs, labels=pairs.labels[::-1])),
+        (random_model(5, num_layers=3, num_heads=2, num_kv_heads=2), pairs),
+    ):
+        with pytest.raises(ValueError, match="scores are of another model or other pairs"):
+            jm.discover(*other, chain=CHAIN[:1], done=done)
+
+
+def test_scores_in_bfloat16_are_taken_for_done_whatever_their_batch_size(random_model, random_pairs):
+    model = random_model(dtype="bfloat16")
+    pairs = random_pairs(model, count=9)
+    done = {"readers": jm.path_patch(model, pairs, batch_size=2)}
+    found = jm.discover(model, pairs, chain=CHAIN[:1], done=done, on_stage=lambda *_: pytest.fail("ran again"))
+    assert found.groups["readers"] == done["readers"].top(3, 1e-3)
+
+
+def test_unknown_groups_are_named(two_heads, fake_scores):
     with pytest.raises(ValueError, match=r"done has the groups \['reader'\]"):
         jm.discover(*two_heads, chain=CHAIN, done={"reader": fake_scores([-0.5, 0], [0, 0], [0, 0])})
     circuit = jm.Circuit({"readers": [(0, 0)]}, {"readers": "last"})
@@ -130,6 +189,45 @@ def test_unknown_groups_are_named(two_heads):
         circuit.without({"reader": [(0, 0)]})
     with pytest.raises(ValueError, match=r"roles says nothing of the groups \['readers'\]"):
         jm.Circuit({"readers": [(0, 0)]}, {})
+    with pytest.raises(ValueError, match=r"roles names \['reader'\]; the groups are \['readers'\]"):
+        jm.Circuit({"readers": [(0, 0)]}, {"readers": "last", "reader": "last"})
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ([3], "group 'a' holds 3; expected a list of \\(layer, head\\)"),
+        ((3, 6), "group 'a' holds 3; expected"),
+        (3, "group 'a' holds 3; expected"),
+        ("36", "group 'a' holds '36'; expected"),
+        (["36"], "group 'a' holds '36'; expected"),
+        ([(3, 6, 1)], r"holds \(3, 6, 1\); expected"),
+        ([(3, -1)], r"holds \(3, -1\); expected .* from 0 on"),
+        ([(3.0, 1.0)], r"holds \(3.0, 1.0\); expected .* whole numbers"),
+        ([(True, False)], r"holds \(True, False\); expected .* whole numbers"),
+        ([(3, 1), (2, 0), [3, 1]], r"group 'a' holds \[\(3, 1\)\] more than once"),
+    ],
+)
+def test_what_is_no_head_or_is_there_twice_is_refused(heads, message):
+    with pytest.raises(ValueError, match=message):
+        jm.Circuit({"a": heads}, {"a": "last"})
+
+
+@pytest.mark.parametrize("heads", [[[3, 1], [2, 0]], np.array([[3, 1], [2, 0]]), ((np.int64(3), np.uint8(1)), (2, 0))])
+def test_heads_are_tuples_of_numbers_whatever_they_were(heads, tmp_path):
+    circuit = jm.Circuit({"a": heads, "b": iter([(0, 0)])}, {"a": "last", "b": "last"})
+    assert circuit.groups == {"a": [(3, 1), (2, 0)], "b": [(0, 0)]}
+    assert all(type(x) is int for head in circuit.groups["a"] for x in head)
+    assert circuit.heads_by_role == {"last": [(3, 1), (2, 0), (0, 0)]}
+    assert circuit.without({"a": [[3, 1]]}).groups["a"] == [(2, 0)]
+    circuit.save(tmp_path / "circuit.json")
+    assert jm.Circuit.load(tmp_path / "circuit.json", roles=circuit.roles) == circuit
+
+
+def test_a_circuit_is_shown_in_one_line():
+    circuit = jm.Circuit({"movers": [(3, 1), (2, 0)], "readers": []}, {"movers": "last", "readers": "early"})
+    assert repr(circuit) == "Circuit(movers: 2 at last, readers: 0 at early)"
+    assert repr(replace(circuit, stopped="Stage 'x' found no head.")).endswith("early; stopped early)")
 
 
 def test_the_default_chain_is_that_of_the_paper():
@@ -171,7 +269,7 @@ def test_a_stage_without_receivers_is_at_the_last_token_under_whatever_name(two_
         jm.discover(model, pairs, chain=chain, on_stage=lambda *_: pytest.fail("a sweep was run"))
 
 
-def test_every_head_of_the_model_may_be_asked_for_and_the_whole_probability(two_heads):
+def test_every_head_of_the_model_may_be_asked_for_and_the_whole_probability(two_heads, fake_scores):
     chain = [jm.Stage("all", "last", k=6)]
     done = {"all": fake_scores([-0.5, -1.0], [-0.1, -0.2], [-0.3, -0.4])}
     assert len(jm.discover(*two_heads, chain=chain, done=done).groups["all"]) == 6
@@ -184,7 +282,7 @@ def test_a_head_in_two_groups_of_one_role_acts_there_once():
     assert circuit.heads_by_role == {"last": [(0, 1), (2, 3), (1, 1)], "early": [(2, 3)]}
     assert circuit.without({"a": [[2, 3]], "c": [[2, 3]]}).groups == {"a": [(0, 1)], "b": [(2, 3), (1, 1)], "c": []}
     lists = jm.Circuit({"a": [[0, 1], [2, 3]]}, {"a": "last"})
-    assert lists.without({"a": [(2, 3)]}).groups == {"a": [[0, 1]]}, "as JSON has heads"
+    assert lists.without({"a": [[2, 3]]}).groups == {"a": [(0, 1)]}, "as JSON has heads"
 
 
 def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
@@ -198,18 +296,62 @@ def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
     [
         ((), "no stages"),
         ((CHAIN[0], CHAIN[0]), "'readers' occurs twice"),
-        ((CHAIN[1], CHAIN[0]), "receivers 'readers' is none of the earlier groups"),
-        ((jm.Stage("a", "last", via="q"),), "with via='q'"),
-        ((CHAIN[0], jm.Stage("a", "last", "readers")), "with via=None"),
-        ((CHAIN[0], jm.Stage("a", "last", "readers", "z")), "with via='z'"),
-        ((jm.Stage("../a", "last"),), r"group '\.\./a': files and arrays are named by groups"),
-        ((jm.Stage("a/b", "last"),), "group 'a/b': files and arrays are named by groups"),
-        ((jm.Stage("file", "last"),), "group 'file': .* and none of file, allow_pickle"),
+        ((CHAIN[1], CHAIN[0]), r"'senders': there is no earlier group readers for its receivers.* before it are \[\]"),
+        (
+            (CHAIN[0], jm.Stage("a", "last", ("x", "readers", "y"), "q")),
+            r"no earlier group x and y .* are \['readers'\]",
+        ),
     ],
 )
 def test_chains_that_do_not_fit_together_are_refused(stages, message):
     with pytest.raises(ValueError, match=message):
         check_chain(stages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("a", "last", None, "q"), "stage 'a': receivers=None with via='q'"),
+        (("a", "last", "readers"), "receivers='readers' with via=None"),
+        (("a", "last", "readers", "z"), "with via='z'; expected via 'q', 'k' or 'v'"),
+        (("a", "last", [(3, 1)], "q"), r"receivers=\[\(3, 1\)\]; expected the name of an earlier group, or a list"),
+        (("a", "last", (), "q"), r"receivers=\(\); expected the name of an earlier group"),
+        (("a", "last", 3, "q"), "receivers=3; expected the name of an earlier group"),
+        (("a", "last", ("b", "b"), "q"), r"receivers=\('b', 'b'\) names a group twice"),
+        (("a", 0), "sender=0; expected the name of a role"),
+        (("a", "last", None, None, 0), "k=0; expected a whole number"),
+        (("../a", "last"), r"group '\.\./a': files and arrays are named by groups"),
+        (("a/b", "last"), "group 'a/b': files and arrays are named by groups"),
+        (("file", "last"), "group 'file': numpy.savez has this name for itself"),
+        ((3, "last"), "group 3: files and arrays are named by groups"),
+    ],
+)
+def test_a_stage_without_meaning_is_refused_where_it_is_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        jm.Stage(*fields)
+
+
+def test_a_stage_is_the_same_however_it_was_given():
+    assert jm.Stage("a", "last", ["b"], "q") == jm.Stage("a", "last", "b", "q", k=np.int64(5))
+    assert jm.Stage("a", "last", ["b", "c"], "q").receivers == ("b", "c")
+    assert jm.Stage("a", "last", ["b", "c"], "q").reads == "q of b and c"
+    json.dumps(dataclasses.asdict(jm.Stage("a", "last", ["b", "c"], "q", k=np.int64(5))))
+
+
+def test_several_groups_can_be_the_receivers_of_a_stage(random_model, random_pairs):
+    model = random_model(num_layers=5)
+    pairs = random_pairs(model)
+    chain = (*CHAIN[:2], jm.Stage("early", "early", ("senders", "readers"), "v", k=4))
+    circuit = jm.discover(model, pairs, chain=chain)
+    readers = strongest(full_path_patch(model, pairs), 3)
+    senders = strongest(full_path_patch(model, pairs, "last", readers, "q"), 2)
+    together = sorted({*readers, *senders})
+    expected = full_path_patch(model, pairs, "early", together, "v")
+    assert circuit.groups["early"] == strongest(expected, 4)
+    assert_close(circuit.scores["early"].per_example, expected, TOLERANCES.cone)
+    assert len(together) > len(senders) and not np.allclose(
+        full_path_patch(model, pairs, "early", senders, "v"), expected
+    )
 
 
 def test_a_chain_is_read_from_toml(tmp_path):
@@ -218,6 +360,9 @@ def test_a_chain_is_read_from_toml(tmp_path):
         '[[stage]]\ngroup = "senders"\nsender = "last"\nreceivers = "readers"\nvia = "q"\nk = 2\n'
     )
     assert jm.read_chain(tmp_path / "chain.toml") == CHAIN[:2]
+    with open(tmp_path / "chain.toml", "a") as file:
+        file.write('[[stage]]\ngroup = "early"\nsender = "early"\nreceivers = ["readers", "senders"]\nvia = "v"\n')
+    assert jm.read_chain(tmp_path / "chain.toml")[2] == jm.Stage("early", "early", ("readers", "senders"), "v")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +371,7 @@ def test_a_chain_is_read_from_toml(tmp_path):
         ("stage = [", "not a chain"),
         ('[[stage]]\ngroup = "a"\n', "sender"),
         ('[[stage]]\ngroup = "a"\nsender = "last"\ncolour = "red"\n', "colour"),
+        ('[[stage]]\ngroup = "a"\nsender = "last"\nvia = "z"\n', "via='z'"),
         ('[[stages]]\ngroup = "a"\nsender = "last"\n', r"unknown tables \['stages'\]"),
     ],
 )
@@ -243,15 +389,48 @@ def test_a_circuit_is_saved_as_in_the_paper_and_read_back(tmp_path):
     assert (loaded.groups, loaded.roles) == (circuit.groups, circuit.roles)
 
 
+def test_a_circuit_file_can_say_where_its_groups_act(tmp_path):
+    circuit = jm.Circuit({"movers": [(3, 1), (2, 0)], "none": []}, {"movers": "last", "none": "early"})
+    circuit.save(tmp_path / "with_roles.json", roles=True)
+    found = json.loads((tmp_path / "with_roles.json").read_text())
+    assert found == {"groups": {"movers": [[3, 1], [2, 0]], "none": []}, "roles": {"movers": "last", "none": "early"}}
+    circuit.save(tmp_path / "paper.json")
+    chain = [jm.Stage("movers", "last"), jm.Stage("none", "early", "movers", "q"), jm.Stage("more", "last")]
+    for file, options in (
+        ("with_roles.json", {}),
+        ("with_roles.json", {"chain": chain}),
+        ("with_roles.json", {"roles": circuit.roles}),
+        ("paper.json", {"chain": chain}),
+        ("paper.json", {"roles": circuit.roles | {"more": "last"}}),
+    ):
+        assert jm.Circuit.load(tmp_path / file, **options) == circuit
+    with pytest.raises(ValueError, match=r"says that groups act at .*; the roles given differ: {'none': 'last'}"):
+        jm.Circuit.load(tmp_path / "with_roles.json", roles={"movers": "last", "none": "last"})
+    with pytest.raises(ValueError, match="chain and roles are given; expected one of them"):
+        jm.Circuit.load(tmp_path / "paper.json", chain, roles=circuit.roles)
+    with pytest.raises(ValueError, match=r"roles are known of \['movers'\]"):
+        jm.Circuit.load(tmp_path / "paper.json", roles={"movers": "last"})
+
+
+def test_groups_of_a_paper_file_can_have_any_name(tmp_path):
+    circuit = jm.Circuit({"groups": [(3, 1)], "roles": [(2, 0)]}, {"groups": "last", "roles": "last"})
+    circuit.save(tmp_path / "circuit.json")
+    assert jm.Circuit.load(tmp_path / "circuit.json", roles=circuit.roles) == circuit
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not a circuit file"),
         ("[1]", "not a circuit file"),
         ('{"value_fetcher": [[1]]}', "not a circuit file"),
-        ('{"value_fetcher": [["1", "2"]]}', r"not \[layer, head\]"),
-        ('{"value_fetcher": [[-1, 2]]}', r"not \[layer, head\]"),
-        ('{"value_fetcher": [[1, -2]]}', r"not \[layer, head\]"),
+        ('{"value_fetcher": [["1", "2"]]}', r"holds \['1', '2'\]; expected a list of \(layer, head\)"),
+        ('{"value_fetcher": [[1, 2], [1, 2]]}', "more than once"),
+        ('{"groups": {"a": [[1, 2]]}, "roles": {"b": "last"}}', r"expected one for each of \['a'\]"),
+        ('{"groups": {"a": [[1, 2]]}, "roles": {"a": 3}}', "expected one for each"),
+        ('{"groups": {"a": [[1]]}, "roles": {"a": "last"}}', "not a circuit file"),
+        ('{"value_fetcher": [[-1, 2]]}', r"holds \[-1, 2\]; expected"),
+        ('{"value_fetcher": [[1, -2]]}', r"holds \[1, -2\]; expected"),
         ('{"induction": [[1, 2]]}', r"groups \['induction'\].*give the chain"),
     ],
 )

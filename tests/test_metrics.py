@@ -1,4 +1,4 @@
-"""Metrics of an effect, and the bootstrap intervals of scores."""
+"""Metrics of an effect, and what is read off scores: intervals, the strongest heads, tables and files."""
 
 import jax
 import numpy as np
@@ -101,3 +101,73 @@ def test_probability_scores_are_relative_losses(sweep):
     patched, _ = model(pairs.clean, jm.Interventions(attn_out=jm.Patch(1.0, changed)))
     before, after = (jax.nn.softmax(x[rows, last])[rows, pairs.labels] for x in (logits, patched))
     assert_close(jm.path_patch(model, pairs).per_example[3, 1], (after - before) / before, TOLERANCES.cone)
+
+
+# What is read off scores.
+
+
+@pytest.fixture
+def scores() -> jm.PathScores:
+    """Means -0.5, 0.25, 0, -0.125, 0.75, 0 of 3 layers x 2 heads."""
+    mean = np.array([[-0.5, 0.25], [0, -0.125], [0.75, 0]], np.float32)
+    noise = np.array([-0.25, 0.25, 0, 0], np.float32)
+    return jm.PathScores(mean[..., None] + noise, np.array([0.5, 0.25, 0.125, 1], np.float32), "log_probability")
+
+
+def test_the_strongest_heads_of_either_sign(scores):
+    assert scores.top(2) == [(0, 0), (1, 1)]
+    assert scores.top(2, largest=True) == [(2, 0), (0, 1)]
+    assert scores.top(6, 0.2) == [(0, 0)] and scores.top(6, 0.2, largest=True) == [(2, 0), (0, 1)]
+    assert scores.top(6, largest=True) == [(2, 0), (0, 1), (1, 0), (2, 1)]  # ties go to the lower head
+
+
+def test_a_table_has_a_row_for_each_head(scores):
+    rows = scores.table(0.9, resamples=50, seed=2)
+    low, high = scores.confidence_interval(0.9, resamples=50, seed=2)
+    assert [(row["layer"], row["head"]) for row in rows] == [(i, j) for i in range(3) for j in range(2)]
+    for row in rows:
+        place = row["layer"], row["head"]
+        assert row == dict(zip(row, [*place, scores.mean[place], low[place], high[place]], strict=True))
+        assert [type(x) for x in row.values()] == [int, int, float, float, float]
+    assert list(rows[0]) == ["layer", "head", "mean", "low", "high"]
+
+
+def test_scores_are_shown_in_one_line(scores):
+    assert repr(scores) == "PathScores([L, N, B] = [3, 2, 4], log_probability, means -0.5 to 0.75)"
+
+
+def test_scores_are_saved_and_read_back(scores, tmp_path):
+    scores.save(tmp_path / "new" / "scores")  # under exactly this name
+    found = jm.PathScores.load(tmp_path / "new" / "scores")
+    np.testing.assert_array_equal(found.per_example, scores.per_example)
+    np.testing.assert_array_equal(found.probability, scores.probability)
+    assert (found.metric, type(found.metric), found.per_example.dtype) == ("log_probability", str, np.float32)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["scores"]
+
+
+GOOD = {"per_example": np.zeros((2, 2, 3)), "probability": np.ones(3), "metric": "probability"}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"per_example": np.zeros((2, 2, 3))}, r"holds \['per_example'\]; expected per_example, .* jm.read_scores"),
+        (
+            {"per_example": np.zeros((2, 2, 3)), "probability": np.ones(2), "metric": "probability"},
+            "is damaged: it holds",
+        ),
+        (
+            {"per_example": np.zeros((2, 2, 3)), "probability": np.ones(3), "metric": "loss"},
+            "and metric 'loss'; expected",
+        ),
+        ({**GOOD, "per_example": np.array([{}])}, "allow_pickle"),
+        (None, "is damaged"),
+    ],
+)
+def test_files_that_hold_no_scores_are_named(tmp_path, arrays, message):
+    file = tmp_path / "scores.npz"
+    file.write_bytes(b"scores") if arrays is None else np.savez(file, **arrays)
+    with pytest.raises(ValueError, match=f"scores.npz .*{message}|scores.npz {message}"):
+        jm.PathScores.load(file)
+    with pytest.raises(FileNotFoundError):
+        jm.PathScores.load(tmp_path / "none.npz")

@@ -47,7 +47,9 @@ def test_one_row_is_a_slice(rows):
         ({"positions": {"early": [0, 1]}}, "'last' .* is missing"),
         ({"positions": {"last": [2]}}, r"positions\['last'\] has 1 examples, the prompts 2"),
         ({"positions": {"last": [2, 3]}}, r"positions\['last'\] of example 1 is 3; expected 0..2"),
-        ({"positions": {"last": [2, -1]}}, "of example 1 is -1; .* Positions are counted from the start"),
+        ({"positions": {"last": [2, -1]}}, "of example 1 is -1; expected 0..2, a token of .* counted from the start"),
+        ({"positions": {"early": [0, 0], "last": [2, -1]}}, r"positions\['last'\] of example 1 is -1; expected 0..2"),
+        ({"positions": {"last": [2, 1], "early": [0, -1]}}, r"positions\['early'\] of example 1 is -1; expected 0..1"),
         ({"positions": {"last": [2, 1], "early": [0, 2]}}, r"positions\['early'\] of example 1 is 2; expected 0..1"),
         ({"positions": {"last": [2.0, 1.0]}}, "dtype float64; expected integer positions"),
     ],
@@ -55,6 +57,20 @@ def test_one_row_is_a_slice(rows):
 def test_what_cannot_be_prompts_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         jm.Pairs(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("rows", [np.zeros(2, bool), np.zeros(0, int), slice(0, 0), slice(5, None)])
+def test_a_selection_of_no_prompts_is_named(rows):
+    with pytest.raises(ValueError, match="selects none of the 2 prompts"):
+        jm.Pairs(**GOOD)[rows]
+
+
+def test_pairs_are_shown_in_one_line():
+    pairs = jm.Pairs(**GOOD)
+    assert repr(pairs) == "Pairs(2 prompts, 3 and 4 tokens, roles last, early)"
+    assert repr(pairs[:1]) == "Pairs(1 prompt, 3 and 4 tokens, roles last, early)"
+    alone = dataclasses.replace(pairs, corrupt=None, corrupt_positions={})
+    assert repr(alone) == "Pairs(2 prompts, 3 tokens, roles last, early, no corrupt prompts)"
 
 
 def test_unknown_roles_are_named():

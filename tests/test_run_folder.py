@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+import jaxmech as jm
 from jaxmech.files import check_file
 from jaxmech.run_folder import RunFolder, fingerprint
 from jaxmech.scores import PathScores
@@ -79,6 +80,24 @@ def test_the_fingerprint_of_a_checkpoint_changes_with_any_of_its_files(tmp_path)
     (model / "params" / "0").write_text("")
     seen.append(fingerprint(model))
     assert len(set(seen)) == 5
+
+
+def test_scores_of_a_run_are_read_without_its_settings(tmp_path):
+    run = finished(tmp_path / "run")
+    other = PathScores(np.full((2, 2, 3), -1.5, np.float32), np.full(3, 0.5, np.float32), "log_probability")
+    run.keep("a group", other)
+    for path in (tmp_path / "run", tmp_path / "run" / "scores.npz"):
+        found = jm.read_scores(path)
+        assert list(found) == ["group", "a group"]
+        assert [scores.metric for scores in found.values()] == ["probability", "log_probability"]
+        np.testing.assert_array_equal(found["a group"].per_example, other.per_example)
+        np.testing.assert_array_equal(found["a group"].probability, other.probability)
+    assert RunFolder.open(tmp_path / "run", {"seed": 0}).scores["a group"].metric == "log_probability"
+    with pytest.raises(FileNotFoundError):
+        jm.read_scores(tmp_path)
+    other.save(tmp_path / "one.npz")
+    with pytest.raises(ValueError, match=r"one.npz holds no probabilities of \['per_example',"):
+        jm.read_scores(tmp_path / "one.npz")
 
 
 def test_what_overwrite_replaces_is_there_until_the_first_result(tmp_path):

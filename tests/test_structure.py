@@ -13,10 +13,11 @@ ROWS = (
     ("jaxmech.cli", "jaxmech.cli_options"),
     ("jaxmech.report",),
     ("jaxmech.study",),
-    ("jaxmech.run_folder",),
     ("jaxmech", "jaxmech.demo"),  # the package's own re-exports
+    ("jaxmech.run_folder",),
     ("jaxmech.criteria",),
     ("jaxmech.discovery",),
+    ("jaxmech.chain",),
     ("jaxmech.path_patching", "jaxmech.circuits", "jaxmech.dcm", "jaxmech.cmap", "jaxmech.knockout"),
     ("jaxmech.patching", "jaxmech.accuracy"),
     ("jaxmech.boxes",),
@@ -27,6 +28,7 @@ ROWS = (
     ("convert",),
     ("jaxmech.checkpoint", "jaxmech.sharding", "jaxmech.provenance", "jaxmech.host_arrays"),
     ("jaxmech.model", "jaxmech.rope", "jaxmech.interventions", "jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
+    ("jaxmech.tokenized",),
 )
 # They read what PyTorch wrote, or run transformers' models; all else runs where it is not installed.
 IMPORT_TORCH_WHEN_CALLED = ("jaxmech.hf_sites", "convert.torch_files")

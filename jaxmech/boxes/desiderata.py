@@ -45,10 +45,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmech.boxes.prompts import continuation, generator, reader, right_padded, roles, splits
+from jaxmech.boxes.prompts import continuation, generator, reader, roles, splits
 from jaxmech.boxes.scenes import LABELS, Example, Scene, ask, tell
 from jaxmech.compat import check_compat
 from jaxmech.pairs import Pairs
+from jaxmech.tokenized import right_padded
 
 
 @dataclass(frozen=True)

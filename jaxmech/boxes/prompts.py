@@ -16,6 +16,7 @@ import numpy as np
 from jaxmech.boxes.scenes import LABELS, Example, Scene
 from jaxmech.compat import check_compat
 from jaxmech.pairs import Pairs
+from jaxmech.tokenized import continued, right_padded, text_reader
 
 ROLES = ("last", "query_box", "prev_query_box")  # of clean and corrupt prompts; clean ones have "object" as well
 _LABEL = re.compile(r"(?<=\bBox )[A-Z]\b")
@@ -92,31 +93,21 @@ class Tokens:
 
 def reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], Tokens]:
     """A function from a prompt to its tokens, with the tokenizer's settings checked once."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, from which roles are found; use a fast tokenizer "
-            "(AutoTokenizer.from_pretrained(..., use_fast=True))."
-        )
-    if add_bos is None:
-        add_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    if add_bos and tokenizer.bos_token_id is None:
-        raise ValueError("add_bos=True, but the tokenizer has no BOS token.")
-    bos = [tokenizer.bos_token_id] if add_bos else []
+    read_text = text_reader(tokenizer, add_bos)
 
     def read(text: str) -> Tokens:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
-        spans = [_without_space(text, start, end) for start, end in encoding.offset_mapping]
-        known = [i != tokenizer.unk_token_id for i in encoding.input_ids]
-        whole = {span: position for position, span in enumerate(spans) if known[position]}
+        tokens = read_text(text)
+        spans = [_without_space(text, start, end) for start, end in tokens.spans]
+        whole = {span: position for position, span in enumerate(spans) if tokens.known[position]}
         labels = [match.span() for match in _LABEL.finditer(text)]
         if split := [text[slice(*span)] for span in labels if span not in whole]:
             raise ValueError(f"The tokenizer gives the box label {split[0]!r} no token of its own in {text!r}.")
         return Tokens(
             text=text,
-            ids=bos + encoding.input_ids,
+            ids=tokens.ids,
             labels=[text[slice(*span)] for span in labels],
-            label_positions=[len(bos) + whole[span] for span in labels],
-            object_positions=[len(bos) + whole[m.span()] for m in _OBJECT.finditer(text) if m.span() in whole],
+            label_positions=[whole[span] for span in labels],
+            object_positions=[whole[m.span()] for m in _OBJECT.finditer(text) if m.span() in whole],
             split_objects=[m.group() for m in _OBJECT.finditer(text) if m.span() not in whole],
         )
 
@@ -172,10 +163,7 @@ def _corrupt(example: Example, scenes: Sequence[Scene], seed: int, any_letter: b
 
 def continuation(read: Callable[[str], Tokens], prompt: Tokens, word: str) -> int:
     """Token id of `word` where it stands, after the prompt."""
-    ids = read(f"{prompt.text} {word}").ids
-    if ids[:-1] != prompt.ids:
-        raise ValueError(f"The tokenizer does not continue {prompt.text!r} by one token for {word!r}.")
-    return ids[-1]
+    return continued(read, prompt, f" {word}")
 
 
 def roles(prompts: Sequence[Tokens], positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
@@ -183,9 +171,3 @@ def roles(prompts: Sequence[Tokens], positions: Sequence[tuple[int, int]]) -> di
     query_box, prev_query_box = np.array(positions).T
     last = np.array([len(prompt.ids) - 1 for prompt in prompts])
     return {"last": last, "query_box": query_box, "prev_query_box": prev_query_box}
-
-
-def right_padded(prompts: Sequence[Tokens]) -> np.ndarray:
-    """Token ids [B, T]; the padding repeats each prompt's first token, which no other token attends to there."""
-    length = max(len(prompt.ids) for prompt in prompts)
-    return np.array([prompt.ids + [prompt.ids[0]] * (length - len(prompt.ids)) for prompt in prompts])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmech.chain import receivers_text
 from jaxmech.report import bars, curves
 from jaxmech.report.figures import heat_map
 from jaxmech.report.parts import Picture, Results, Section, Table, by_model, in_pairs, once_each, tint
@@ -30,8 +31,8 @@ def accuracy(results: Results) -> Section | None:
     values = listing(f"{model} {with_interval(entry)}" for model, entry in found.items())
     alt, caption = f"Bars of accuracy: {values}.", "Accuracy, with its interval in brackets."
     text = (
-        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals, "
-        "bootstrapped over prompts, unless said otherwise."
+        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals: of "
+        "accuracies by Wilson's score, of ratios and scores bootstrapped over prompts, unless said otherwise."
     )
     draw = partial(bars.accuracy_bars, found, results["models"])
     return Section(text, rows=[[Picture("accuracy", draw, alt, caption)]])
@@ -186,7 +187,7 @@ def heads(results: Results) -> Section | None:
 def _chain(chain: Sequence[Mapping[str, Any]]) -> Table:
     """The stages of discovery."""
     rows = [
-        [stage["group"], stage["sender"], stage["receivers"] or "the logits", stage["via"] or "-", str(stage["k"])]
+        [stage["group"], stage["sender"], _receivers(stage) or "the logits", stage["via"] or "-", str(stage["k"])]
         for stage in chain
     ]
     known = [f"{role} is {ROLES[role]}" for role in dict.fromkeys(stage["sender"] for stage in chain) if role in ROLES]
@@ -194,12 +195,16 @@ def _chain(chain: Sequence[Mapping[str, Any]]) -> Table:
     return Table(caption, ["group", "sender at", "receivers", "via", "heads, at most"], rows, (4,))
 
 
+def _receivers(stage: Mapping[str, Any]) -> str:
+    return receivers_text(stage["receivers"] or "")
+
+
 def _stage_map(results: Results, group: str, model: str, mean: np.ndarray, bound: float) -> Picture:
     chosen = results["discovery"][model]["groups"].get(group, [])
     stage = next((stage for stage in results.get("chain") or [] if stage["group"] == group), None)
     where = ""
     if stage:
-        reads = "logits" if stage["receivers"] is None else f"{stage['via']} of {stage['receivers']}"
+        reads = "logits" if stage["receivers"] is None else f"{stage['via']} of {_receivers(stage)}"
         where = f"from {stage['sender']} to {reads}"
     named = [f"{head_name(h)}{SPACE}({signed(float(mean[tuple(h)]), '%')})" for h in chosen[:MOST_HEADS]]
     more = [f"{len(chosen) - MOST_HEADS} more"] if len(chosen) > MOST_HEADS else []

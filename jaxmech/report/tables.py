@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxmech.discovery import Circuit, Stage
+from jaxmech.chain import Stage, receivers_text
+from jaxmech.discovery import Circuit
 from jaxmech.verify import Report
 
 
@@ -31,7 +32,7 @@ def circuit_table(chain: Sequence[Stage], circuit: Circuit, most: int = 8) -> Ta
         mean, heads = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
         shown = "  ".join(f"{layer}.{head} ({100 * mean[layer, head]:+.1f})" for layer, head in heads[:most])
         more = f"  and {len(heads) - most} more" if len(heads) > most else ""
-        receivers = "logits" if stage.receivers is None else f"{stage.receivers}, {stage.via}"
+        receivers = "logits" if stage.receivers is None else f"{receivers_text(stage.receivers)}, {stage.via}"
         table.add_row(stage.group, stage.sender, receivers, shown + more or "none")
     return table
 

@@ -1,0 +1,160 @@
+"""Texts to token ids and the positions of what stands in them, by the character offsets of any fast tokenizer.
+
+Owns what every task written as text needs. It knows no task; that of the paper is `jaxmech.boxes`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+Place = str | tuple[int, int]  # a piece of a prompt, or the characters from start to before end
+
+
+class HasTokens(Protocol):
+    """A prompt and its token ids."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def ids(self) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text's token ids, the characters of each, (0, 0) of BOS, and whether the tokenizer knows it."""
+
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    known: list[bool]
+
+
+def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], Text]:
+    """A function from a text to its tokens, without EOS, with the tokenizer's settings checked once.
+
+    Args:
+      tokenizer: a fast Hugging Face tokenizer.
+      add_bos: prepend its BOS token; None: if the tokenizer does so by itself.
+
+    Raises:
+      ValueError: it gives no character offsets, or has no BOS token to add.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, from which roles are found; use a fast tokenizer "
+            "(AutoTokenizer.from_pretrained(..., use_fast=True))."
+        )
+    if add_bos is None:
+        add_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    if add_bos and tokenizer.bos_token_id is None:
+        raise ValueError("add_bos=True, but the tokenizer has no BOS token.")
+    bos = [tokenizer.bos_token_id] if add_bos else []
+
+    def read(text: str) -> Text:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
+        ids, spans = bos + encoding.input_ids, [(0, 0)] * len(bos) + list(map(tuple, encoding.offset_mapping))
+        return Text(text, ids, spans, [i != tokenizer.unk_token_id for i in ids])
+
+    return read
+
+
+def continued(read: Callable[[str], HasTokens], prompt: HasTokens, text: str) -> int:
+    """Token id of `text` where it stands, right after the prompt. ValueError if it is not one more token."""
+    ids = read(prompt.text + text).ids
+    if ids[:-1] != prompt.ids:
+        raise ValueError(f"The tokenizer does not continue {prompt.text!r} by one token for {text.strip()!r}.")
+    return ids[-1]
+
+
+def right_padded(prompts: Sequence[HasTokens]) -> np.ndarray:
+    """Token ids [B, T]; the padding repeats each prompt's first token, which no other token attends to there."""
+    length = max(len(prompt.ids) for prompt in prompts)
+    return np.array([prompt.ids + [prompt.ids[0]] * (length - len(prompt.ids)) for prompt in prompts])
+
+
+def read_prompts(read: Callable[[str], Text], texts: Sequence[str], name: str) -> list[Text]:
+    """The tokens of prompts. ValueError if there are none, or one has no tokens or is no text; `name` says of what."""
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"{name} is {texts!r}; expected a list of prompts.")
+    if wrong := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise ValueError(f"{name}[{wrong[0]}] is {texts[wrong[0]]!r}; expected a prompt as text.")
+    prompts = [read(text) for text in texts]
+    if empty := [i for i, prompt in enumerate(prompts) if not prompt.ids]:
+        raise ValueError(f"{name}[{empty[0]}] is {texts[empty[0]]!r}, which has no tokens.")
+    return prompts
+
+
+def answer_tokens(
+    read: Callable[[str], Text], prompts: Sequence[Text], answers: Sequence[str], between: str
+) -> np.ndarray:
+    """The token of each answer where it stands, int [B]. ValueError names the prompt if it is not one known token."""
+    found = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        text = answer if answer[:1].isspace() else between + answer
+        try:
+            found.append(continued(read, prompt, text))
+        except ValueError as error:
+            raise ValueError(f"answers[{i}]: {error} Choose an answer that is one token there.") from error
+        if not read(prompt.text + text).known[-1]:
+            raise ValueError(f"answers[{i}]: the tokenizer does not know {answer!r}, the answer to {prompt.text!r}.")
+    return np.array(found)
+
+
+def role_positions(
+    prompts: Sequence[Text], roles: Mapping[str, Place | Sequence[Place]], name: str
+) -> dict[str, np.ndarray]:
+    """Positions of the roles, [B] each, `last` among them.
+
+    Args:
+      roles: where each role is in each prompt; one place may stand for all prompts.
+
+    Raises:
+      ValueError: a number of places that is not that of the prompts, or a place that is not in its prompt or twice.
+    """
+    if "last" in roles:
+        raise ValueError(f"{name} names 'last', which is the last token of each prompt; leave it out.")
+    found = {"last": np.array([len(prompt.ids) - 1 for prompt in prompts])}
+    for role, given in roles.items():
+        places: Any = [given] * len(prompts) if isinstance(given, str) or _is_span(given) else given
+        if len(places) != len(prompts):
+            raise ValueError(f"{name}[{role!r}] has {len(places)} places; expected one for each of {len(prompts)}.")
+        names = [f"{name}[{role!r}] of example {i}" for i in range(len(prompts))]
+        found[role] = np.array([_position(*x) for x in zip(prompts, places, names, strict=True)])
+    return found
+
+
+def roles_by_characters(roles: Mapping[str, Place | Sequence[Place]]) -> list[str]:
+    """The roles that give (start, end) for some prompt."""
+    return [
+        role
+        for role, given in roles.items()
+        if _is_span(given) or (not isinstance(given, str) and any(_is_span(place) for place in given))
+    ]
+
+
+def _is_span(place: Any) -> bool:
+    return isinstance(place, tuple) and len(place) == 2 and all(isinstance(x, int | np.integer) for x in place)
+
+
+def _position(prompt: Text, place: Place, name: str) -> int:
+    """The last token of a place: that of its last character, or the last of several that have it in parts."""
+    text = prompt.text
+    if isinstance(place, str):
+        if not place or (count := text.count(place)) == 0:
+            raise ValueError(f"{name}: {place!r} is not in {text!r}.")
+        if count > 1:
+            raise ValueError(
+                f"{name}: {place!r} is {count} times in {text!r}; give a longer piece, or (start, end) in it."
+            )
+        place = text.index(place), text.index(place) + len(place)
+    elif not _is_span(place) or not 0 <= place[0] < place[1] <= len(text):
+        raise ValueError(
+            f"{name}: {place!r}; expected a piece of {text!r}, or (start, end) of its {len(text)} characters."
+        )
+    last = place[1] - 1
+    there = [i for i, (start, end) in enumerate(prompt.spans) if start <= last < end]
+    if not there:
+        raise ValueError(f"{name}: the tokenizer has no token for {text[last]!r}, the end of {text[slice(*place)]!r}.")
+    return there[-1]
