@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +20,7 @@ import jaxmech as jm
 from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
 from jaxmech.discovery import PAPER_CHAIN, Stage, check_number_of_heads, discover, read_chain, with_k
 from jaxmech.files import check_file, check_folder, write_text
+from jaxmech.provenance import versions
 from jaxmech.report import (
     accuracy_table,
     circuit_table,
@@ -36,11 +38,18 @@ from jaxmech.study.chains import check_boxes_chain
 from jaxmech.verify import verify
 
 console = Console()
+# Settings of a study that are no options of the command: those of the paper, or what a chain's author decides.
+NO_OPTIONS = ("epochs", "dcm_batch", "variants", "components", "edges")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 1 if `verify` finds a deviation, 2 for bad input, 130 when interrupted."""
-    options = tyro.cli(Command, prog="jaxmech", description=jm.__doc__, args=arguments)  # pyright: ignore
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        console.print(f"jaxmech {versions(['jaxmech'])['jaxmech']}", highlight=False)
+        return
+    description = f"{jm.__doc__}\n\n`jaxmech --version` says which version this is."
+    options = tyro.cli(Command, prog="jaxmech", description=description, args=arguments)  # pyright: ignore
     try:
         _COMMANDS[type(options)](options)
     except (ValueError, OSError) as error:
@@ -54,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_data(options: Data) -> None:
     """`jaxmech data`."""
     check_file(options.out)
+    if options.out.exists() and not options.overwrite:
+        raise FileExistsError(f"{options.out} exists already; choose another --out, or replace it with --overwrite.")
     examples = jm.boxes.make(options.scenes, options.boxes, options.seed)
     jm.boxes.write(options.out, examples)
     console.print(f"Wrote {len(examples)} examples to {options.out}; the first: {examples[0].sentence}")
@@ -99,9 +110,11 @@ def run_demo(options: Demo) -> None:
 
 def run_study(options: StudyCommand) -> None:
     """`jaxmech study`."""
-    values: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
+    names = [f.name for f in fields(Settings) if f.name not in NO_OPTIONS]
+    values: dict[str, Any] = {name: getattr(options, name) for name in names}
     values["chain"] = _chain(options.chain)
     _check_data(options.data)
+    _check_copies(options.copies)
     settings = Settings(**values)
     settings = settings.quick() if options.quick else settings
     _study_into(options.out, settings, only=options.only, start=options.start, overwrite=options.overwrite)
@@ -147,6 +160,7 @@ def run_discover(options: Discover) -> None:
     chain = _chain(options.chain)
     check_boxes_chain(chain, options.k, options.min_effect)
     check_folder(options.out)
+    _check_copies(options.copies)
     examples = _examples(options)
     mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
     model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision, mesh=mesh)
@@ -217,6 +231,14 @@ def _check_data(file: Path | None) -> None:
     """FileNotFoundError if --data is given and not there."""
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"--data {file}: there is no such file; expected a JSONL file of examples.")
+
+
+def _check_copies(copies: int | None) -> None:
+    """ValueError if --copies is given and does not divide the number of devices."""
+    count = jax.device_count()
+    if copies is not None and (copies < 1 or count % copies):
+        there = "is 1 device" if count == 1 else f"are {count} devices"
+        raise ValueError(f"--copies {copies}: there {there} here; expected a divisor of that number.")
 
 
 def _examples(options: Discover) -> list[jm.boxes.Example]:
