@@ -397,10 +397,77 @@ def test_models_and_data_are_the_same_however_their_paths_are_spelt(tmp_path, mo
 
 
 @pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("a/base", "a/tuned"), ["base", "tuned"]),
+        (("run1/checkpoint-500", "run2/checkpoint-500"), ["run1-checkpoint-500", "run2-checkpoint-500"]),
+        (("x/a/ckpt", "x/b/ckpt", "y/b/ckpt", "last"), ["a-ckpt", "x-b-ckpt", "y-b-ckpt", "last"]),
+        (("m/Base", "m/base"), ["Base", "base-1"]),
+        (("m/a:b", "m/a?b", "m/my model"), ["a-b", "a-b-1", "my model"]),
+        (("a/b-c", "a-b/c", "d/c"), ["b-c", "a-b-c", "d-c"]),
+    ],
+)
+def test_models_of_folders_of_one_name_are_named_by_the_folders_above(tmp_path, folders, names):
+    base, *tuned = (tmp_path / folder for folder in folders)
+    settings = dataclasses.replace(SETTINGS, base=base, tuned=tuple(tuned))
+    assert settings.names == names and list(settings.paths.values()) == [base, *tuned]
+
+
+def changed(folder: Path, change) -> Path:
+    """A copy of the demo's tuned model in which `change` was made."""
+    shutil.copytree(jm.demo.path("tuned"), folder)
+    change(folder)
+    return folder
+
+
+def edit(file: str, old: str, new: str):
+    def change(folder: Path) -> None:
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+
+    return change
+
+
+def remove(pattern: str):
+    def change(folder: Path) -> None:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "No checkpoint directory at .*x"),
+        (remove("config.json"), "holds no config.json"),
+        (remove("*.safetensors"), "holds no weights"),
+        (remove("tokenizer*"), "x holds no tokenizer; copy tokenizer.json"),
+        (
+            edit("config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 3'),
+            r"x has \(layers, .*\) = \(3, .*shape",
+        ),
+        (edit("tokenizer.json", '"fig"', '"figs"'), "tokenizer of .*x reads .* models of a study must share"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_any_is_loaded_and_anything_written(
+    tmp_path, monkeypatch, change, message
+):
+    monkeypatch.setattr(import_module("jaxmech.study.study"), "load", None)
+    settings = dataclasses.replace(SETTINGS, tuned=(*SETTINGS.tuned, changed(tmp_path / "x", change)))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        StudyFolder.open(tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises((ValueError, FileNotFoundError)):  # as the base, too
+        StudyFolder.open(tmp_path / "out", dataclasses.replace(SETTINGS, base=tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tuned": ()}, "needs at least one fine-tuned model"),
-        ({"tuned": (jm.demo.path("base"),)}, "named by their folders, which must differ; found base, base"),
+        ({"tuned": (jm.demo.path("base"),)}, "must be different folders; .*base, .*base are the same"),
         ({"repeats": 0}, "repeats=0"),
         ({"compat": "published"}, "compat='published'"),
         ({"chain": ()}, "no stages"),

@@ -1,6 +1,7 @@
 """The whole study of one base model and its fine-tuned descendants, stage by stage, in a folder that can be resumed.
 
 settings.py   what a study is of and how large it is
+models.py     its models' names, and what is checked of them before they are loaded
 chains.py     what is checked of its chain of sweeps
 data.py       its prompts
 study.py      its models, prompts and results, as the stages see them

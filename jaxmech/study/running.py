@@ -14,8 +14,9 @@ from typing import Any
 
 import convert
 from jaxmech.discovery import check_number_of_heads, with_k
-from jaxmech.files import write_text
+from jaxmech.files import check_folder, write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
+from jaxmech.study.models import check_models
 from jaxmech.study.settings import AT_A_TIME, Settings
 from jaxmech.study.stages import STAGES
 from jaxmech.study.study import Study
@@ -54,8 +55,18 @@ class StudyFolder:
 
         Raises:
           NotADirectoryError, PermissionError: see `RunFolder.open`.
+          OSError, ValueError: the models are not there, or not such that a study of them can end (see `check_models`).
           ValueError: the folder holds another study and `overwrite` is False, or a damaged file.
         """
+        check_folder(path)
+        check_models(
+            settings.base,
+            settings.tuned,
+            settings.data,
+            dtype=settings.dtype,
+            param_dtype=settings.dtype,
+            precision=settings.precision,
+        )
         values = settings.to_dict()
         given = {name: values.pop(name) for name in ("base", "tuned", "data", *AT_A_TIME)}
         sources = {

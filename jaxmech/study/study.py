@@ -57,13 +57,8 @@ class Study:
 
     def _load(self, name: str) -> Model:
         path = self.settings.paths[name]
-        source, adapter = (self.settings.base, path) if convert.is_adapter(path) else (path, None)
-        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self._mesh)
-        if model.tokenizer is None:
-            raise ValueError(f"{path} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
-        if name != self.settings.names[0]:
-            _check_same_tokens(self.data, model, path)
-        return model
+        source, adapter = (self.settings.base, path) if convert.is_adapter(convert.local_path(path)) else (path, None)
+        return load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self._mesh)
 
     def _means(self, name: str) -> np.ndarray:
         return mean_activations(self.model(name), self.data.contexts)
@@ -72,14 +67,3 @@ class Study:
 def heads_of(groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Head]]:
     """{group: heads} of what was JSON."""
     return {group: [(layer, head) for layer, head in heads] for group, heads in groups.items()}
-
-
-def _check_same_tokens(data: StudyData, model: Model, path) -> None:
-    """ValueError if the model's tokenizer does not read the study's prompts as the base's does."""
-    text = data.example
-    ours, theirs = (tokenizer(text).input_ids for tokenizer in (data.tokenizer, model.tokenizer))
-    if ours != theirs:
-        raise ValueError(
-            f"The tokenizer of {path} reads {text!r} as {theirs}, the base model's as {ours}; models of a study must "
-            "share one tokenizer."
-        )
