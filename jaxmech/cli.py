@@ -4,13 +4,14 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,6 +26,7 @@ from jaxmech.report import (
     accuracy_table,
     circuit_table,
     deviation_tables,
+    doubts,
     heat_map,
     report_files,
     save_figure,
@@ -33,7 +35,7 @@ from jaxmech.report import (
 )
 from jaxmech.run_folder import RunFolder, earlier_config, fingerprint, text_hash
 from jaxmech.scores import PathScores
-from jaxmech.study import STAGES, Settings, StudyFolder, run
+from jaxmech.study import STAGES, Settings, StudyFolder, chance, doubt, run
 from jaxmech.study.chains import check_boxes_chain
 from jaxmech.verify import verify
 
@@ -83,7 +85,7 @@ def run_verify(options: Verify) -> None:
     for table in deviation_tables(report):
         console.print(table)
     for note in report.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _note(note)
     if out is not None:
         write_text(out, json.dumps(_settings(options) | report.to_dict(), indent=2) + "\n")
     console.print(report.verdict, style="bold" if report.ok else "bold red", highlight=False, soft_wrap=True)
@@ -134,6 +136,8 @@ def _study_into(
     report = write_report(out, results, settings=settings.to_dict(), versions=folder.versions, timings=folder.timings)
     for table in study_tables(results):
         console.print(table)
+    for warning in doubts(results):
+        _note(warning)
     console.print(
         f"The study took {time.perf_counter() - began:.0f} s. Numbers: {out / 'results.json'}. Figures and text:"
     )
@@ -158,7 +162,7 @@ def _study_progress():
 def run_discover(options: Discover) -> None:
     """`jaxmech discover`."""
     chain = _chain(options.chain)
-    check_boxes_chain(chain, options.k, options.min_effect)
+    check_boxes_chain(chain, options.k, options.min_effect, options.metric)
     check_folder(options.out)
     _check_copies(options.copies)
     examples = _examples(options)
@@ -174,8 +178,26 @@ def run_discover(options: Discover) -> None:
     run = _run_folder(options, chain, examples)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
-    _print_accuracies({(options.adapter or options.model).name: model}, pairs)
-    _discover_into(run, model, pairs, chain, k=options.k, min_effect=options.min_effect, batch_size=options.batch_size)
+    name = (options.adapter or options.model).resolve().name
+    correct = jm.predict(model, pairs).correct
+    console.print(accuracy_table({name: correct.mean()}, len(pairs)))
+    if options.correct_only:
+        pairs = _right(pairs, correct, name)
+    elif warning := doubt(name, correct.mean(), chance(examples)):
+        _note(warning)
+    values = {field: getattr(options, field) for field in ("k", "min_effect", "metric", "batch_size")}
+    _discover_into(run, model, pairs, chain, **values)
+
+
+def _right(pairs: jm.Pairs, correct: np.ndarray, name: str) -> jm.Pairs:
+    """The pairs that the model answers right; ValueError if there are none."""
+    if not correct.any():
+        raise ValueError(
+            f"--correct-only: {name} answers none of the {len(pairs)} prompts right. Are these its prompts, its "
+            "tokenizer, and its BOS token (add_bos)?"
+        )
+    console.print(f"Scores are of the {correct.sum()} prompts that it answers right (--correct-only).")
+    return pairs[correct]
 
 
 def _run_folder(options: Discover, chain: Sequence[Stage], examples: Sequence[jm.boxes.Example]) -> RunFolder:
@@ -212,7 +234,12 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
         if stage.group in circuit.scores:
             mean, chosen = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
             reads = "direct effect on the logits" if stage.receivers is None else f"{stage.via} of {stage.receivers}"
-            figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}")
+            look = (
+                {}
+                if run.config.get("metric") != "log_probability"
+                else {"label": "change of log p(correct)", "unit": 1}
+            )
+            figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}", **look)
             save_figure(figure, run.path / f"{stage.group}.png")
     console.print(circuit_table(chain, circuit))
     console.print(f"Results are in {run.path}: circuit.json, scores.npz, config.json and a heat map (PNG) per stage.")
@@ -263,11 +290,6 @@ def _settings(options: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("out", "overwrite")}
 
 
-def _print_accuracies(models: Mapping[str, jm.Model], pairs: jm.Pairs) -> None:
-    accuracies = {name: jm.accuracy(model, pairs) for name, model in models.items()}
-    console.print(accuracy_table(accuracies, len(pairs)))
-
-
 @contextmanager
 def _progress(chain: Sequence[Stage]):
     """A progress bar for each stage of the chain; yields the callback that `discover` takes."""
@@ -282,13 +304,17 @@ def _progress(chain: Sequence[Stage]):
         yield advance
 
 
+def _note(message: Warning | str) -> None:
+    console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _warnings_printed() -> Iterator[None]:
     """Prints the warnings of the library as notes, as they come."""
 
     def note(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if issubclass(category, UserWarning):
-            console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            _note(message)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

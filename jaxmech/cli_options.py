@@ -153,7 +153,11 @@ class Discover:
     k: HeadsPerGroup = field(default_factory=dict)
     """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
     min_effect: float = 1e-3
-    """Smallest relative loss of probability for which a head is selected."""
+    """Smallest mean loss for which a head is selected: of the probability, a fraction; of its logarithm, in nats."""
+    metric: Literal["probability", "log_probability"] = "probability"
+    """What scores are: relative changes of the right answer's probability, or changes of its logarithm."""
+    correct_only: bool = False
+    """Take the prompts that the model answers right, and no others."""
     add_bos: OptionalBool = None
     """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
     dtype: Dtype = "float32"

@@ -77,7 +77,7 @@ class RunFolder:
             return cls(path, config, replaced=there)
         if (path / CONFIG).exists():
             _check_same(path, config, given)
-            return cls(path, config, _load_scores(path / SCORES), begun=True)
+            return cls(path, config, read_scores(path / SCORES, config.get("metric", "probability")), begun=True)
         if there:
             found = ", ".join(str(file.relative_to(path)) for file in there[:3]) + ", ..." * (len(there) > 3)
             raise ValueError(f"{path} holds results ({found}) without the {CONFIG} that says what they are of. {_ANEW}")
@@ -96,10 +96,30 @@ class RunFolder:
         """Saves a finished sweep."""
         self.begin()
         self.scores[group] = scores
-        arrays: dict[str, Any] = {name: found.per_example for name, found in self.scores.items()}
-        arrays |= {f"{name}.probability": found.probability for name, found in self.scores.items()}
-        with replacing(self.path / SCORES) as temporary, open(temporary, "wb") as stream:
-            np.savez_compressed(stream, **arrays)
+        write_scores(self.path / SCORES, self.scores)
+
+
+def write_scores(file: Path, scores: Mapping[str, PathScores]) -> None:
+    """Writes sweeps, whole or not at all: an npz of GROUP (per example, [L, N, B]) and GROUP.probability ([B])."""
+    arrays: dict[str, Any] = {name: found.per_example for name, found in scores.items()}
+    arrays |= {f"{name}.probability": found.probability for name, found in scores.items()}
+    with replacing(file) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+
+
+def read_scores(file: Path, metric: str = "probability") -> dict[str, PathScores]:
+    """What `write_scores` wrote, scores by `metric`; empty if there is no such file. ValueError if it is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            groups = [name for name in arrays.files if not name.endswith(".probability")]
+            return {group: PathScores(arrays[group], arrays[f"{group}.probability"], metric) for group in groups}
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Delete it, and the same command finds the scores again, or start anew with "
+            "--overwrite."
+        ) from error
 
 
 def earlier_config(path: str | Path) -> dict[str, Any]:
@@ -152,18 +172,3 @@ def _check_config_of_a_run(path: Path) -> None:
     """ValueError if config.json is something else's, such as a model's, and must not be replaced."""
     if (found := earlier_config(path)) and "jaxmech" not in (found.get("versions") or {}):
         raise ValueError(f"{path / CONFIG} is not that of a run, so it is not overwritten; choose another --out.")
-
-
-def _load_scores(file: Path) -> dict[str, PathScores]:
-    """All stages of the npz: GROUP (per example, [L, N, B]) and GROUP.probability ([B])."""
-    if not file.exists():
-        return {}
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            groups = [name for name in arrays.files if not name.endswith(".probability")]
-            return {group: PathScores(arrays[group], arrays[f"{group}.probability"]) for group in groups}
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}). Delete it, and the same command finds the scores again, or start anew with "
-            "--overwrite."
-        ) from error

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
 
+import convert
 import jaxmech as jm
 from jaxmech import cli
 from jaxmech.cli_options import StudyCommand
@@ -90,6 +91,62 @@ def test_data_does_not_replace_a_file_unless_asked(tmp_path, capsys):
     )
     cli.main([*command, "--overwrite"])
     assert jm.boxes.read(file) == jm.boxes.make(2)
+
+
+@pytest.fixture
+def unable(tmp_path):
+    """A folder with the base model without its attention, which answers nothing right."""
+    model = jm.load(BASE)
+    blocks = {**model.weights["blocks"], "o": 0 * model.weights["blocks"]["o"]}
+    convert.write_hf(
+        tmp_path / "unable", model.config, {"params": {**model.weights, "blocks": blocks}}, model.tokenizer
+    )
+    return tmp_path / "unable"
+
+
+def test_a_model_that_cannot_do_the_task_is_warned_of(tmp_path, unable, capsys):
+    command = ["--chain", CHAIN, "--scenes", "3", "--out"]
+    cli.main(["discover", "--model", str(unable), *command, str(tmp_path / "discovery")])
+    warning = "unable answers no prompt right; naming any object of the scene would be right for 14.3 %."
+    printed = capsys.readouterr().out
+    assert warning in printed and "0.0 %" in printed
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["discover", "--model", str(unable), *command, str(tmp_path / "right"), "--correct-only"])
+    assert stop.value.code == 2 and "unable answers none of the 21 prompts right" in capsys.readouterr().err
+    assert not (tmp_path / "right").exists()
+
+    study = ["study", "--base", str(unable), "--tuned", TUNED, "--quick", *command, str(tmp_path / "study")]
+    cli.main([*study, "--only", "accuracy"])
+    assert capsys.readouterr().out.count(warning) == 2, "at once, and with the results"
+    cli.main([*study, "--only", "accuracy"])
+    assert warning in capsys.readouterr().out
+    assert warning in (tmp_path / "study" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_discovery_on_the_prompts_that_are_answered_right(tmp_path, capsys):
+    discover(tmp_path, "--correct-only", "--k", "value_fetcher", "2")
+    model = jm.load(BASE)
+    pairs = jm.boxes.pairs(jm.boxes.make(6), model.tokenizer)
+    right = pairs[jm.predict(model, pairs).correct]
+    assert f"Scores are of the {len(right)} prompts that it answers right" in capsys.readouterr().out
+    assert 0 < len(right) < len(pairs)
+    circuit = jm.discover(model, right, {"value_fetcher": 2}, jm.read_chain(CHAIN))
+    assert jm.Circuit.load(tmp_path / "circuit.json", CHAIN).groups == circuit.groups
+    with np.load(tmp_path / "scores.npz") as scores:
+        np.testing.assert_array_equal(scores["value_fetcher"], circuit.scores["value_fetcher"].per_example)
+
+
+def test_discovery_by_another_metric_goes_on_as_such(tmp_path, capsys):
+    discover(tmp_path, "--metric", "log_probability", "--min-effect", "0.05")
+    model = jm.load(BASE)
+    pairs = jm.boxes.pairs(jm.boxes.make(6), model.tokenizer)
+    expected = jm.discover(model, pairs, chain=CHAIN, metric="log_probability", min_effect=0.05)
+    assert jm.Circuit.load(tmp_path / "circuit.json", CHAIN).groups == expected.groups
+    first = capsys.readouterr().out
+    assert "mean change of log p(correct)" in first
+    discover(tmp_path, "--metric", "log_probability", "--min-effect", "0.05")
+    again = capsys.readouterr().out
+    assert "Going on with the run" in again and first[first.index("Circuit: heads") :] in again
 
 
 def test_copies_on_one_device_are_refused_by_the_name_of_the_option(tmp_path, capsys, monkeypatch):
@@ -221,6 +278,8 @@ def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_p
         (["--out", BASE, "--overwrite"], "config.json is not that of a run, so it is not overwritten"),
         (["--k", "typo", "3"], "k names the groups ['typo']; the chain has"),
         (["--k", "value_fetcher", "0"], "k=0; expected"),
+        (["--min-effect", "2"], "min_effect=2.0; expected a fraction from 0 to 1"),
+        (["--metric", "log_probability", "--min-effect", "-1"], "min_effect=-1.0; expected a finite number"),
         (["--min-effect", "nan"], "min_effect=nan; expected a fraction"),
         (["--seed", "-1"], "seed=-1; expected at least 0"),
         (["--k", "value_fetcher", "33"], "k=33, but the model has 32 heads"),

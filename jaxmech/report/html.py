@@ -16,7 +16,7 @@ from jaxmech.files import write_text
 from jaxmech.report import circuit_sections, patching_sections
 from jaxmech.report.parts import Picture, Results, Section, Table
 from jaxmech.report.style import save_figure
-from jaxmech.report.words import SPACE, headline, listing
+from jaxmech.report.words import SPACE, doubts, headline, listing
 
 HEADINGS: tuple[tuple[str, Callable[[Results], Section | None]], ...] = (
     ("Accuracy", circuit_sections.accuracy),
@@ -70,6 +70,7 @@ def write_report(
         names=listing(results["models"]),
         others=listing(results["models"][1:]),
         headline=headline(results),
+        doubts=doubts(results),
         results=results,
         sections=sections,
         settings=_flat("Settings", settings),

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxmech.study import doubt
+
 SPACE, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 WHOLE = "whole circuit"  # the name of all groups together in results["cmap"]
 
@@ -55,6 +57,15 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     base, *others = results["models"]
     known = results.get("accuracy") or {}
     return [" ".join(_sentences(results, base, tuned)) for tuned in others if base in known and tuned in known]
+
+
+def doubts(results: Mapping[str, Any]) -> list[str]:
+    """What makes the study of a model doubtful: one that hardly does the task."""
+    if "chance" not in results:
+        return []
+    known = results.get("accuracy") or {}
+    found = [doubt(model, known[model]["accuracy"], results["chance"]) for model in results["models"] if model in known]
+    return [warning for warning in found if warning]
 
 
 def _sentences(results: Mapping[str, Any], base: str, tuned: str) -> Iterable[str]:

@@ -1,22 +1,25 @@
 """What is checked of a chain of sweeps on the boxes task before anything is computed or written."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from jaxmech.boxes import ROLES
 from jaxmech.discovery import Stage, with_k
 
 
-def check_boxes_chain(chain: Sequence[Stage], k: Mapping[str, int], min_effect: float) -> None:
+def check_boxes_chain(
+    chain: Sequence[Stage], k: Mapping[str, int], min_effect: float, metric: str = "probability"
+) -> None:
     """Checks what can be checked without a model.
 
     Args:
       chain: the stages.
       k: {group: number of heads}, in place of the chain's own.
-      min_effect: see `discover`.
+      min_effect, metric: see `discover`.
 
     Raises:
       ValueError: the stages do not fit together (see `check_chain`), a sender is no role of boxes prompts, or one other
-        than "last" without receivers, k names an unknown group or is below 1, or min_effect is no fraction.
+        than "last" without receivers, k names an unknown group or is below 1, or min_effect is out of range.
     """
     for stage in with_k(chain, k):
         if stage.sender not in ROLES:
@@ -29,5 +32,7 @@ def check_boxes_chain(chain: Sequence[Stage], k: Mapping[str, int], min_effect: 
                 f"Stage {stage.group!r} of the chain has the sender {stage.sender!r} and no receivers; only the token "
                 "`last` has a direct path to the logits. Name receivers and via."
             )
-    if not 0 <= min_effect <= 1:
-        raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1.")
+    most = 1 if metric == "probability" else math.inf
+    if not (0 <= min_effect <= most and math.isfinite(min_effect)):
+        expected = "a fraction from 0 to 1" if metric == "probability" else "a finite number of at least 0"
+        raise ValueError(f"min_effect={min_effect}; expected {expected}.")

@@ -116,6 +116,7 @@ class StudyFolder:
             "models": settings.names,
             "prompts": len(study.data.pairs),
             "example": study.data.example,
+            "chance": study.data.chance,
             "chain": [vars(stage) | {"k": settings.k.get(stage.group, stage.k)} for stage in settings.chain],
         }
         for name, stage in STAGES.items():

@@ -5,6 +5,7 @@ fractions, intervals are bootstrapped over prompts at 95 %, heads are [layer, he
 null.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from jaxmech.pairs import Pairs
 from jaxmech.patching import patch_activations
 from jaxmech.predictions import Predictions
 from jaxmech.study.data import MAIN_DESIDERATA
+from jaxmech.study.doubt import doubt
 from jaxmech.study.settings import Settings
 from jaxmech.study.study import JSON, Study, heads_of
 
@@ -60,7 +62,10 @@ class StudyStage:
 
 def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
     pairs = study.data.pairs
-    return _with_interval(predict(study.model(part), pairs, batch_size=study.settings.batch_size or 64))
+    found = _with_interval(predict(study.model(part), pairs, batch_size=study.settings.batch_size or 64))
+    if warning := doubt(part, found["accuracy"], study.data.chance):
+        warnings.warn(warning, stacklevel=2)
+    return found
 
 
 def _discovery(study: Study, part: str, progress: Progress) -> JSON:
