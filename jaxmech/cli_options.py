@@ -68,8 +68,8 @@ class StudyCommand:
     out: Path
     """Folder for results.json, report.html and figures."""
     only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Run this stage alone; give it once for each. Stages, in order: accuracy, discovery, minimality, faithfulness,
-    overlap, completeness, dcm, activation_patching, cmap, knockout."""
+    """Run this stage alone, anew if it is done; give it once for each. Stages, in order: accuracy, discovery,
+    minimality, faithfulness, overlap, completeness, dcm, activation_patching, cmap, knockout."""
     start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STR", help_behavior_hint="")] = None
     """Run this stage and all behind it anew: accuracy, discovery, minimality, faithfulness, overlap, completeness, dcm,
     activation_patching, cmap or knockout. With --only, those of them."""

@@ -214,10 +214,7 @@ def test_a_study_that_is_interrupted_after_every_part_ends_with_the_same_bytes(d
 @pytest.mark.parametrize("stage", ["discovery", "dcm"])
 def test_a_study_that_is_killed_ends_with_the_same_bytes(done, tmp_path, stage):
     """SIGKILL as soon as a stage's first part is there; what is done already is copied, to save time."""
-    folder = StudyFolder.open(tmp_path, SETTINGS)
-    for name in list(STAGES)[: list(STAGES).index(stage)]:
-        for part, result in done.parts.get(name, {}).items():
-            folder.keep(name, part, result, 0.0)
+    copied_up_to(done, tmp_path, stage)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_study import *; "
         "run(SETTINGS, StudyFolder.open(sys.argv[2], SETTINGS))"
@@ -233,6 +230,84 @@ def test_a_study_that_is_killed_ends_with_the_same_bytes(done, tmp_path, stage):
     assert not (tmp_path / "results.json").exists()
     run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS))
     assert (tmp_path / "results.json").read_bytes() == (done.path / "results.json").read_bytes()
+
+
+def copied_up_to(done: StudyFolder, path: Path, stage: str) -> StudyFolder:
+    """A study of which everything before a stage is done."""
+    folder = StudyFolder.open(path, SETTINGS)
+    for name in list(STAGES)[: list(STAGES).index(stage)]:
+        for part, result in done.parts.get(name, {}).items():
+            folder.keep(name, part, result, 0.0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "function", "pieces"),
+    [("discovery", "jaxmech.discovery", "path_patch", 3), ("dcm", "jaxmech.dcm", "train_many", 3)],
+)
+def test_a_part_that_is_interrupted_goes_on_with_its_next_piece(
+    done, tmp_path, monkeypatch, stage, module, function, pieces
+):
+    """In the second sweep of discovery, and in the second role of DCM."""
+    module, seen = import_module(module), []
+    whole = getattr(module, function)
+
+    def interrupted(*arguments, **options):
+        seen.append(function)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(module, function, interrupted)
+    folder = copied_up_to(done, tmp_path, stage)
+    with pytest.raises(KeyboardInterrupt):
+        run(SETTINGS, folder, only=(stage,))
+    assert stage not in folder.parts and len(contents(tmp_path / "unfinished")) == 1
+    found = run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS), only=(stage,))
+    assert len(seen) == 2 + (pieces - 1) + pieces, "the first piece is not computed again"
+    for part in SETTINGS.names:
+        file = f"parts/{stage}.{part}.json"
+        assert (tmp_path / file).read_bytes() == (done.path / file).read_bytes()
+    assert set(found) >= {stage} and not (tmp_path / "unfinished").exists()
+
+
+def test_a_study_that_is_killed_in_its_second_sweep_goes_on_with_it(done, tmp_path, monkeypatch):
+    copied_up_to(done, tmp_path, "discovery")
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from test_study import *; "
+        "run(SETTINGS, StudyFolder.open(sys.argv[2], SETTINGS), "
+        "progress=lambda stage, part, done, total: done > 100 and os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    here = Path(__file__).parent
+    killed = subprocess.run([sys.executable, "-c", script, str(here), str(tmp_path)], cwd=here.parent, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert set(contents(tmp_path / "unfinished")) == {"discovery.base.npz"}
+    discovery, swept = import_module("jaxmech.discovery"), []
+    whole = discovery.path_patch
+    monkeypatch.setattr(discovery, "path_patch", lambda *a, **o: swept.append(a[2]) or whole(*a, **o))
+    run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS), only=("discovery",))
+    roles = [stage.sender for stage in SETTINGS.chain]
+    assert swept == roles[1:] + roles, "the first sweep of the base is not run again"
+    for part in SETTINGS.names:
+        file = f"parts/discovery.{part}.json"
+        assert (tmp_path / file).read_bytes() == (done.path / file).read_bytes()
+
+
+def test_unfinished_pieces_are_removed_with_what_they_are_of_and_named_when_damaged(done, tmp_path):
+    for suffix, stage in (("npz", "discovery"), ("json", "dcm")):
+        folder = copied_up_to(done, tmp_path / stage, stage)
+        file = folder.path / "unfinished" / f"{stage}.base.{suffix}"
+        file.parent.mkdir()
+        file.write_text("{")
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged.*Delete it.*--overwrite"):
+            run(SETTINGS, folder, only=(stage,))
+        folder.forget(stage, SETTINGS.names)
+        assert not file.parent.exists()
+        file.parent.mkdir()
+        file.write_text("{")
+        other = dataclasses.replace(SETTINGS, seed=1)
+        StudyFolder.open(folder.path, other, overwrite=True).keep("knockout", "base", 1.0, 0.0)
+        assert not file.exists()
 
 
 def test_stages_can_be_run_alone_and_anew(done, tmp_path):

@@ -8,6 +8,7 @@ null.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,15 @@ def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
 def _discovery(study: Study, part: str, progress: Progress) -> JSON:
     settings = study.settings
     place = {stage.group: i for i, stage in enumerate(settings.chain)}
+    done = study.unfinished.sweeps("discovery", part)
+    known = dict(done)
 
     def advance(stage, done, total):
         _step(progress, place[stage.group], len(place))(done, total)
+
+    def keep(stage, scores):
+        known[stage.group] = scores
+        study.unfinished.keep_sweeps("discovery", part, known)
 
     circuit = discover(
         study.model(part),
@@ -82,6 +89,8 @@ def _discovery(study: Study, part: str, progress: Progress) -> JSON:
         chain=settings.chain,
         min_effect=settings.min_effect,
         batch_size=settings.batch_size,
+        done=done,
+        on_stage=keep,
         progress=advance,
     )
     found: dict[str, JSON] = {"groups": _lists(circuit.groups), "roles": circuit.roles, "stopped": circuit.stopped}
@@ -183,15 +192,21 @@ def _dcm(study: Study, part: str, progress: Progress) -> JSON:
     variants = [POSITION_VARIANTS[i : i + size] for i in range(0, len(POSITION_VARIANTS), size)]
     steps = len(roles) + len(variants) * settings.variants
     found: dict[str, dict[str, JSON]] = {}
-    for i, (role, groups) in enumerate(roles.items()):
-        found |= _train(study, part, circuit, role, groups, MAIN_DESIDERATA, _step(progress, i, steps))
+
+    def train(step: int, role: str, names: Sequence[str]) -> dict[str, dict[str, JSON]]:
+        advance = _step(progress, step, steps)
+        compute = partial(_train, study, part, circuit, role, roles[role], names, advance)
+        return study.unfinished.piece("dcm", part, f"{role}: {', '.join(names)}", compute)
+
+    for i, role in enumerate(roles):
+        found |= train(i, role, MAIN_DESIDERATA)
     if settings.variants and found:
         best = max(found, key=lambda group: found[group]["positional"]["test"])
         role = circuit.roles[best]
         for i, names in enumerate(variants):
             # In threes and with all groups of the role, so that nothing compiles again.
             names = (*names, *MAIN_DESIDERATA)[:size]
-            more = _train(study, part, circuit, role, roles[role], names, _step(progress, len(roles) + i, steps))[best]
+            more = train(len(roles) + i, role, names)[best]
             found[best] |= {name: run for name, run in more.items() if name not in found[best]}
     return {group: found[group] for group in circuit.groups if group in found}
 

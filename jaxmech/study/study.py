@@ -13,6 +13,7 @@ from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh
 from jaxmech.study.data import StudyData
 from jaxmech.study.settings import Settings
+from jaxmech.study.unfinished import Unfinished
 
 JSON = Any
 
@@ -23,10 +24,17 @@ class Study:
     Attributes:
       settings: the study.
       results: {stage: {part: result}} of what is done.
+      unfinished: pieces of the part that is being run.
     """
 
-    def __init__(self, settings: Settings, results: Mapping[str, Mapping[str, JSON]]):
+    def __init__(
+        self,
+        settings: Settings,
+        results: Mapping[str, Mapping[str, JSON]],
+        unfinished: Unfinished | None = None,
+    ):
         self.settings, self.results = settings, results
+        self.unfinished = unfinished or Unfinished()  # which keeps nothing
         self.means = lru_cache(maxsize=None)(self._means)
         # To make pairs of text takes a while, and all models are given the same.
         self.desideratum = lru_cache(maxsize=None)(lambda name: self.data.desideratum(name))
