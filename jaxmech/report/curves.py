@@ -84,7 +84,8 @@ def dcm_grid(columns: Mapping[str, Mapping[str, Entry]], desiderata: Sequence[st
                 continue
             run = runs[name]
             table[i, j] = run["test"]
-            text = f"{percent(run['test'])}\n{len(run['selected'])} of {len(run['heads'])}"
+            before = f" ({percent(run['unpatched'])})" if "unpatched" in run else ""
+            text = f"{percent(run['test'])}{before}\n{len(run['selected'])} of {len(run['heads'])}"
             ink = ink_on(shades(run["test"])[:3])
             axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=8, linespacing=1.05)
     axes.imshow(table, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="none")

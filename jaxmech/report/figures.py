@@ -20,8 +20,9 @@ def heat_map(
     bound: float | None = None,
     label: str = "change of p(correct), %",
     unit: float = 100,
+    moved: Iterable[Sequence[int]] = (),
 ) -> Figure:
-    """Scores of every head, layer x head, with the chosen heads framed.
+    """Scores of every head, layer x head, with the chosen heads framed and those that moved to another group dotted.
 
     Args:
       mean: float [L, N], relative change of the correct token's probability, or another number.
@@ -30,6 +31,7 @@ def heat_map(
       subtitle: second line.
       bound: the number at which the colours end, to compare figures; the largest of `mean` by default.
       label: what is shown.
+      moved: (layer, head) pairs to frame with dots.
       unit: what numbers are multiplied with; 100 shows fractions in percent.
     """
     layers, heads = mean.shape
@@ -42,9 +44,11 @@ def heat_map(
     image = axes.imshow(
         unit * mean, cmap="RdBu", vmin=-bound, vmax=bound, origin="lower", aspect="equal", interpolation="none"
     )
-    for layer, head in chosen:
-        frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=4.5 * cell)
-        axes.add_patch(frame).set(clip_on=False, zorder=3)
+    for heads_of, line in ((moved, (0, (1, 1))), (chosen, "-")):
+        look = {"edgecolor": "black", "linewidth": 4.5 * cell, "linestyle": line}
+        for layer, head in heads_of:
+            frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, **look)
+            axes.add_patch(frame).set(clip_on=False, zorder=3)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_xticks(_ticks(heads))

@@ -20,8 +20,19 @@ class Recovery(NamedTuple):
 
 
 def percent(value: float | None) -> str:
-    """A fraction as "61.1 %", with a space that does not break; "-" for None."""
-    return "-" if value is None else f"{100 * value:.1f}{SPACE}%"
+    """A fraction as "61.1 %", with a space that does not break; "-" for None.
+
+    What is neither 0 nor 1 does not read so: 0.9997 is "99.97 %".
+    """
+    if value is None:
+        return "-"
+    digits = next((n for n in (1, 2, 3) if not _reads_as_end(value, n)), 4)
+    return f"{100 * value:.{digits}f}{SPACE}%"
+
+
+def _reads_as_end(value: float, digits: int) -> bool:
+    """Whether a fraction would be rounded to 0 or 100 %, and is neither, but for the rounding of floats."""
+    return any(abs(value - end) > 1e-9 and round(100 * value, digits) == 100 * end for end in (0, 1))
 
 
 def signed(value: float, unit: str = "") -> str:
@@ -30,8 +41,10 @@ def signed(value: float, unit: str = "") -> str:
 
 
 def percent_interval(low: float, high: float) -> str:
-    """An interval of fractions as "[58.1, 64.0]"."""
-    return f"[{100 * low:.1f}, {100 * high:.1f}]".replace("-", MINUS)
+    """An interval of fractions as "[58.1, 64.0]", with so many digits that it is seen to be one, "[99.98, 99.99]"."""
+    digits = next((n for n in (1, 2, 3) if round(100 * low, n) < round(100 * high, n)), 4)
+    digits = digits if high - low > 1e-6 else 1
+    return f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}]".replace("-", MINUS)
 
 
 def with_interval(entry: Mapping[str, Any], key: str = "accuracy") -> str:
@@ -44,6 +57,11 @@ def with_interval(entry: Mapping[str, Any], key: str = "accuracy") -> str:
 def head_name(head: Sequence[int]) -> str:
     """[3, 6] as "3.6", layer.head."""
     return f"{head[0]}.{head[1]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, "1 head" or "2 heads"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def listing(names: Iterable[str]) -> str:

@@ -1,10 +1,11 @@
-"""What is checked of a chain of sweeps on the boxes task before anything is computed or written."""
+"""What is checked of a chain of sweeps on the boxes task before it is run, and which heads it moved between groups."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxmech.boxes import ROLES
-from jaxmech.discovery import Stage, with_k
+from jaxmech.discovery import Circuit, Stage, with_k
 
 
 def check_boxes_chain(
@@ -36,3 +37,26 @@ def check_boxes_chain(
     if not (0 <= min_effect <= most and math.isfinite(min_effect)):
         expected = "a fraction from 0 to 1" if metric == "probability" else "a finite number of at least 0"
         raise ValueError(f"min_effect={min_effect}; expected {expected}.")
+
+
+def moved_heads(circuit: Circuit, chain: Sequence[Stage], min_effect: float) -> dict[str, list[dict[str, Any]]]:
+    """The heads that a stage selected, but that a later one at the same role took into its own group.
+
+    Args:
+      circuit: what `discover` found.
+      chain: the stages, with the numbers of heads that were asked for.
+      min_effect: as `discover` was given it.
+
+    Returns:
+      {group: [{"head": [layer, head], "to": the group that has it now}]}, without groups that lost none.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for stage in chain:
+        if stage.group not in circuit.groups:
+            continue
+        same = [g for g, role in circuit.roles.items() if role == stage.sender and g != stage.group]
+        for head in circuit.scores[stage.group].top(stage.k, min_effect):
+            if head not in circuit.groups[stage.group]:
+                to = next(group for group in same if head in circuit.groups[group])
+                found.setdefault(stage.group, []).append({"head": list(head), "to": to})
+    return found

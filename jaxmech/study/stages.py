@@ -18,18 +18,20 @@ from jaxmech.accuracy import predict
 from jaxmech.boxes import POSITION_VARIANTS
 from jaxmech.cmap import HeadValues, cmap, cmap_heads, collect
 from jaxmech.criteria import completeness, faithfulness, minimality, overlap
-from jaxmech.discovery import Circuit, Head, discover
+from jaxmech.discovery import Circuit, Head, discover, with_k
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model
 from jaxmech.pairs import Pairs
 from jaxmech.patching import patch_activations
 from jaxmech.predictions import Predictions
+from jaxmech.study.chains import moved_heads
 from jaxmech.study.data import MAIN_DESIDERATA
 from jaxmech.study.doubt import doubt
 from jaxmech.study.settings import Settings
 from jaxmech.study.study import JSON, Study, heads_of
 
 Progress = Callable[[int, int], None]  # (done, in all) of a part
+_UNPATCHED = ""  # in place of a group's name, which is not empty
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def _discovery(study: Study, part: str, progress: Progress) -> JSON:
     )
     found: dict[str, JSON] = {"groups": _lists(circuit.groups), "roles": circuit.roles, "stopped": circuit.stopped}
     found["means"] = {group: scores.mean.astype(float).tolist() for group, scores in circuit.scores.items()}
+    found["moved"] = moved_heads(circuit, with_k(settings.chain, settings.k), settings.min_effect)
     found["heads"] = {}
     for group, heads in circuit.groups.items():
         low, high = circuit.scores[group].confidence_interval(seed=settings.seed)
@@ -245,6 +248,9 @@ def _train(
     masks: dict[tuple[str, str], dict[str, Any]] = {}
     for (name, group), run in selected.items():
         masks.setdefault((name, role), {})[group] = run.heads, np.round(run.mask)[None]
+    some = circuit.groups[groups[0]][:1]
+    for name in names:  # a mask that patches nothing: how often the model says the target by itself
+        masks[name, role][_UNPATCHED] = some, np.ones((1, 1))
     tested = dcm.accuracies(model, test, masks)
     for (name, group), run in selected.items():
         found[group][name] = {
@@ -254,6 +260,7 @@ def _train(
             "step": run.step,
             "validation": run.validation_accuracy,
             "test": float(tested[name, role][group][0]),
+            "unpatched": float(tested[name, role][_UNPATCHED][0]),
             "loss": _short(run.history.loss),
             "masks": [_short(mask) for mask in run.history.mask],
         }
