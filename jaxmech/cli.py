@@ -36,7 +36,7 @@ from jaxmech.report import (
 from jaxmech.run_folder import RunFolder, earlier_config, fingerprint, text_hash
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, chance, doubt, run
-from jaxmech.study.chains import check_boxes_chain
+from jaxmech.study.chains import check_boxes_chain, moved_heads
 from jaxmech.verify import verify
 
 console = Console()
@@ -230,15 +230,14 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
     with _progress(chain) as progress, _warnings_printed():
         circuit = discover(model, pairs, chain=chain, done=run.scores, on_stage=keep, progress=progress, **options)
     circuit.save(run.path / "circuit.json")
+    moved = moved_heads(circuit, with_k(chain, options["k"]), options["min_effect"])
     for stage in chain:
         if stage.group in circuit.scores:
             mean, chosen = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
             reads = "direct effect on the logits" if stage.receivers is None else f"{stage.via} of {stage.receivers}"
-            look = (
-                {}
-                if run.config.get("metric") != "log_probability"
-                else {"label": "change of log p(correct)", "unit": 1}
-            )
+            look: dict[str, Any] = {"moved": [one["head"] for one in moved.get(stage.group, [])]}
+            if options["metric"] == "log_probability":
+                look |= {"label": "change of log p(correct)", "unit": 1}
             figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}", **look)
             save_figure(figure, run.path / f"{stage.group}.png")
     console.print(circuit_table(chain, circuit))

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
 from jaxmech import dcm
+from jaxmech.discovery import with_k
 from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
+from jaxmech.study.chains import moved_heads
 from jaxmech.study.data import StudyData
 from jaxmech.study.study import Study
 
@@ -571,3 +573,22 @@ def test_the_published_deviations_run_through(tmp_path):
     assert set(results) >= set(STAGES)
     accuracies = [row["before"] for rows in results["minimality"]["base"]["groups"].values() for row in rows]
     np.testing.assert_allclose(accuracies, np.round(accuracies, 2), atol=1e-12)
+
+
+def test_heads_that_a_later_stage_took_are_named_with_their_group(models, pairs):
+    chain = jm.read_chain(jm.demo.path("chain.toml"))
+    again = (*chain[:2], jm.Stage("again", "last", k=1), jm.Stage("and_again", "last", k=2))
+    circuit = jm.discover(models["base"], pairs, chain=again, k={"value_fetcher": 3})
+    top = circuit.scores["value_fetcher"].top(3)
+    moved = moved_heads(circuit, with_k(again, {"value_fetcher": 3}), 1e-3)
+    assert moved == {
+        "value_fetcher": [{"head": list(head), "to": "and_again"} for head in top[:2]],
+        "again": [{"head": list(top[0]), "to": "and_again"}],
+    }
+
+
+def test_accuracies_without_a_patch_are_the_models_own(results, models):
+    name, data = "positional", running.Study(SETTINGS, {}).data
+    own = jm.accuracy(models["base"], data.desideratum(name)["test"])
+    for runs in results["dcm"]["base"].values():
+        assert runs[name]["unpatched"] == pytest.approx(own)

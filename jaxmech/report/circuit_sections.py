@@ -30,8 +30,8 @@ def accuracy(results: Results) -> Section | None:
     values = listing(f"{model} {with_interval(entry)}" for model, entry in found.items())
     alt, caption = f"Bars of accuracy: {values}.", "Accuracy, with its interval in brackets."
     text = (
-        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals, "
-        "bootstrapped over prompts, unless said otherwise."
+        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals over "
+        "prompts, unless said otherwise."
     )
     if "chance" in results:
         text += f" Naming any object of the scene would be right for {percent(results['chance'])}."
@@ -53,8 +53,8 @@ def circuits(results: Results) -> Section | None:
         "Path patching: every head in turn gets its output on a corrupt prompt, and only the paths to the stage's "
         "receivers carry the change. Colour is the mean relative change of the right answer's probability, so the "
         "reddest heads matter most; frames mark those chosen for the group, named layer.head. A head that a later "
-        "stage at the same token selects as well leaves the earlier group for the later one: dotted frames. The maps "
-        "of a group share one scale."
+        "stage at the same token selects as well leaves the earlier group for the later one, and is struck out. The "
+        "maps of a group share one scale."
     )
     return Section(text, notes, [_chain(results["chain"])] if results.get("chain") else [], rows)
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from jaxmech.report.style import RULE, new_axes, styled
+from jaxmech.report.style import RULE, ink_on, new_axes, styled
 
 
 @styled
@@ -22,7 +22,7 @@ def heat_map(
     unit: float = 100,
     moved: Iterable[Sequence[int]] = (),
 ) -> Figure:
-    """Scores of every head, layer x head, with the chosen heads framed and those that moved to another group dotted.
+    """Scores of every head, layer x head; chosen heads are framed, those that moved to another group struck out, too.
 
     Args:
       mean: float [L, N], relative change of the correct token's probability, or another number.
@@ -31,7 +31,7 @@ def heat_map(
       subtitle: second line.
       bound: the number at which the colours end, to compare figures; the largest of `mean` by default.
       label: what is shown.
-      moved: (layer, head) pairs to frame with dots.
+      moved: (layer, head) pairs to frame and to strike out.
       unit: what numbers are multiplied with; 100 shows fractions in percent.
     """
     layers, heads = mean.shape
@@ -44,11 +44,14 @@ def heat_map(
     image = axes.imshow(
         unit * mean, cmap="RdBu", vmin=-bound, vmax=bound, origin="lower", aspect="equal", interpolation="none"
     )
-    for heads_of, line in ((moved, (0, (1, 1))), (chosen, "-")):
-        look = {"edgecolor": "black", "linewidth": 4.5 * cell, "linestyle": line}
-        for layer, head in heads_of:
-            frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, **look)
-            axes.add_patch(frame).set(clip_on=False, zorder=3)
+    moved = list(moved)
+    for layer, head in [*moved, *chosen]:
+        frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=4.5 * cell)
+        axes.add_patch(frame).set(clip_on=False, zorder=3)
+    for layer, head in moved:
+        ink = ink_on([float(x) for x in image.to_rgba(unit * mean[layer, head])[:3]])
+        look = {"color": ink, "linewidth": max(0.9, 4.5 * cell), "solid_capstyle": "butt"}
+        axes.plot([head - 0.4, head + 0.4], [layer - 0.4, layer + 0.4], zorder=4, **look)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_xticks(_ticks(heads))

@@ -141,13 +141,17 @@ def _grids(common: Mapping[str, Mapping[str, Runs]], variants: Mapping[str, Mapp
     """A grid for each model, and one of the variants for all."""
     grids = []
     for model, groups in common.items():
-        known = any("unpatched" in run for runs in groups.values() for run in runs.values())
-        before = " (in brackets, unpatched)" if known else ""
-        caption = f"{model}: test accuracy{before}, and how many of the group's heads were selected."
+        caption = f"{model}: test accuracy, and how many of the group's heads were selected{_brackets(groups)}."
         grids.append(_grid(f"dcm-{model}", groups, once_each(groups.values()), caption))
     columns = {f"{model}\n{group}": runs for model, groups in variants.items() for group, runs in groups.items()}
-    caption = "Desiderata that were tried on one group alone."
+    caption = f"Desiderata that were tried on one group alone{_brackets(columns)}."
     return grids + ([_grid("dcm-variants", columns, once_each(columns.values()), caption)] if columns else [])
+
+
+def _brackets(columns: Mapping[str, Runs]) -> str:
+    """What stands in brackets under the names of desiderata."""
+    known = any("unpatched" in run for runs in columns.values() for run in runs.values())
+    return "; in brackets the accuracy with nothing patched" if known else ""
 
 
 def _grid(file: str, columns: Mapping[str, Runs], names: list[str], caption: str) -> Picture:

@@ -1,7 +1,7 @@
 """The stages of a study, each a function from the study so far to a piece of JSON.
 
 A stage is run in parts, one for each model as a rule, which are kept as soon as they are done. Accuracies are
-fractions, intervals are bootstrapped over prompts at 95 %, heads are [layer, head], and what is not a finite number is
+fractions, intervals are those of 95 % over prompts, heads are [layer, head], and what is not a finite number is
 null.
 """
 
