@@ -6,7 +6,7 @@ chains.py     what is checked of its chain of sweeps
 data.py       its prompts
 doubt.py      whether a model does the task well enough
 study.py      its models, prompts and results, as the stages see them
-stages.py     its stages, each a function from what is known so far to a piece of JSON
+stages.py     its stages, each a function from what is known so far to a piece of JSON; those of DCM in dcm_stages.py
 unfinished.py pieces of a stage's part that is not done
 running.py    runs the stages, keeps their results in the folder, and takes up a run that was cut off
 """
