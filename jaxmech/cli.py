@@ -4,12 +4,14 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,10 +21,12 @@ import jaxmech as jm
 from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
 from jaxmech.discovery import PAPER_CHAIN, Stage, check_number_of_heads, discover, read_chain, with_k
 from jaxmech.files import check_file, check_folder, write_text
+from jaxmech.provenance import versions
 from jaxmech.report import (
     accuracy_table,
     circuit_table,
     deviation_tables,
+    doubts,
     heat_map,
     report_files,
     save_figure,
@@ -31,16 +35,23 @@ from jaxmech.report import (
 )
 from jaxmech.run_folder import RunFolder, earlier_config, fingerprint, text_hash
 from jaxmech.scores import PathScores
-from jaxmech.study import STAGES, Settings, StudyFolder, run
-from jaxmech.study.chains import check_boxes_chain
+from jaxmech.study import STAGES, Settings, StudyFolder, chance, doubt, run
+from jaxmech.study.chains import check_boxes_chain, moved_heads
 from jaxmech.verify import verify
 
 console = Console()
+# Settings of a study that are no options of the command: those of the paper, or what a chain's author decides.
+NO_OPTIONS = ("epochs", "dcm_batch", "variants", "components", "edges")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 1 if `verify` finds a deviation, 2 for bad input, 130 when interrupted."""
-    options = tyro.cli(Command, prog="jaxmech", description=jm.__doc__, args=arguments)  # pyright: ignore
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        console.print(f"jaxmech {versions(['jaxmech'])['jaxmech']}", highlight=False)
+        return
+    description = f"{jm.__doc__}\n\n`jaxmech --version` says which version this is."
+    options = tyro.cli(Command, prog="jaxmech", description=description, args=arguments)  # pyright: ignore
     try:
         _COMMANDS[type(options)](options)
     except (ValueError, OSError) as error:
@@ -54,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_data(options: Data) -> None:
     """`jaxmech data`."""
     check_file(options.out)
+    if options.out.exists() and not options.overwrite:
+        raise FileExistsError(f"{options.out} exists already; choose another --out, or replace it with --overwrite.")
     examples = jm.boxes.make(options.scenes, options.boxes, options.seed)
     jm.boxes.write(options.out, examples)
     console.print(f"Wrote {len(examples)} examples to {options.out}; the first: {examples[0].sentence}")
@@ -72,7 +85,7 @@ def run_verify(options: Verify) -> None:
     for table in deviation_tables(report):
         console.print(table)
     for note in report.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _note(note)
     if out is not None:
         write_text(out, json.dumps(_settings(options) | report.to_dict(), indent=2) + "\n")
     console.print(report.verdict, style="bold" if report.ok else "bold red", highlight=False, soft_wrap=True)
@@ -99,9 +112,11 @@ def run_demo(options: Demo) -> None:
 
 def run_study(options: StudyCommand) -> None:
     """`jaxmech study`."""
-    values: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
+    names = [f.name for f in fields(Settings) if f.name not in NO_OPTIONS]
+    values: dict[str, Any] = {name: getattr(options, name) for name in names}
     values["chain"] = _chain(options.chain)
     _check_data(options.data)
+    _check_copies(options.copies)
     settings = Settings(**values)
     settings = settings.quick() if options.quick else settings
     _study_into(options.out, settings, only=options.only, start=options.start, overwrite=options.overwrite)
@@ -121,6 +136,8 @@ def _study_into(
     report = write_report(out, results, settings=settings.to_dict(), versions=folder.versions, timings=folder.timings)
     for table in study_tables(results):
         console.print(table)
+    for warning in doubts(results):
+        _note(warning)
     console.print(
         f"The study took {time.perf_counter() - began:.0f} s. Numbers: {out / 'results.json'}. Figures and text:"
     )
@@ -145,8 +162,9 @@ def _study_progress():
 def run_discover(options: Discover) -> None:
     """`jaxmech discover`."""
     chain = _chain(options.chain)
-    check_boxes_chain(chain, options.k, options.min_effect)
+    check_boxes_chain(chain, options.k, options.min_effect, options.metric)
     check_folder(options.out)
+    _check_copies(options.copies)
     examples = _examples(options)
     mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
     model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision, mesh=mesh)
@@ -160,8 +178,26 @@ def run_discover(options: Discover) -> None:
     run = _run_folder(options, chain, examples)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
-    _print_accuracies({(options.adapter or options.model).name: model}, pairs)
-    _discover_into(run, model, pairs, chain, k=options.k, min_effect=options.min_effect, batch_size=options.batch_size)
+    name = (options.adapter or options.model).resolve().name
+    correct = jm.predict(model, pairs).correct
+    console.print(accuracy_table({name: correct.mean()}, len(pairs)))
+    if options.correct_only:
+        pairs = _right(pairs, correct, name)
+    elif warning := doubt(name, correct.mean(), chance(examples)):
+        _note(warning)
+    values = {field: getattr(options, field) for field in ("k", "min_effect", "metric", "batch_size")}
+    _discover_into(run, model, pairs, chain, **values)
+
+
+def _right(pairs: jm.Pairs, correct: np.ndarray, name: str) -> jm.Pairs:
+    """The pairs that the model answers right; ValueError if there are none."""
+    if not correct.any():
+        raise ValueError(
+            f"--correct-only: {name} answers none of the {len(pairs)} prompts right. Are these its prompts, its "
+            "tokenizer, and its BOS token (add_bos)?"
+        )
+    console.print(f"Scores are of the {correct.sum()} prompts that it answers right (--correct-only).")
+    return pairs[correct]
 
 
 def _run_folder(options: Discover, chain: Sequence[Stage], examples: Sequence[jm.boxes.Example]) -> RunFolder:
@@ -194,11 +230,15 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
     with _progress(chain) as progress, _warnings_printed():
         circuit = discover(model, pairs, chain=chain, done=run.scores, on_stage=keep, progress=progress, **options)
     circuit.save(run.path / "circuit.json")
+    moved = moved_heads(circuit, with_k(chain, options["k"]), options["min_effect"])
     for stage in chain:
         if stage.group in circuit.scores:
             mean, chosen = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
             reads = "direct effect on the logits" if stage.receivers is None else stage.reads
-            figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}")
+            look: dict[str, Any] = {"moved": [one["head"] for one in moved.get(stage.group, [])]}
+            if options["metric"] == "log_probability":
+                look |= {"label": "change of log p(correct)", "unit": 1}
+            figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}", **look)
             save_figure(figure, run.path / f"{stage.group}.png")
     console.print(circuit_table(chain, circuit))
     console.print(f"Results are in {run.path}: circuit.json, scores.npz, config.json and a heat map (PNG) per stage.")
@@ -217,6 +257,14 @@ def _check_data(file: Path | None) -> None:
     """FileNotFoundError if --data is given and not there."""
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"--data {file}: there is no such file; expected a JSONL file of examples.")
+
+
+def _check_copies(copies: int | None) -> None:
+    """ValueError if --copies is given and does not divide the number of devices."""
+    count = jax.device_count()
+    if copies is not None and (copies < 1 or count % copies):
+        there = "is 1 device" if count == 1 else f"are {count} devices"
+        raise ValueError(f"--copies {copies}: there {there} here; expected a divisor of that number.")
 
 
 def _examples(options: Discover) -> list[jm.boxes.Example]:
@@ -241,11 +289,6 @@ def _settings(options: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("out", "overwrite")}
 
 
-def _print_accuracies(models: Mapping[str, jm.Model], pairs: jm.Pairs) -> None:
-    accuracies = {name: jm.accuracy(model, pairs) for name, model in models.items()}
-    console.print(accuracy_table(accuracies, len(pairs)))
-
-
 @contextmanager
 def _progress(chain: Sequence[Stage]):
     """A progress bar for each stage of the chain; yields the callback that `discover` takes."""
@@ -260,13 +303,17 @@ def _progress(chain: Sequence[Stage]):
         yield advance
 
 
+def _note(message: Warning | str) -> None:
+    console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _warnings_printed() -> Iterator[None]:
     """Prints the warnings of the library as notes, as they come."""
 
     def note(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if issubclass(category, UserWarning):
-            console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            _note(message)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

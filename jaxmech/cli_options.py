@@ -68,8 +68,8 @@ class StudyCommand:
     out: Path
     """Folder for results.json, report.html and figures."""
     only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Run this stage alone; give it once for each. Stages, in order: accuracy, discovery, minimality, faithfulness,
-    overlap, completeness, dcm, activation_patching, cmap, knockout."""
+    """Run this stage alone, anew if it is done; give it once for each. Stages, in order: accuracy, discovery,
+    minimality, faithfulness, overlap, completeness, dcm, activation_patching, cmap, knockout."""
     start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STR", help_behavior_hint="")] = None
     """Run this stage and all behind it anew: accuracy, discovery, minimality, faithfulness, overlap, completeness, dcm,
     activation_patching, cmap or knockout. With --only, those of them."""
@@ -87,6 +87,8 @@ class StudyCommand:
     """TOML file of stages of discovery; without it, the paper's four."""
     k: HeadsPerGroup = field(default_factory=dict)
     """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
+    min_effect: float = 1e-3
+    """Smallest relative loss of probability for which a head is selected."""
     random_circuits: int = 10
     """Random circuits to compare a circuit's faithfulness with."""
     random_subsets: int = 20
@@ -116,7 +118,8 @@ class StudyCommand:
     batch_size: OptionalInt = None
     """Examples per call; without it, as many as fit the memory budget."""
     copies: OptionalInt = None
-    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
+    """Use all devices, with so many copies of the model, each split over its part of them; a divisor of their number.
+    Without it, one device."""
     models_in_memory: int = 2
     """Models that are held at a time; others are loaded again when they are needed."""
     compat: Annotated[Literal["paper"] | None, tyro.conf.arg(metavar="paper", help_behavior_hint="")] = None
@@ -150,7 +153,11 @@ class Discover:
     k: HeadsPerGroup = field(default_factory=dict)
     """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
     min_effect: float = 1e-3
-    """Smallest relative loss of probability for which a head is selected."""
+    """Smallest mean loss for which a head is selected: of the probability, a fraction; of its logarithm, in nats."""
+    metric: Literal["probability", "log_probability"] = "probability"
+    """What scores are: relative changes of the right answer's probability, or changes of its logarithm."""
+    correct_only: bool = False
+    """Take the prompts that the model answers right, and no others."""
     add_bos: OptionalBool = None
     """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
     dtype: Dtype = "float32"
@@ -160,7 +167,8 @@ class Discover:
     batch_size: OptionalInt = None
     """Examples per call; without it, as many as fit the memory budget."""
     copies: OptionalInt = None
-    """Use all devices, with so many copies of the model, each split over its part of them; without it, one device."""
+    """Use all devices, with so many copies of the model, each split over its part of them; a divisor of their number.
+    Without it, one device."""
     overwrite: bool = False
     """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on (--batch-size and
     --copies may be others)."""
@@ -178,6 +186,8 @@ class Data:
     """Boxes in a scene, 2 to 10."""
     seed: int = 0
     """Seed of the scenes."""
+    overwrite: bool = False
+    """Replace --out if it is there."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class RunFolder:
             return cls(path, config, replaced=there)
         if (path / CONFIG).exists():
             _check_same(path, config, given)
-            return cls(path, config, _load_scores(path / SCORES), begun=True)
+            return cls(path, config, scores_so_far(path / SCORES), begun=True)
         if there:
             found = ", ".join(str(file.relative_to(path)) for file in there[:3]) + ", ..." * (len(there) > 3)
             raise ValueError(f"{path} holds results ({found}) without the {CONFIG} that says what they are of. {_ANEW}")
@@ -163,8 +163,8 @@ def _check_config_of_a_run(path: Path) -> None:
         raise ValueError(f"{path / CONFIG} is not that of a run, so it is not overwritten; choose another --out.")
 
 
-def _load_scores(file: Path) -> dict[str, PathScores]:
-    """All stages that are finished."""
+def scores_so_far(file: Path) -> dict[str, PathScores]:
+    """The sweeps that an unfinished run has kept in `file`, none if there is no such file; ValueError if damaged."""
     if not file.exists():
         return {}
     try:

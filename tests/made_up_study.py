@@ -40,6 +40,7 @@ def study(models=("base", "tuned"), layers=4, heads=8, k=(4, 2, 2, 4), seed=0) -
     results = {
         "models": list(models),
         "prompts": 350,
+        "chance": 1 / 7,
         "example": "The fig is in Box X, the engine is in Box T, the radio is in Box A. Box T contains the engine.",
         "chain": [
             {"group": g, "sender": role, "receivers": receivers, "via": via, "k": size[g]}
@@ -64,10 +65,13 @@ def discovery(rng, groups, layers, heads) -> dict:
     for group, chosen in groups.items():
         for i, (layer, head) in enumerate(chosen):
             means[group][layer, head] = -0.85 / (1.6 + i) ** 1.5
+    layer, head = groups["label_matcher"][0]
+    means["object_lookup"][layer, head] = -0.9634  # strongest of its sweep, but a later stage selects it as well
     return {
         "groups": groups,
         "roles": {group: GROUPS[group][0] for group in groups},
         "stopped": "",
+        "moved": {"object_lookup": [{"head": [layer, head], "to": "label_matcher"}]},
         "means": {group: mean.tolist() for group, mean in means.items()},
         "heads": {
             group: [
@@ -124,7 +128,7 @@ def dcm(rng, groups) -> dict:
             test = float(rng.uniform(0.6, 0.98) if i == j else rng.uniform(0, 0.3))
             found[group][name] = {
                 "heads": heads, "mask": masks[-1].tolist(), "selected": selected, "step": 60, "validation": test,
-                "test": test, "loss": (-5 - steps[:, 0]).tolist(), "masks": masks.tolist(),
+                "test": test, "unpatched": 0.031, "loss": (-5 - steps[:, 0]).tolist(), "masks": masks.tolist(),
             }  # fmt: skip
     return found
 
@@ -170,6 +174,7 @@ def odd() -> dict:
     base, tuned = results["models"]
     found = results["discovery"][base]
     found["stopped"] = "Stage 'label_matcher' found no head: the strongest mean effect is -0.0004."
+    found["moved"] = {}
     found["groups"]["label_matcher"], found["heads"]["label_matcher"] = [], []
     results["minimality"][base]["groups"].pop("label_matcher")
     results["minimality"][base]["circuit"]["label_matcher"] = []

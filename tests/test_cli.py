@@ -1,5 +1,6 @@
 """The commands, run as a user runs them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
 
+import convert
 import jaxmech as jm
 from jaxmech import cli
+from jaxmech.cli_options import StudyCommand
+from jaxmech.provenance import versions
 from jaxmech.run_folder import RunFolder
-from jaxmech.study import STAGES
+from jaxmech.study import STAGES, Settings
 
 CHAIN = str(jm.demo.path("chain.toml"))
 BASE, TUNED = str(jm.demo.path("base")), str(jm.demo.path("tuned"))
@@ -70,14 +74,104 @@ def test_study_takes_its_settings_from_the_command_line(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "_study_into", lambda out, settings, **rest: seen.append((out, settings, rest)))
     command = ["study", "--base", BASE, "--tuned", TUNED, "--tuned", str(tmp_path / "x"), "--out", str(tmp_path / "o")]
-    cli.main(
-        [*command, "--chain", CHAIN, "--k", "value_fetcher", "3", "--only", "cmap", "--from", "dcm", "--lam", "0.1"]
-    )
+    sizes = ["--k", "value_fetcher", "3", "--lam", "0.1", "--min-effect", "0.02"]
+    cli.main([*command, "--chain", CHAIN, *sizes, "--only", "cmap", "--from", "dcm"])
     ((out, settings, rest),) = seen
     assert out == tmp_path / "o" and settings.names == ["base", "tuned", "x"]
-    assert settings.chain == jm.read_chain(CHAIN) and settings.k == {"value_fetcher": 3} and settings.lam == 0.1
+    assert settings.chain == jm.read_chain(CHAIN) and settings.k == {"value_fetcher": 3}
+    assert (settings.lam, settings.min_effect) == (0.1, 0.02)
     assert rest["only"] == ("cmap",) and rest["start"] == "dcm"
     assert (settings.repeats, settings.patched, settings.train) == (10, 500, 1000)
+
+
+def test_every_setting_of_a_study_is_an_option_or_said_to_be_none():
+    settings = {field.name for field in dataclasses.fields(Settings)}
+    options = {field.name for field in dataclasses.fields(StudyCommand)}
+    assert settings - options == set(cli.NO_OPTIONS)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"jaxmech {versions(['jaxmech'])['jaxmech']}"
+
+
+def test_data_does_not_replace_a_file_unless_asked(tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    file.write_text("mine")
+    command = ["data", "--scenes", "2", "--out", str(file)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    assert stop.value.code == 2 and file.read_text() == "mine"
+    assert "exists already; choose another --out, or replace it with --overwrite" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    cli.main([*command, "--overwrite"])
+    assert jm.boxes.read(file) == jm.boxes.make(2)
+
+
+@pytest.fixture
+def unable(tmp_path):
+    """A folder with the base model without its attention, which answers nothing right."""
+    model = jm.load(BASE)
+    blocks = {**model.weights["blocks"], "o": 0 * model.weights["blocks"]["o"]}
+    convert.write_hf(
+        tmp_path / "unable", model.config, {"params": {**model.weights, "blocks": blocks}}, model.tokenizer
+    )
+    return tmp_path / "unable"
+
+
+def test_a_model_that_cannot_do_the_task_is_warned_of(tmp_path, unable, capsys):
+    command = ["--chain", CHAIN, "--scenes", "3", "--out"]
+    cli.main(["discover", "--model", str(unable), *command, str(tmp_path / "discovery")])
+    warning = "unable answers no prompt right; naming any object of the scene would be right for 14.3 %."
+    printed = capsys.readouterr().out
+    assert warning in printed and "0.0 %" in printed
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["discover", "--model", str(unable), *command, str(tmp_path / "right"), "--correct-only"])
+    assert stop.value.code == 2 and "unable answers none of the 21 prompts right" in capsys.readouterr().err
+    assert not (tmp_path / "right").exists()
+
+    study = ["study", "--base", str(unable), "--tuned", TUNED, "--quick", *command, str(tmp_path / "study")]
+    cli.main([*study, "--only", "accuracy"])
+    assert capsys.readouterr().out.count(warning) == 2, "at once, and with the results"
+    cli.main([*study, "--only", "accuracy"])
+    assert warning in capsys.readouterr().out
+    assert warning in (tmp_path / "study" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_discovery_on_the_prompts_that_are_answered_right(tmp_path, capsys):
+    discover(tmp_path, "--correct-only", "--k", "value_fetcher", "2")
+    model = jm.load(BASE)
+    pairs = jm.boxes.pairs(jm.boxes.make(6), model.tokenizer)
+    right = pairs[jm.predict(model, pairs).correct]
+    assert f"Scores are of the {len(right)} prompts that it answers right" in capsys.readouterr().out
+    assert 0 < len(right) < len(pairs)
+    circuit = jm.discover(model, right, {"value_fetcher": 2}, jm.read_chain(CHAIN))
+    assert jm.Circuit.load(tmp_path / "circuit.json", CHAIN).groups == circuit.groups
+    with np.load(tmp_path / "scores.npz") as scores:
+        np.testing.assert_array_equal(scores["value_fetcher"], circuit.scores["value_fetcher"].per_example)
+
+
+def test_discovery_by_another_metric_goes_on_as_such(tmp_path, capsys):
+    discover(tmp_path, "--metric", "log_probability", "--min-effect", "0.05")
+    model = jm.load(BASE)
+    pairs = jm.boxes.pairs(jm.boxes.make(6), model.tokenizer)
+    expected = jm.discover(model, pairs, chain=CHAIN, metric="log_probability", min_effect=0.05)
+    assert jm.Circuit.load(tmp_path / "circuit.json", CHAIN).groups == expected.groups
+    first = capsys.readouterr().out
+    assert "mean change of log p(correct)" in first
+    discover(tmp_path, "--metric", "log_probability", "--min-effect", "0.05")
+    again = capsys.readouterr().out
+    assert "Going on with the run" in again and first[first.index("Circuit: heads") :] in again
+
+
+def test_copies_on_one_device_are_refused_by_the_name_of_the_option(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    command = ["study", "--base", BASE, "--tuned", TUNED, "--out", str(tmp_path / "out"), "--copies", "8"]
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert "--copies 8: there is 1 device here; expected a divisor" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_and_discover_agree_with_the_library(tmp_path, capsys):
@@ -195,11 +289,14 @@ def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_p
         (["--out", BASE, "--overwrite"], "config.json is not that of a run, so it is not overwritten"),
         (["--k", "typo", "3"], "k names the groups ['typo']; the chain has"),
         (["--k", "value_fetcher", "0"], "k=0; expected"),
+        (["--min-effect", "2"], "min_effect=2.0; expected a fraction from 0 to 1"),
+        (["--metric", "log_probability", "--min-effect", "-1"], "min_effect=-1.0; expected a finite number"),
         (["--min-effect", "nan"], "min_effect=nan; expected a fraction"),
         (["--seed", "-1"], "seed=-1; expected at least 0"),
         (["--k", "value_fetcher", "33"], "k=33, but the model has 32 heads"),
         (["--boxes", "11"], "n_boxes=11; expected 2 to 10"),
-        (["--copies", "3"], "rows=3, but there are 8 devices"),
+        (["--copies", "3"], "--copies 3: there are 8 devices here; expected a divisor of that number"),
+        (["--precision", "bf16"], "precision is 'bf16'; expected one of default, high, highest"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_status_2(tmp_path, capsys, arguments, message):
@@ -214,7 +311,7 @@ def test_bad_input_ends_with_a_message_and_status_2(tmp_path, capsys, arguments,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "fp16"], "invalid choice 'fp16' for argument '--dtype'"),
+        (["--dtype", "fp16"], "invalid choice 'fp16' for argument '--dtype'. Expected one of ('float32', 'bfloat16',"),
         (["--k", "value_fetcher", "x"], "parsing --k: the group 'value_fetcher' is followed by 'x'; expected a number"),
         (["--k", "value_fetcher", "3", "b"], "parsing --k: the group 'b' is followed by nothing; expected a number"),
         (["--k", "b", "3", "b", "4"], "parsing --k: the group 'b' is given twice"),

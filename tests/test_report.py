@@ -11,6 +11,7 @@ from made_up_study import COMPONENTS, GROUPS, entry, odd, study
 from matplotlib.image import imread
 
 from jaxmech.report import write_report
+from jaxmech.report.words import percent_interval
 
 STAGES = {
     "accuracy": "Accuracy",
@@ -240,6 +241,8 @@ def test_a_model_without_a_circuit_is_shown(tmp_path):
     write_report(tmp_path, results, **META)
     page = read(tmp_path)
     assert not page.wrong and "base: 0 of 0 heads stay." in page.text and "no head chosen" in page.text
+    assert page.text.count("Not run, because no head is left in any circuit.") == 4  # overlap and what follows DCM
+    assert "There is no head to take away." in page.text
 
 
 def test_models_whose_names_differ_in_odd_characters_have_figures_of_their_own(tmp_path, undrawn):
@@ -272,6 +275,83 @@ def test_the_headline_does_not_claim_what_the_intervals_do_not_hold(tmp_path, un
     results["cmap"]["tuned"]["groups"] = {"z": {group: entry(before - 0.1) for group in GROUPS}}
     write_report(tmp_path, results, **META)
     assert "No single group of tuned, patched into base, raises its accuracy." in read(tmp_path).text
+
+
+def test_a_head_that_went_to_a_later_group_is_named_where_it_was(tmp_path, undrawn):
+    results = study()
+    layer, head = results["discovery"]["base"]["groups"]["label_matcher"][0]
+    assert results["discovery"]["base"]["moved"] == {"object_lookup": [{"head": [layer, head], "to": "label_matcher"}]}
+    write_report(tmp_path, results, **META)
+    page = read(tmp_path)
+    sentence = f"Head {layer}.{head} (−96.3 %) went to label_matcher."
+    assert page.text.count(sentence) >= 1
+    alts = [image["alt"].replace("\N{NO-BREAK SPACE}", " ") for image in page.images]
+    assert sum(sentence in alt for alt in alts) >= 1
+    assert all("went to" not in alt for alt in alts if "went to label_matcher" not in alt)
+
+
+def test_accuracies_of_masks_stand_beside_those_without_a_patch(report):
+    header = next(row for row in _rows(report) if "unpatched" in row)
+    row = next(row for row in _rows(report) if len(row) == len(header) and row[:2] == ["value_fetcher", "positional"])
+    columns = [i for i, name in enumerate(header) if name == "unpatched"]
+    assert len(columns) == 2 and all(row[i] == "3.1 %" for i in columns)
+    grids = [image["alt"].replace("\N{NO-BREAK SPACE}", " ") for image in read(report).images]
+    grids = [alt for alt in grids if alt.startswith("Grid.")]
+    assert all("3.1 % unpatched" in alt and "1 heads" not in alt for alt in grids)
+    assert "; object_lookup: positional" in grids[0], "groups apart"
+
+
+def test_what_is_not_all_or_nothing_does_not_read_so(tmp_path, undrawn):
+    results = study()
+    results["accuracy"]["tuned"] = {"accuracy": 1.0, "low": 0.9891, "high": 1.0}
+    results["accuracy"]["base"] = {"accuracy": 0.9997, "low": 0.99951, "high": 0.99982}
+    results["faithfulness"]["base"]["base"]["random"] = [0.024, 0.0241]
+    write_report(tmp_path, results, **META)
+    text = read(tmp_path).text.replace("\N{NO-BREAK SPACE}", " ")
+    alt = next(image["alt"] for image in read(tmp_path).images if image["alt"].startswith("Bars of accuracy"))
+    assert "tuned 100.0 % [98.9, 100.0]" in alt.replace("\N{NO-BREAK SPACE}", " ")
+    assert "base 99.97 % [99.95, 99.98]" in alt.replace("\N{NO-BREAK SPACE}", " ")
+    assert "2.4 to 2.4" not in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.5, 0.6, "[50.0, 60.0]"), (0.99996, 1.0, "[99.996, 100.000]"), (1.0, 1.0, "[100.0, 100.0]"),
+     (0.0, 0.0002, "[0.00, 0.02]"), (-0.2, -0.1, "[−20.0, −10.0]")],
+)  # fmt: skip
+def test_intervals_are_seen_to_be_some(low, high, words):
+    assert percent_interval(low, high) == words
+
+
+def test_the_largest_gap_is_that_of_heads_that_were_taken_away(tmp_path, undrawn):
+    results = study()
+    sets = [{"name": "nothing", "size": 0, "circuit": 0.1, "model": 0.6, "gap": 0.5},
+            {"name": "value_fetcher", "size": 4, "circuit": 0.1, "model": 0.3, "gap": 0.2}]  # fmt: skip
+    results["completeness"]["base"] = sets
+    results["completeness"]["tuned"] = [{**one, "circuit": 0.0, "model": 0.0, "gap": 0.0} for one in sets]
+    write_report(tmp_path, results, **META)
+    text = read(tmp_path).text
+    assert "base. The largest gap is 20.0 points, for K: value_fetcher; with nothing taken away it is 50.0." in text
+    assert "tuned. Nothing is answered right, with heads taken away or without" in text
+
+
+def test_a_model_that_cannot_do_the_task_is_warned_of(tmp_path, undrawn):
+    results = study()
+    results["accuracy"]["base"] = {"accuracy": 0.0, "low": 0.0, "high": 0.011}
+    for stage in ("dcm", "activation_patching"):
+        results[stage]["base"] = {}
+    write_report(tmp_path, results, **META)
+    text = read(tmp_path).text
+    assert "Warning. base answers no prompt right; naming any object of the scene would be right for 14.3 %." in text
+    assert text.count("base: not run, because no head is left in its circuit.") == 2
+    assert "tuned answers only" not in text
+
+
+def test_the_name_of_a_table_is_its_caption_once(report):
+    text = (report / "report.html").read_text(encoding="utf-8")
+    labels = re.findall(r'role="region" aria-labelledby="(table-\d+)"', text)
+    assert labels == [f"table-{i + 1}" for i in range(len(labels))] and len(labels) >= 8
+    assert all(text.count(f'id="{label}"') == 1 for label in labels) and "aria-label=" not in text
 
 
 def test_a_large_model_is_drawn_with_one_cell_per_head(tmp_path):

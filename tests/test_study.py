@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
 from jaxmech import dcm
+from jaxmech.discovery import with_k
 from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
+from jaxmech.study.chains import moved_heads
 from jaxmech.study.data import StudyData
 from jaxmech.study.study import Study
 
@@ -291,10 +293,7 @@ def test_a_study_that_is_interrupted_after_every_part_ends_with_the_same_bytes(d
 @pytest.mark.parametrize("stage", ["discovery", "dcm"])
 def test_a_study_that_is_killed_ends_with_the_same_bytes(done, tmp_path, stage):
     """SIGKILL as soon as a stage's first part is there; what is done already is copied, to save time."""
-    folder = StudyFolder.open(tmp_path, SETTINGS)
-    for name in list(STAGES)[: list(STAGES).index(stage)]:
-        for part, result in done.parts.get(name, {}).items():
-            folder.keep(name, part, result, 0.0)
+    copied_up_to(done, tmp_path, stage)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_study import *; "
         "run(SETTINGS, StudyFolder.open(sys.argv[2], SETTINGS))"
@@ -310,6 +309,84 @@ def test_a_study_that_is_killed_ends_with_the_same_bytes(done, tmp_path, stage):
     assert not (tmp_path / "results.json").exists()
     run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS))
     assert (tmp_path / "results.json").read_bytes() == (done.path / "results.json").read_bytes()
+
+
+def copied_up_to(done: StudyFolder, path: Path, stage: str) -> StudyFolder:
+    """A study of which everything before a stage is done."""
+    folder = StudyFolder.open(path, SETTINGS)
+    for name in list(STAGES)[: list(STAGES).index(stage)]:
+        for part, result in done.parts.get(name, {}).items():
+            folder.keep(name, part, result, 0.0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "function", "pieces"),
+    [("discovery", "jaxmech.discovery", "path_patch", 3), ("dcm", "jaxmech.dcm", "train_many", 3)],
+)
+def test_a_part_that_is_interrupted_goes_on_with_its_next_piece(
+    done, tmp_path, monkeypatch, stage, module, function, pieces
+):
+    """In the second sweep of discovery, and in the second role of DCM."""
+    module, seen = import_module(module), []
+    whole = getattr(module, function)
+
+    def interrupted(*arguments, **options):
+        seen.append(function)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(module, function, interrupted)
+    folder = copied_up_to(done, tmp_path, stage)
+    with pytest.raises(KeyboardInterrupt):
+        run(SETTINGS, folder, only=(stage,))
+    assert stage not in folder.parts and len(contents(tmp_path / "unfinished")) == 1
+    found = run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS), only=(stage,))
+    assert len(seen) == 2 + (pieces - 1) + pieces, "the first piece is not computed again"
+    for part in SETTINGS.names:
+        file = f"parts/{stage}.{part}.json"
+        assert (tmp_path / file).read_bytes() == (done.path / file).read_bytes()
+    assert set(found) >= {stage} and not (tmp_path / "unfinished").exists()
+
+
+def test_a_study_that_is_killed_in_its_second_sweep_goes_on_with_it(done, tmp_path, monkeypatch):
+    copied_up_to(done, tmp_path, "discovery")
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from test_study import *; "
+        "run(SETTINGS, StudyFolder.open(sys.argv[2], SETTINGS), "
+        "progress=lambda stage, part, done, total: done > 100 and os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    here = Path(__file__).parent
+    killed = subprocess.run([sys.executable, "-c", script, str(here), str(tmp_path)], cwd=here.parent, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert set(contents(tmp_path / "unfinished")) == {"discovery.base.npz"}
+    discovery, swept = import_module("jaxmech.discovery"), []
+    whole = discovery.path_patch
+    monkeypatch.setattr(discovery, "path_patch", lambda *a, **o: swept.append(a[2]) or whole(*a, **o))
+    run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS), only=("discovery",))
+    roles = [stage.sender for stage in SETTINGS.chain]
+    assert swept == roles[1:] + roles, "the first sweep of the base is not run again"
+    for part in SETTINGS.names:
+        file = f"parts/discovery.{part}.json"
+        assert (tmp_path / file).read_bytes() == (done.path / file).read_bytes()
+
+
+def test_unfinished_pieces_are_removed_with_what_they_are_of_and_named_when_damaged(done, tmp_path):
+    for suffix, stage in (("npz", "discovery"), ("json", "dcm")):
+        folder = copied_up_to(done, tmp_path / stage, stage)
+        file = folder.path / "unfinished" / f"{stage}.base.{suffix}"
+        file.parent.mkdir()
+        file.write_text("{")
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged.*Delete it.*--overwrite"):
+            run(SETTINGS, folder, only=(stage,))
+        folder.forget(stage, SETTINGS.names)
+        assert not file.parent.exists()
+        file.parent.mkdir()
+        file.write_text("{")
+        other = dataclasses.replace(SETTINGS, seed=1)
+        StudyFolder.open(folder.path, other, overwrite=True).keep("knockout", "base", 1.0, 0.0)
+        assert not file.exists()
 
 
 def test_stages_can_be_run_alone_and_anew(done, tmp_path):
@@ -474,10 +551,77 @@ def test_models_and_data_are_the_same_however_their_paths_are_spelt(tmp_path, mo
 
 
 @pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("a/base", "a/tuned"), ["base", "tuned"]),
+        (("run1/checkpoint-500", "run2/checkpoint-500"), ["run1-checkpoint-500", "run2-checkpoint-500"]),
+        (("x/a/ckpt", "x/b/ckpt", "y/b/ckpt", "last"), ["a-ckpt", "x-b-ckpt", "y-b-ckpt", "last"]),
+        (("m/Base", "m/base"), ["Base", "base-1"]),
+        (("m/a:b", "m/a?b", "m/my model"), ["a-b", "a-b-1", "my model"]),
+        (("a/b-c", "a-b/c", "d/c"), ["b-c", "a-b-c", "d-c"]),
+    ],
+)
+def test_models_of_folders_of_one_name_are_named_by_the_folders_above(tmp_path, folders, names):
+    base, *tuned = (tmp_path / folder for folder in folders)
+    settings = dataclasses.replace(SETTINGS, base=base, tuned=tuple(tuned))
+    assert settings.names == names and list(settings.paths.values()) == [base, *tuned]
+
+
+def changed(folder: Path, change) -> Path:
+    """A copy of the demo's tuned model in which `change` was made."""
+    shutil.copytree(jm.demo.path("tuned"), folder)
+    change(folder)
+    return folder
+
+
+def edit(file: str, old: str, new: str):
+    def change(folder: Path) -> None:
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+
+    return change
+
+
+def remove(pattern: str):
+    def change(folder: Path) -> None:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "No checkpoint directory at .*x"),
+        (remove("config.json"), "holds no config.json"),
+        (remove("*.safetensors"), "holds no weights"),
+        (remove("tokenizer*"), "x holds no tokenizer; copy tokenizer.json"),
+        (
+            edit("config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 3'),
+            r"x has \(layers, .*\) = \(3, .*shape",
+        ),
+        (edit("tokenizer.json", '"fig"', '"figs"'), "tokenizer of .*x reads .* models of a study must share"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_any_is_loaded_and_anything_written(
+    tmp_path, monkeypatch, change, message
+):
+    monkeypatch.setattr(import_module("jaxmech.study.study"), "load", None)
+    settings = dataclasses.replace(SETTINGS, tuned=(*SETTINGS.tuned, changed(tmp_path / "x", change)))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        StudyFolder.open(tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises((ValueError, FileNotFoundError)):  # as the base, too
+        StudyFolder.open(tmp_path / "out", dataclasses.replace(SETTINGS, base=tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tuned": ()}, "needs at least one fine-tuned model"),
-        ({"tuned": (jm.demo.path("base"),)}, "named by their folders, which must differ; found base, base"),
+        ({"tuned": (jm.demo.path("base"),)}, "must be different folders; .*base, .*base are the same"),
         ({"repeats": 0}, "repeats=0"),
         ({"compat": "published"}, "compat='published'"),
         ({"chain": ()}, "no stages"),
@@ -507,3 +651,22 @@ def test_the_published_deviations_run_through(tmp_path):
     assert set(results) >= set(STAGES)
     accuracies = [row["before"] for rows in results["minimality"]["base"]["groups"].values() for row in rows]
     np.testing.assert_allclose(accuracies, np.round(accuracies, 2), atol=1e-12)
+
+
+def test_heads_that_a_later_stage_took_are_named_with_their_group(models, pairs):
+    chain = jm.read_chain(jm.demo.path("chain.toml"))
+    again = (*chain[:2], jm.Stage("again", "last", k=1), jm.Stage("and_again", "last", k=2))
+    circuit = jm.discover(models["base"], pairs, chain=again, k={"value_fetcher": 3})
+    top = circuit.scores["value_fetcher"].top(3)
+    moved = moved_heads(circuit, with_k(again, {"value_fetcher": 3}), 1e-3)
+    assert moved == {
+        "value_fetcher": [{"head": list(head), "to": "and_again"} for head in top[:2]],
+        "again": [{"head": list(top[0]), "to": "and_again"}],
+    }
+
+
+def test_accuracies_without_a_patch_are_the_models_own(results, models):
+    name, data = "positional", running.Study(SETTINGS, {}).data
+    own = jm.accuracy(models["base"], data.desideratum(name)["test"])
+    for runs in results["dcm"]["base"].values():
+        assert runs[name]["unpatched"] == pytest.approx(own)

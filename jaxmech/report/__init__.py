@@ -15,11 +15,13 @@ from jaxmech.report.figures import heat_map
 from jaxmech.report.html import report_files, write_report
 from jaxmech.report.style import save_figure
 from jaxmech.report.tables import accuracy_table, circuit_table, deviation_tables, study_tables
+from jaxmech.report.words import doubts
 
 __all__ = [
     "accuracy_table",
     "circuit_table",
     "deviation_tables",
+    "doubts",
     "heat_map",
     "report_files",
     "save_figure",

@@ -14,7 +14,7 @@ from jaxmech.chain import receivers_text
 from jaxmech.report import bars, curves
 from jaxmech.report.figures import heat_map
 from jaxmech.report.parts import Picture, Results, Section, Table, by_model, in_pairs, once_each, tint
-from jaxmech.report.words import SPACE, head_name, listing, percent, percent_interval, signed, with_interval
+from jaxmech.report.words import SPACE, counted, head_name, listing, percent, percent_interval, signed, with_interval
 
 ROLES = {
     "last": "the last token",
@@ -31,9 +31,11 @@ def accuracy(results: Results) -> Section | None:
     values = listing(f"{model} {with_interval(entry)}" for model, entry in found.items())
     alt, caption = f"Bars of accuracy: {values}.", "Accuracy, with its interval in brackets."
     text = (
-        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals: of "
-        "accuracies by Wilson's score, of ratios and scores bootstrapped over prompts, unless said otherwise."
+        "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals over "
+        "prompts: of accuracies by Wilson's score, of ratios and scores by bootstrap, unless said otherwise."
     )
+    if "chance" in results:
+        text += f" Naming any object of the scene would be right for {percent(results['chance'])}."
     draw = partial(bars.accuracy_bars, found, results["models"])
     return Section(text, rows=[[Picture("accuracy", draw, alt, caption)]])
 
@@ -51,8 +53,9 @@ def circuits(results: Results) -> Section | None:
     text = (
         "Path patching: every head in turn gets its output on a corrupt prompt, and only the paths to the stage's "
         "receivers carry the change. Colour is the mean relative change of the right answer's probability, so the "
-        "reddest heads matter most; frames mark those chosen for the group, named layer.head. The maps of a group "
-        "share one scale."
+        "reddest heads matter most; frames mark those chosen for the group, named layer.head. A head that a later "
+        "stage at the same token selects as well leaves the earlier group for the later one, and is struck out. The "
+        "maps of a group share one scale."
     )
     return Section(text, notes, [_chain(results["chain"])] if results.get("chain") else [], rows)
 
@@ -66,9 +69,10 @@ def minimality(results: Results) -> Section | None:
         every = [e for entries in entry["groups"].values() for e in entries]
         leave = {g: [head_name(e["head"]) for e in es if not e["kept"]] for g, es in entry["groups"].items()}
         gone = "; ".join(f"{', '.join(names)} of {group}" for group, names in leave.items() if names)
-        notes.append(f"{model}: {sum(e['kept'] for e in every)} of {len(every)} heads stay. {_leave(gone)}")
+        notes.append(f"{model}: {sum(e['kept'] for e in every)} of {counted(len(every), 'head')} stay. {_leave(gone)}")
         draw = partial(bars.minimality_bars, entry["groups"], entry["threshold"], tint(results, model))
-        alt = f"Bars of the scores of {len(every)} heads of {model}: {_scores(every)}."
+        scores = "; ".join(f"{group}: {_scores(entries)}" for group, entries in entry["groups"].items() if entries)
+        alt = f"Bars of the scores of {counted(len(every), 'head')} of {model}. {scores or 'There are none'}."
         row.append(Picture(f"minimality-{model}", draw, alt, f"Minimality scores in {model}."))
     threshold = listing(sorted({f"{100 * entry['threshold']:g} %" for entry in found.values()}))
     text = (
@@ -143,9 +147,8 @@ def completeness(results: Results) -> Section | None:
             for e in entries
             if not e["name"].startswith("random ")
         )
-        widest = max(entries, key=lambda e: e["gap"])
         alt = f"Scatter of {len(entries)} sets K taken from {model} (first) and from its circuit (second): {named}."
-        caption = f"{model}. The largest gap is {100 * widest['gap']:.1f} points, for K: {widest['name']}."
+        caption = f"{model}. {_gaps(entries)}"
         row.append(Picture(f"completeness-{model}", partial(curves.completeness_scatter, entries), alt, caption))
     text = (
         "The same heads K of the circuit were taken from the circuit and from the whole model. If the circuit has all "
@@ -209,9 +212,32 @@ def _stage_map(results: Results, group: str, model: str, mean: np.ndarray, bound
     named = [f"{head_name(h)}{SPACE}({signed(float(mean[tuple(h)]), '%')})" for h in chosen[:MOST_HEADS]]
     more = [f"{len(chosen) - MOST_HEADS} more"] if len(chosen) > MOST_HEADS else []
     scores = listing(named + more) or "no head chosen"
-    alt = f"Heat map of {mean.shape[0]} layers by {mean.shape[1]} heads. Framed: {scores}."
-    draw = partial(heat_map, mean, chosen, f"{group} in {model}", where, bound=bound)
-    return Picture(f"circuit-{group}-{model}", draw, alt, f"{group} in {model}: {scores}.")
+    moved = results["discovery"][model].get("moved", {}).get(group, [])
+    went = "".join(f" {sentence}" for sentence in _went(moved, mean))
+    alt = f"Heat map of {mean.shape[0]} layers by {mean.shape[1]} heads. Framed: {scores}.{went}"
+    look = {"bound": bound, "moved": [one["head"] for one in moved]}
+    draw = partial(heat_map, mean, chosen, f"{group} in {model}", where, **look)
+    return Picture(f"circuit-{group}-{model}", draw, alt, f"{group} in {model}: {scores}.{went}")
+
+
+def _went(moved: Sequence[Mapping[str, Any]], mean: np.ndarray) -> Iterable[str]:
+    """Which heads went to which groups, a sentence for each of those."""
+    for to in dict.fromkeys(one["to"] for one in moved):
+        heads = [one["head"] for one in moved if one["to"] == to]
+        named = listing(f"{head_name(h)}{SPACE}({signed(float(mean[tuple(h)]), '%')})" for h in heads)
+        yield f"{'Head' if len(heads) == 1 else 'Heads'} {named} went to {to}."
+
+
+def _gaps(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The largest gap of sets that are not empty, beside that of circuit and model as they are."""
+    if not any(e["model"] or e["circuit"] for e in entries):
+        return "Nothing is answered right, with heads taken away or without, so there is nothing to compare."
+    whole = [f"with nothing taken away it is {100 * e['gap']:.1f}" for e in entries if e["name"] == "nothing"]
+    sets = [e for e in entries if e["name"] != "nothing"]
+    if not sets:
+        return "There is no head to take away."
+    widest = max(sets, key=lambda e: e["gap"])
+    return f"The largest gap is {100 * widest['gap']:.1f} points, for K: {'; '.join([widest['name'], *whole])}."
 
 
 def _leave(gone: str) -> str:
@@ -230,7 +256,11 @@ def _ratio(ratio: Mapping[str, Any]) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{100 * min(values):.1f} to {percent(max(values))}" if values else "-"
+    """The lowest and the highest, once if they read the same."""
+    if not values:
+        return "-"
+    low, high = percent(min(values)), percent(max(values))
+    return high if low == high else f"{low.removesuffix(f'{SPACE}%')} to {high}"
 
 
 def _score(entry: Mapping[str, Any], group: str, head: tuple[int, ...]) -> str:

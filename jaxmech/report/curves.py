@@ -74,8 +74,12 @@ def knockout_curves(curves: Mapping[str, Sequence[float]], accuracy: float | Non
 
 @styled
 def dcm_grid(columns: Mapping[str, Mapping[str, Entry]], desiderata: Sequence[str]) -> Figure:
-    """Accuracy and number of selected heads, {column: {desideratum: run}}, in numbers and shades of blue."""
-    figure, axes = new_axes(0.75 + 0.44 * len(desiderata))
+    """Accuracy and number of selected heads, {column: {desideratum: run}}, in numbers and shades of blue.
+
+    Under the name of a desideratum stands the accuracy of the unpatched model.
+    """
+    lines = max((1 + wrapped(name, 20).count("\n") for name in desiderata), default=1)
+    figure, axes = new_axes(0.75 + (0.44 if lines == 1 else 0.5) * len(desiderata))
     table, shades = np.full((len(desiderata), len(columns)), np.nan), colormaps["Blues"]
     for j, runs in enumerate(columns.values()):
         for i, name in enumerate(desiderata):
@@ -91,13 +95,20 @@ def dcm_grid(columns: Mapping[str, Mapping[str, Entry]], desiderata: Sequence[st
     axes.set_xticks(
         range(len(columns)), ["\n".join(wrapped(part, 14) for part in name.split("\n")) for name in columns]
     )
-    axes.set_yticks(range(len(desiderata)), [wrapped(name, 20) for name in desiderata])
+    names = [wrapped(name, 20) + _unpatched(columns, name) for name in desiderata]
+    axes.set_yticks(range(len(desiderata)), names, linespacing=1.05)
     axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(desiderata) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
     axes.tick_params(which="both", length=0, top=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def _unpatched(columns: Mapping[str, Mapping[str, Entry]], name: str) -> str:
+    """A line with the unpatched accuracy on a desideratum, of each column where they differ; "" if it is not known."""
+    known = [percent(runs[name]["unpatched"]) for runs in columns.values() if "unpatched" in runs.get(name, {})]
+    return f"\n({' / '.join(known if len(set(known)) > 1 else known[:1])})" if known else ""
 
 
 @styled

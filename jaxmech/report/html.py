@@ -16,20 +16,21 @@ from jaxmech.files import write_text
 from jaxmech.report import circuit_sections, patching_sections
 from jaxmech.report.parts import Picture, Results, Section, Table
 from jaxmech.report.style import save_figure
-from jaxmech.report.words import SPACE, headline, listing
+from jaxmech.report.words import SPACE, doubts, headline, listing
 
-HEADINGS: tuple[tuple[str, Callable[[Results], Section | None]], ...] = (
-    ("Accuracy", circuit_sections.accuracy),
-    ("Circuits", circuit_sections.circuits),
-    ("Minimality", circuit_sections.minimality),
-    ("Faithfulness", circuit_sections.faithfulness),
-    ("Overlap of the circuits", circuit_sections.overlap),
-    ("Completeness", circuit_sections.completeness),
-    ("What the groups carry (DCM)", patching_sections.dcm),
-    ("Activation patching", patching_sections.activation_patching),
-    ("Cross-model activation patching (CMAP)", patching_sections.cmap),
-    ("Attention knockout", patching_sections.knockout),
-    ("Table of heads", circuit_sections.heads),
+# Title, stage of the study, and what makes the section.
+HEADINGS: tuple[tuple[str, str, Callable[[Results], Section | None]], ...] = (
+    ("Accuracy", "accuracy", circuit_sections.accuracy),
+    ("Circuits", "discovery", circuit_sections.circuits),
+    ("Minimality", "minimality", circuit_sections.minimality),
+    ("Faithfulness", "faithfulness", circuit_sections.faithfulness),
+    ("Overlap of the circuits", "overlap", circuit_sections.overlap),
+    ("Completeness", "completeness", circuit_sections.completeness),
+    ("What the groups carry (DCM)", "dcm", patching_sections.dcm),
+    ("Activation patching", "activation_patching", patching_sections.activation_patching),
+    ("Cross-model activation patching (CMAP)", "cmap", patching_sections.cmap),
+    ("Attention knockout", "knockout", patching_sections.knockout),
+    ("Table of heads", "discovery", circuit_sections.heads),
 )
 
 
@@ -58,11 +59,17 @@ def write_report(
     if not results.get("models"):
         raise ValueError(f"results name no models, only {sorted(results)}; expected 'models', the base first.")
     folder = Path(folder)
-    built = [(title, build(results)) for title, build in HEADINGS]
-    files = _file_names(picture.name for _, section in built for picture in _pictures(section))
+    built = [(title, stage, build(results)) for title, stage, build in HEADINGS]
+    files = _file_names(picture.name for *_, section in built for picture in _pictures(section))
     sections = [
-        {"id": _slug(title), "title": title, "section": section, "rows": _rows(folder, section, files)}
-        for title, section in built
+        {
+            "id": _slug(title),
+            "title": title,
+            "section": section,
+            "rows": _rows(folder, section, files),
+            "not_run": "Not run, because no head is left in any circuit." if results.get(stage) else "Not run.",
+        }
+        for title, stage, section in built
     ]
     page = _template().render(
         base=results["models"][0],
@@ -70,6 +77,7 @@ def write_report(
         names=listing(results["models"]),
         others=listing(results["models"][1:]),
         headline=headline(results),
+        doubts=doubts(results),
         results=results,
         sections=sections,
         settings=_flat("Settings", settings),
@@ -83,7 +91,7 @@ def write_report(
 def report_files(folder: str | Path, results: Mapping[str, Any]) -> list[Path]:
     """The files that `write_report` writes for these results."""
     folder = Path(folder)
-    files = _file_names(picture.name for _, build in HEADINGS for picture in _pictures(build(results)))
+    files = _file_names(picture.name for *_, build in HEADINGS for picture in _pictures(build(results)))
     figures = [folder / "figures" / f"{name}{suffix}" for name in files.values() for suffix in (".png", ".svg")]
     return [folder / "report.html", *figures]
 

@@ -73,6 +73,17 @@ def by_model(results: Results, stage: str) -> dict[str, Any]:
     return {model: found[model] for model in results["models"] if found.get(model)}
 
 
+def without_heads(results: Results, stage: str) -> list[str]:
+    """A note for each model of which the stage has an empty result, since no head is left in its circuit."""
+    found = results.get(stage) or {}
+    return [no_head_left(model) for model in results["models"] if model in found and not found[model]]
+
+
+def no_head_left(model: str) -> str:
+    """Why a stage was not run for a model."""
+    return f"{model}: not run, because no head is left in its circuit."
+
+
 def once_each(lists: Iterable[Iterable[Name]]) -> list[Name]:
     """All names, or heads, each once and in the order in which they come first."""
     return list(dict.fromkeys(name for names in lists for name in names))

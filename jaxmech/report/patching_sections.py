@@ -11,8 +11,19 @@ import numpy as np
 
 from jaxmech.report import bars, curves
 from jaxmech.report.figures import heat_map
-from jaxmech.report.parts import Picture, Results, Section, Table, by_model, in_pairs, once_each, tint
-from jaxmech.report.words import WHOLE, head_name, listing, percent, signed, with_interval
+from jaxmech.report.parts import (
+    Picture,
+    Results,
+    Section,
+    Table,
+    by_model,
+    in_pairs,
+    no_head_left,
+    once_each,
+    tint,
+    without_heads,
+)
+from jaxmech.report.words import WHOLE, counted, head_name, listing, percent, signed, with_interval
 
 Runs = Mapping[str, Mapping[str, Any]]  # desideratum -> a run of DCM
 
@@ -33,10 +44,11 @@ def dcm(results: Results) -> Section | None:
     text = (
         "A mask over the heads of a group was trained so that patching the selected heads from another prompt makes "
         "the model say what a desideratum predicts. High accuracy on held-out prompts with few selected heads means "
-        "that these carry that information: the position of the right segment, the object, or the box's label. With no "
-        "head selected, nothing is patched."
+        "that these carry that information: the position of the right segment, the object, or the box's label. Compare "
+        "it with how often the model says the same with nothing patched (unpatched), which is what no selected head "
+        "gives, too."
     )
-    return Section(text, rows=rows, tables=[_selections(found)])
+    return Section(text, without_heads(results, "dcm"), rows=rows, tables=[_selections(found)])
 
 
 def activation_patching(results: Results) -> Section | None:
@@ -58,14 +70,17 @@ def activation_patching(results: Results) -> Section | None:
         "well in another, both use them for the same. Bars are means over draws of prompts, whiskers one standard "
         "deviation."
     )
-    return Section(text, rows=in_pairs(row))
+    return Section(text, without_heads(results, "activation_patching"), rows=in_pairs(row))
 
 
 def cmap(results: Results) -> Section | None:
     """Heads of the fine-tuned models at work in the base."""
-    if not (found := by_model(results, "cmap")):
+    whole = by_model(results, "cmap")
+    found = {tuned: entry for tuned, entry in whole.items() if any(entry["groups"].values())}
+    if not found:
         return None
-    base, rows, tables, notes = results["models"][0], [], [], []
+    base, rows, tables = results["models"][0], [], []
+    notes = [no_head_left(tuned) for tuned in whole if tuned not in found]
     known = {model: entry["accuracy"] for model, entry in by_model(results, "accuracy").items()}
     for tuned, entry in found.items():
         lines = {model: known[model] for model in (base, tuned) if model in known}
@@ -126,21 +141,31 @@ def _grids(common: Mapping[str, Mapping[str, Runs]], variants: Mapping[str, Mapp
     """A grid for each model, and one of the variants for all."""
     grids = []
     for model, groups in common.items():
-        caption = f"{model}: test accuracy, and how many of the group's heads were selected."
+        caption = f"{model}: test accuracy, and how many of the group's heads were selected{_brackets(groups)}."
         grids.append(_grid(f"dcm-{model}", groups, once_each(groups.values()), caption))
     columns = {f"{model}\n{group}": runs for model, groups in variants.items() for group, runs in groups.items()}
-    caption = "Desiderata that were tried on one group alone."
+    caption = f"Desiderata that were tried on one group alone{_brackets(columns)}."
     return grids + ([_grid("dcm-variants", columns, once_each(columns.values()), caption)] if columns else [])
 
 
+def _brackets(columns: Mapping[str, Runs]) -> str:
+    """What stands in brackets under the names of desiderata."""
+    known = any("unpatched" in run for runs in columns.values() for run in runs.values())
+    return "; in brackets the accuracy with nothing patched" if known else ""
+
+
 def _grid(file: str, columns: Mapping[str, Runs], names: list[str], caption: str) -> Picture:
-    values = listing(
-        f"{' '.join(column.split())}, {name}: {percent(runs[name]['test'])} with {len(runs[name]['selected'])} heads"
+    values = "; ".join(
+        f"{' '.join(column.split())}: {listing(_cell(name, runs[name]) for name in names if name in runs)}"
         for column, runs in columns.items()
-        for name in names
-        if name in runs
+        if runs
     )
     return Picture(file, partial(curves.dcm_grid, columns, names), f"Grid. {values}.", caption)
+
+
+def _cell(name: str, run: Mapping[str, Any]) -> str:
+    before = f", {percent(run['unpatched'])} unpatched" if "unpatched" in run else ""
+    return f"{name} {percent(run['test'])} with {counted(len(run['selected']), 'head')}{before}"
 
 
 def _masks(results: Results, model: str, group: str, runs: Runs, kind: str) -> Picture:
@@ -153,23 +178,30 @@ def _masks(results: Results, model: str, group: str, runs: Runs, kind: str) -> P
 
 def _selections(found: Mapping[str, Mapping[str, Runs]]) -> Table:
     """Which heads were selected, group x desideratum, all models side by side."""
-    columns = ["selected", "test", "validation", "step"]
+    known = any("unpatched" in run for groups in found.values() for runs in groups.values() for run in runs.values())
+    columns = ["selected", "test", *["unpatched"] * known, "validation", "step"]
     header, rows = ["group", "desideratum", *columns * len(found)], []
     for group in once_each(found.values()):
         for name in once_each(groups.get(group, {}) for groups in found.values()):
             row = [group, name]
             for groups in found.values():
                 run = groups.get(group, {}).get(name)
-                row += _run_cells(run) if run else ["-"] * len(columns)
+                row += [_run_cell(column, run) for column in columns] if run else ["-"] * len(columns)
             rows.append(row)
-    caption = "The selected heads, their accuracy, and the step after which the mask was taken."
+    caption = (
+        "The selected heads, their accuracy beside the unpatched model's, and the step after which the mask was taken."
+    )
     numbers = [i for i, name in enumerate(header) if name in columns[1:]]
     return Table(caption, header, rows, numbers, [("", 2), *((model, len(columns)) for model in found)])
 
 
-def _run_cells(run: Mapping[str, Any]) -> list[str]:
-    selected = f"{_selected(run)} (of {len(run['heads'])})"
-    return [selected, percent(run["test"]), percent(run["validation"]), str(run["step"])]
+def _run_cell(column: str, run: Mapping[str, Any]) -> str:
+    match column:
+        case "selected":
+            return f"{_selected(run)} (of {len(run['heads'])})"
+        case "step":
+            return str(run["step"])
+    return percent(run.get(column))
 
 
 def _selected(run: Mapping[str, Any]) -> str:

@@ -22,15 +22,18 @@ def accuracy_table(accuracies: Mapping[str, float], count: int) -> Table:
 
 
 def circuit_table(chain: Sequence[Stage], circuit: Circuit, most: int = 8) -> Table:
-    """The first `most` heads of every stage that was run, with the mean relative change of p(correct)."""
-    table = Table(title="Circuit: heads by group, mean change of p(correct)")
-    for column in ("group", "sender at", "receivers", "layer.head (change, %)"):
+    """The first `most` heads of every stage that was run, with the mean change of p(correct) or its logarithm."""
+    relative = all(scores.metric == "probability" for scores in circuit.scores.values())
+    table = Table(title=f"Circuit: heads by group, mean change of {'' if relative else 'log '}p(correct)")
+    unit, change = (100, "{:+.1f}") if relative else (1, "{:+.3f}")
+    for column in ("group", "sender at", "receivers", f"layer.head (change{', %' if relative else ''})"):
         table.add_column(column)
     for stage in chain:
         if stage.group not in circuit.scores:
             continue
         mean, heads = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
-        shown = "  ".join(f"{layer}.{head} ({100 * mean[layer, head]:+.1f})" for layer, head in heads[:most])
+        named = (f"{layer}.{head} ({change.format(unit * mean[layer, head])})" for layer, head in heads[:most])
+        shown = "  ".join(named)
         more = f"  and {len(heads) - most} more" if len(heads) > most else ""
         receivers = "logits" if stage.receivers is None else f"{receivers_text(stage.receivers)}, {stage.via}"
         table.add_row(stage.group, stage.sender, receivers, shown + more or "none")

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxmech.study import doubt
+
 SPACE, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 WHOLE = "whole circuit"  # the name of all groups together in results["cmap"]
 
@@ -18,8 +20,19 @@ class Recovery(NamedTuple):
 
 
 def percent(value: float | None) -> str:
-    """A fraction as "61.1 %", with a space that does not break; "-" for None."""
-    return "-" if value is None else f"{100 * value:.1f}{SPACE}%"
+    """A fraction as "61.1 %", with a space that does not break; "-" for None.
+
+    What is neither 0 nor 1 does not read so: 0.9997 is "99.97 %".
+    """
+    if value is None:
+        return "-"
+    digits = next((n for n in (1, 2, 3) if not _reads_as_end(value, n)), 4)
+    return f"{100 * value:.{digits}f}{SPACE}%"
+
+
+def _reads_as_end(value: float, digits: int) -> bool:
+    """Whether a fraction would be rounded to 0 or 100 %, and is neither, but for the rounding of floats."""
+    return any(abs(value - end) > 1e-9 and round(100 * value, digits) == 100 * end for end in (0, 1))
 
 
 def signed(value: float, unit: str = "") -> str:
@@ -28,8 +41,10 @@ def signed(value: float, unit: str = "") -> str:
 
 
 def percent_interval(low: float, high: float) -> str:
-    """An interval of fractions as "[58.1, 64.0]"."""
-    return f"[{100 * low:.1f}, {100 * high:.1f}]".replace("-", MINUS)
+    """An interval of fractions as "[58.1, 64.0]", with so many digits that it is seen to be one, "[99.98, 99.99]"."""
+    digits = next((n for n in (1, 2, 3) if round(100 * low, n) < round(100 * high, n)), 4)
+    digits = digits if high - low > 1e-6 else 1
+    return f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}]".replace("-", MINUS)
 
 
 def with_interval(entry: Mapping[str, Any], key: str = "accuracy") -> str:
@@ -44,6 +59,11 @@ def head_name(head: Sequence[int]) -> str:
     return f"{head[0]}.{head[1]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, "1 head" or "2 heads"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def listing(names: Iterable[str]) -> str:
     """Names as "a, b and c"."""
     *most, last = list(names) or [""]
@@ -55,6 +75,15 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     base, *others = results["models"]
     known = results.get("accuracy") or {}
     return [" ".join(_sentences(results, base, tuned)) for tuned in others if base in known and tuned in known]
+
+
+def doubts(results: Mapping[str, Any]) -> list[str]:
+    """What makes the study of a model doubtful: one that hardly does the task."""
+    if "chance" not in results:
+        return []
+    known = results.get("accuracy") or {}
+    found = [doubt(model, known[model]["accuracy"], results["chance"]) for model in results["models"] if model in known]
+    return [warning for warning in found if warning]
 
 
 def _sentences(results: Mapping[str, Any], base: str, tuned: str) -> Iterable[str]:

@@ -12,6 +12,7 @@ from jaxmech import boxes
 from jaxmech.boxes import POSITION_VARIANTS, Example, Scene
 from jaxmech.boxes.prompts import reader, whole_objects
 from jaxmech.pairs import Pairs
+from jaxmech.study.doubt import chance
 from jaxmech.study.settings import Settings
 
 MAIN_DESIDERATA = ("positional", "object_value", "box_label_value")
@@ -79,6 +80,11 @@ class StudyData:
     def example(self) -> str:
         """The first of them as text, with its answer."""
         return self._examples["evaluation"][0].sentence
+
+    @property
+    def chance(self) -> float:
+        """Accuracy on them of naming any object of the scene."""
+        return chance(self._examples["evaluation"])
 
     @cached_property
     def contexts(self) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 The folder holds config.json (settings, the models' and the data's fingerprints, versions), parts/STAGE.MODEL.json,
 written whole as soon as a part is done, results.json, which puts them together, circuits in the paper's format, and
-timings.json. The report beside them is the commands' business.
+timings.json; of a part that is not done, what `jaxmech.study.unfinished` keeps. The report beside them is the commands'
+business.
 """
 
 import json
@@ -14,11 +15,13 @@ from typing import Any
 
 import convert
 from jaxmech.discovery import check_number_of_heads, with_k
-from jaxmech.files import write_text
+from jaxmech.files import check_folder, write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
+from jaxmech.study.models import check_models
 from jaxmech.study.settings import AT_A_TIME, Settings
 from jaxmech.study.stages import STAGES
 from jaxmech.study.study import Study
+from jaxmech.study.unfinished import FOLDER, Unfinished
 
 _REMEDY = "Delete it, and the same command computes this part again, or start anew with --overwrite."
 Progress = Callable[[str, str, int, int], None]  # stage, part, done and in all; called when a part starts and ends, too
@@ -54,8 +57,18 @@ class StudyFolder:
 
         Raises:
           NotADirectoryError, PermissionError: see `RunFolder.open`.
+          OSError, ValueError: the models are not there, or not such that a study of them can end (see `check_models`).
           ValueError: the folder holds another study and `overwrite` is False, or a damaged file.
         """
+        check_folder(path)
+        check_models(
+            settings.base,
+            settings.tuned,
+            settings.data,
+            dtype=settings.dtype,
+            param_dtype=settings.dtype,
+            precision=settings.precision,
+        )
         values = settings.to_dict()
         given = {name: values.pop(name) for name in ("base", "tuned", "data", *AT_A_TIME)}
         sources = {
@@ -81,15 +94,23 @@ class StudyFolder:
         write_text(self._file(stage, part), json.dumps(result) + "\n")
         # As it will be read back, so that a study that is resumed and one that is not see the same.
         self.parts.setdefault(stage, {})[part] = json.loads(json.dumps(result))
+        self.unfinished.forget(stage, part)
 
-    def forget(self, stage: str) -> None:
-        """Removes the results of a stage."""
-        for part in self.parts.pop(stage, {}):
+    def forget(self, stage: str, parts: Sequence[str]) -> None:
+        """Removes the results of a stage, finished or not."""
+        self.parts.pop(stage, None)
+        for part in parts:
             self._file(stage, part).unlink(missing_ok=True)
+            self.unfinished.forget(stage, part)
+
+    @property
+    def unfinished(self) -> Unfinished:
+        """Pieces of parts that are not done."""
+        return Unfinished(self.path, self.run_folder.begin)
 
     @property
     def timings(self) -> dict[str, dict[str, float]]:
-        """Seconds of every finished part, with loading and compilation."""
+        """Seconds of every finished part, with loading and compilation; of one that was cut off, since it went on."""
         file = self.path / "timings.json"
         return read_json(file, "Delete it; nothing else depends on it.") if file.exists() else {}
 
@@ -105,6 +126,7 @@ class StudyFolder:
             "models": settings.names,
             "prompts": len(study.data.pairs),
             "example": study.data.example,
+            "chance": study.data.chance,
             "chain": [vars(stage) | {"k": settings.k.get(stage.group, stage.k)} for stage in settings.chain],
         }
         for name, stage in STAGES.items():
@@ -131,7 +153,7 @@ def run(
     """Runs what is not done yet, and returns the results of all stages that are.
 
     Args:
-      only: run these stages alone; what they need must be done.
+      only: run these stages alone, and anew if they are done; what they need must be done.
       start: run this stage and all behind it anew; with `only`, those of them.
       progress: called with (stage, part, done, in all).
 
@@ -142,12 +164,13 @@ def run(
     _check_stages([*only, *([start] if start else [])])
     chosen = [name for name in STAGES if not only or name in only]
     _check_needs(chosen, folder, settings)
-    study = Study(settings, folder.parts)
+    study = Study(settings, folder.parts, folder.unfinished)
     _check_prompts(study, chosen)
-    behind = list(STAGES)[list(STAGES).index(start) :] if start else chosen if only else ()
+    whole = [name for name in chosen if only and _complete(folder.parts, name, settings)]
+    anew = list(STAGES)[list(STAGES).index(start) :] if start else whole
     for name in chosen:
-        if name in behind:
-            folder.forget(name)
+        if name in anew:
+            folder.forget(name, STAGES[name].parts(settings))
     for name in chosen:
         stage = STAGES[name]
         for part in stage.parts(settings):
@@ -196,5 +219,6 @@ def _outputs(path: Path) -> list[Path]:
     """All files in the folder `path` that a study wrote there, but for config.json."""
     parts = [file for stage in STAGES for file in sorted((path / "parts").glob(f"{stage}.*.json"))]
     circuits = [file.name.removeprefix("minimality.") for file in parts if file.name.startswith("minimality.")]
+    parts += [file for stage in STAGES for file in sorted((path / FOLDER).glob(f"{stage}.*"))]
     names = [*[f"circuits/{name}" for name in circuits], "timings.json", "results.json"]
     return parts + [path / name for name in names]

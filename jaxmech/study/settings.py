@@ -9,6 +9,7 @@ from typing import Any
 from jaxmech.compat import check_compat
 from jaxmech.discovery import PAPER_CHAIN, Stage
 from jaxmech.study.chains import check_boxes_chain
+from jaxmech.study.models import model_names
 
 # Attention that is knocked out: source and target role; "random" is a token without a role.
 EDGES = (
@@ -94,9 +95,7 @@ class Settings:
         check_compat(self.compat)
         if not self.tuned:
             raise ValueError("A study needs at least one fine-tuned model; give tuned.")
-        names = self.names
-        if len(set(names)) < len(names):
-            raise ValueError(f"Models are named by their folders, which must differ; found {', '.join(names)}.")
+        _ = self.names
         counts = ("scenes", "contexts", "random_circuits", "train", "validation", "test", "epochs", "dcm_batch")
         for name in (*counts, "repeats", "patched", "models_in_memory"):
             if getattr(self, name) < 1:
@@ -112,8 +111,8 @@ class Settings:
 
     @property
     def names(self) -> list[str]:
-        """Names of the models, the base first: those of their folders."""
-        return [path.resolve().name for path in (self.base, *self.tuned)]
+        """Names of the models, the base first: those of their folders (see `model_names`)."""
+        return model_names((self.base, *self.tuned))
 
     @property
     def paths(self) -> dict[str, Path]:

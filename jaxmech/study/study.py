@@ -13,6 +13,7 @@ from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh
 from jaxmech.study.data import StudyData
 from jaxmech.study.settings import Settings
+from jaxmech.study.unfinished import Unfinished
 
 JSON = Any
 
@@ -23,10 +24,17 @@ class Study:
     Attributes:
       settings: the study.
       results: {stage: {part: result}} of what is done.
+      unfinished: pieces of the part that is being run.
     """
 
-    def __init__(self, settings: Settings, results: Mapping[str, Mapping[str, JSON]]):
+    def __init__(
+        self,
+        settings: Settings,
+        results: Mapping[str, Mapping[str, JSON]],
+        unfinished: Unfinished | None = None,
+    ):
         self.settings, self.results = settings, results
+        self.unfinished = unfinished or Unfinished()  # which keeps nothing
         self.means = lru_cache(maxsize=None)(self._means)
         # To make pairs of text takes a while, and all models are given the same.
         self.desideratum = lru_cache(maxsize=None)(lambda name: self.data.desideratum(name))
@@ -57,13 +65,8 @@ class Study:
 
     def _load(self, name: str) -> Model:
         path = self.settings.paths[name]
-        source, adapter = (self.settings.base, path) if convert.is_adapter(path) else (path, None)
-        model = load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self._mesh)
-        if model.tokenizer is None:
-            raise ValueError(f"{path} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
-        if name != self.settings.names[0]:
-            _check_same_tokens(self.data, model, path)
-        return model
+        source, adapter = (self.settings.base, path) if convert.is_adapter(convert.local_path(path)) else (path, None)
+        return load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self._mesh)
 
     def _means(self, name: str) -> np.ndarray:
         return mean_activations(self.model(name), self.data.contexts)
@@ -72,14 +75,3 @@ class Study:
 def heads_of(groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Head]]:
     """{group: heads} of what was JSON."""
     return {group: [(layer, head) for layer, head in heads] for group, heads in groups.items()}
-
-
-def _check_same_tokens(data: StudyData, model: Model, path) -> None:
-    """ValueError if the model's tokenizer does not read the study's prompts as the base's does."""
-    text = data.example
-    ours, theirs = (tokenizer(text).input_ids for tokenizer in (data.tokenizer, model.tokenizer))
-    if ours != theirs:
-        raise ValueError(
-            f"The tokenizer of {path} reads {text!r} as {theirs}, the base model's as {ours}; models of a study must "
-            "share one tokenizer."
-        )

@@ -1,0 +1,124 @@
+"""What is known of the models of a study without their weights: their names, and whether a study of them can end."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import convert
+from convert.tensors import open_tensors
+from jaxmech import boxes, checkpoint
+from jaxmech.config import Config
+
+SCENES = 20  # whose prompts the tokenizers must read alike, or so many examples of a file
+
+
+def model_names(paths: Sequence[Path]) -> list[str]:
+    """Names of models, all different: those of their folders, with folders above them where those are equal.
+
+    run1/checkpoint-500 and run2/checkpoint-500 are run1-checkpoint-500 and run2-checkpoint-500. Names serve as names of
+    files, also where case is ignored; characters that some file systems do not take become "-".
+
+    Raises:
+      ValueError: a folder is given twice.
+    """
+    found = [path.resolve() for path in paths]
+    if twice := [path for path, place in zip(paths, found, strict=True) if found.count(place) > 1]:
+        raise ValueError(f"Models of a study must be different folders; {', '.join(map(str, twice))} are the same.")
+    tails = [path.parts[-1:] for path in found]
+    while again := [i for i, tail in enumerate(tails) if tails.count(tail) > 1]:
+        tails = [found[i].parts[-len(tail) - 1 :] if i in again else tail for i, tail in enumerate(tails)]
+    names: list[str] = []
+    for i, name in enumerate(map(_name, tails)):
+        taken = name.casefold() in [other.casefold() for other in names]
+        names.append(f"{name}-{i}" if taken else name)
+    return names
+
+
+def _name(parts: Sequence[str]) -> str:
+    safe = [re.sub(r"[^\w .+=@-]+", "-", part).strip("-. ") for part in parts]
+    return "-".join(part for part in safe if part) or "model"
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a checkpoint folder says of its model, weights apart."""
+
+    path: Path
+    config: Config
+    tokenizer: Any
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        config = self.config
+        return config.num_layers, config.num_heads, config.head_dim, config.vocab_size
+
+
+def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **changes: Any) -> None:
+    """Checks what can be checked of the models of a study without loading weights.
+
+    Args:
+      base: checkpoint folder of the base.
+      tuned: folders of its fine-tuned descendants, or of adapters of the base.
+      data: JSONL file of examples that the tokenizers must read alike; None: made ones.
+      changes: fields of `Config`, such as dtype.
+
+    Raises:
+      FileNotFoundError: a folder or a file in it is missing.
+      OSError: the Hub cannot be reached.
+      ValueError: a file is damaged or describes a model that is not supported, a model has no tokenizer, another shape
+        than the base, or another tokenizer.
+    """
+    first = _known(base, None, changes)
+    for path in tuned:
+        adapter = convert.is_adapter(convert.local_path(path))
+        found = _known(base, path, changes) if adapter else _known(path, None, changes)
+        if found.shape != first.shape:
+            raise ValueError(
+                f"{path} has (layers, heads, head_dim, vocabulary) = {found.shape}, the base model {base} "
+                f"{first.shape}; a study needs fine-tunes of the base's shape."
+            )
+        _check_same_tokens(first, found, data)
+
+
+def _known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> _Known:
+    """The model in the folder `path`, with an adapter or without."""
+    named = path if adapter is None else adapter
+    path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
+    if checkpoint.is_checkpoint(path):
+        if adapter is not None:
+            raise ValueError(
+                f"{path} is an Orbax checkpoint, adapter {adapter} is for one of Hugging Face. Merge it when that is "
+                "converted: python -m convert --model BASE --adapter DIR --out OUT."
+            )
+        checkpoint.check(path)
+        config = checkpoint.read_config(path).replace(**changes)
+        tokenizer = convert.read_tokenizer(path / checkpoint.TOKENIZER, config)
+    else:
+        config = convert.read_config(path, adapter, **changes)
+        open_tensors(path)  # they are not read
+        tokenizer = convert.read_tokenizer(path, config, adapter)
+    if tokenizer is None:
+        raise ValueError(f"{named} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
+    return _Known(named, config, tokenizer)
+
+
+def _check_same_tokens(base: _Known, tuned: _Known, data: Path | None) -> None:
+    for text in _texts(data):
+        ours, theirs = (known.tokenizer(text).input_ids for known in (base, tuned))
+        if ours != theirs:
+            i = next(i for i, (one, other) in enumerate(zip_longest(ours, theirs)) if one != other)
+            raise ValueError(
+                f"The tokenizer of {tuned.path} reads {text!r} as {theirs[i : i + 3]} from token {i} on, that of the "
+                f"base model {base.path} as {ours[i : i + 3]}; models of a study must share one tokenizer."
+            )
+
+
+def _texts(data: Path | None) -> Iterator[str]:
+    """Prompts, and every object that made prompts may name."""
+    examples = boxes.make(SCENES) if data is None else boxes.read(data)[:SCENES]
+    yield from (example.sentence for example in examples)
+    if data is None:
+        yield " the ".join(["The box contains", *boxes.OBJECTS])
