@@ -200,7 +200,7 @@ def test_variants_are_trained_for_the_group_that_carries_position_best(monkeypat
         one = {group: dict(zip(("validation", "test"), accuracy[group], strict=True)) for group in groups}
         return {group: {name: one[group] | {"call": len(calls)} for name in names} for group in groups}
 
-    monkeypatch.setattr(import_module("jaxmech.study.stages"), "_train", train)
+    monkeypatch.setattr(import_module("jaxmech.study.dcm_stages"), "_train", train)
     study = Study(dataclasses.replace(SETTINGS, variants=True), {})
     circuit = jm.Circuit({group: [(0, i)] for i, group in enumerate(roles)}, roles)
     monkeypatch.setattr(study, "circuit", lambda name: circuit)
