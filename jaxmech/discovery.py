@@ -18,7 +18,7 @@ from jaxmech.accuracy import predict
 from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
 from jaxmech.files import write_text
 from jaxmech.loading import Model
-from jaxmech.metrics import measure
+from jaxmech.metrics import Function, measure, name_of
 from jaxmech.pairs import Pairs
 from jaxmech.path_patching import path_patch
 from jaxmech.scores import PathScores
@@ -186,7 +186,7 @@ def discover(
     chain: Sequence[Stage] | str | Path | None = None,
     min_effect: float = 1e-3,
     *,
-    metric: str = "probability",
+    metric: str | Function = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
     done: Mapping[str, PathScores] | None = None,
@@ -257,7 +257,7 @@ def discover(
 
 
 def _check_done(
-    model: Model, pairs: Pairs, done: Mapping[str, PathScores], metric: str, batch_size: int | None
+    model: Model, pairs: Pairs, done: Mapping[str, PathScores], metric: str | Function, batch_size: int | None
 ) -> None:
     """ValueError if scores are not of this model, these clean prompts and labels, and this metric."""
     config = model.config
@@ -268,8 +268,8 @@ def _check_done(
                 f"done[{group!r}] has scores {scores.per_example.shape} and probabilities {scores.probability.shape}; "
                 f"this model and these pairs have [L, N, B] = {shape}. Are they of another model, or of other pairs?"
             )
-        if scores.metric != metric:
-            raise ValueError(f"done[{group!r}] has scores of metric={scores.metric!r}; expected {metric!r}.")
+        if scores.metric != name_of(metric):
+            raise ValueError(f"done[{group!r}] has scores of metric={scores.metric!r}; expected {name_of(metric)!r}.")
     logits = predict(model, pairs, batch_size=batch_size or 64).logits
     now = np.asarray(measure("probability", logits, pairs.labels, pairs.labels))
     for group, scores in done.items():

@@ -4,10 +4,12 @@
   log_probability    log p_patched - log p_clean of the correct token, in nats
   logit_difference   change of logit(correct) - logit(wrong), the wrong answer being named by the caller
 
-All are negative where the patch hurts. Of an answer itself, not of a change, the probability, log-probability or logit
-difference is measured, or whether it is right, "accuracy".
+All are negative where the patch hurts. Where the answer is not one token, path patching and discovery also take a
+function of the logits (`Function`), and the score is its change. Of an answer itself, not of a change, the probability,
+log-probability or logit difference is measured, or whether it is right, "accuracy".
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# From float32 logits [B, V] and rows [B], which of the pairs they are, to what is measured of each, [B]; for jit.
+Function = Callable[[jax.Array, jax.Array], jax.Array]
 METRICS = ("probability", "log_probability", "logit_difference")
 ACCURACY = "accuracy"  # whether the label is the most probable token; no effect is measured by it
 _NO_USE = "wrong_labels given, but metric={!r} has no use for them."
@@ -24,13 +28,23 @@ class Outcome(NamedTuple):
     """What the metrics need of a next-token distribution; float32, any leading axes."""
 
     log_probability: jax.Array  # of the correct token
-    logit_difference: jax.Array  # correct minus wrong
+    measured: jax.Array  # its logit minus that of the wrong one, or what a function says
 
 
 def outcome(logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> Outcome:
     """The outcome, fields [B], of float32 logits [B, V] and labels [B]."""
     correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
     return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), correct - wrong)
+
+
+def function_of(metric: "str | Function") -> "Function | None":
+    """The function that a metric is, if it is no name."""
+    return metric if callable(metric) else None
+
+
+def name_of(metric: "str | Function") -> str:
+    """How scores name their metric: a function by its name and "()"."""
+    return f"{getattr(metric, '__name__', type(metric).__name__)}()" if callable(metric) else metric
 
 
 @partial(jax.jit, static_argnames="metric")
@@ -46,27 +60,29 @@ def measure(metric: str, logits: jax.Array, labels: jax.Array, wrong_labels: jax
     return jnp.exp(log_probability) if metric == "probability" else log_probability
 
 
-def effect(metric: str, patched: Outcome, clean: Outcome) -> np.ndarray:
-    """The score of a patch by `metric`, one of METRICS."""
-    if metric == "logit_difference":
-        return np.asarray(patched.logit_difference) - np.asarray(clean.logit_difference)
+def effect(metric: "str | Function", patched: Outcome, clean: Outcome) -> np.ndarray:
+    """The score of a patch by `metric`, one of METRICS or a function."""
+    if metric == "logit_difference" or callable(metric):
+        return np.asarray(patched.measured) - np.asarray(clean.measured)
     change = np.asarray(patched.log_probability) - np.asarray(clean.log_probability)
     with np.errstate(over="ignore"):  # an infinite score is refused where heads are chosen by it
         return np.expm1(change) if metric == "probability" else change
 
 
-def check_metric(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int) -> np.ndarray:
+def check_metric(
+    metric: "str | Function", wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int
+) -> np.ndarray:
     """The wrong labels [B], or any where `metric` does not need them.
 
     Raises:
       ValueError: an unknown metric; "logit_difference" without wrong labels or with ones that are not [B] token ids
         other than the labels; wrong labels for another metric.
     """
-    if metric not in METRICS:
+    if not callable(metric) and metric not in METRICS:
         raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS)}.")
     if metric != "logit_difference":
         if wrong_labels is not None:
-            raise ValueError(_NO_USE.format(metric))
+            raise ValueError(_NO_USE.format(name_of(metric)))
         return labels
     if wrong_labels is None:
         raise ValueError("metric='logit_difference' needs wrong_labels, a wrong answer for each prompt.")

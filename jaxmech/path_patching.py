@@ -22,7 +22,7 @@ from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
-from jaxmech.metrics import Outcome, check_metric, effect, outcome
+from jaxmech.metrics import Function, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, einsum, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.scores import PathScores
@@ -45,7 +45,7 @@ def path_patch(
     receivers: Iterable[Sequence[int]] | None = None,
     via: str | None = None,
     *,
-    metric: str = "probability",
+    metric: str | Function = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -59,7 +59,9 @@ def path_patch(
       via: which of the receivers' inputs is patched, "q", "k" or "v"; None without receivers. k and v are patched for
         the named query heads alone, also under grouped-query attention.
       metric: what a score is, see `jaxmech.metrics`: "probability" (the paper's), "log_probability" or
-        "logit_difference".
+        "logit_difference"; or a function (logits [B, V], rows [B]) -> [B] that jit can trace, rows being which of the
+        pairs these are, so that it can look up what it needs of them. The score is its change; each new function
+        compiles anew.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
       batch_size: examples in one call; None picks as many as fit a memory budget.
       progress: called with (calls done, calls in all); a call runs the senders of one or more layers.
@@ -81,7 +83,7 @@ def path_patch(
         outcomes = []
         for call in sweep.calls:
             call = call._replace(senders=over_rows(model.weights, call.senders))
-            outcomes.append(senders(config, model.weights, inputs, call, mask, via=via))
+            outcomes.append(senders(config, model.weights, inputs, call, mask, via=via, measure=function_of(metric)))
             if progress:
                 jax.block_until_ready(outcomes[-1])
                 progress(batch * len(sweep.calls) + len(outcomes), len(sweep.batches.rows) * len(sweep.calls))
@@ -92,7 +94,7 @@ def path_patch(
         # What fills up the last call or batch are rows of the same, so that they are written twice alike.
         scores[heads[heads != CLEAN, None], rows] = effect(metric, found, clean)[heads != CLEAN]
         probability[rows] = np.exp(clean.log_probability[0])
-    return PathScores(scores.reshape(config.num_layers, config.num_heads, -1), probability, metric)
+    return PathScores(scores.reshape(config.num_layers, config.num_heads, -1), probability, name_of(metric))
 
 
 class Call(NamedTuple):
@@ -112,6 +114,7 @@ class Batch(NamedTuple):
     suffixes: Suffixes
     labels: Array  # [B]
     wrong_labels: Array  # [B]
+    rows: Array  # [B] which of the pairs they are
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Plan:
             suffixes=self.batches.suffixes(rows),
             labels=self.labels[rows],
             wrong_labels=self.wrong_labels[rows],
+            rows=rows.astype(np.int32),
         )
 
 
@@ -152,7 +156,7 @@ def plan(
     receivers: Iterable[Sequence[int]] | None = None,
     via: str | None = None,
     *,
-    metric: str = "probability",
+    metric: str | Function = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
 ) -> Plan:
@@ -191,16 +195,17 @@ class Inputs(NamedTuple):
     delta_z: jax.Array  # [L, B, N, H], corrupt - clean at p
     labels: jax.Array  # [B]
     wrong_labels: jax.Array  # [B]
+    rows: jax.Array  # [B]
 
 
 @partial(jax.jit, static_argnames=("config", "live"))
 def prepare(config: Config, weights: Params, batch: Batch, *, live: bool) -> Inputs:
     """Runs the prompts of a batch once; `live` keeps what a live stream needs."""
     clean, delta_z = cone.clean_cache(config, weights, batch.prompts, batch.p, batch.suffixes, live=live)
-    return Inputs(clean, batch.suffixes, delta_z, batch.labels, batch.wrong_labels)
+    return Inputs(clean, batch.suffixes, delta_z, batch.labels, batch.wrong_labels, batch.rows)
 
 
-@partial(jax.jit, static_argnames=("config", "via"))
+@partial(jax.jit, static_argnames=("config", "via", "measure"))
 def senders(
     config: Config,
     weights: Params,
@@ -209,12 +214,13 @@ def senders(
     receivers: jax.Array | None,
     *,
     via: str | None,
+    measure: Function | None = None,
 ) -> Outcome:
-    """The outcomes, fields [R, B], of the senders of one call."""
+    """The outcomes, fields [R, B], of the senders of one call; `measure` is the metric, if it is a function."""
     layer, head = jnp.divmod(call.senders, config.num_heads)
     delta = einsum(config, "rbh,rhd->rbd", inputs.delta_z[layer, :, head], weights["blocks"]["o"][layer, head])
     delta = jnp.where((call.senders == CLEAN)[:, None, None], 0, delta)
-    kernel = partial(_outcome, config, weights, inputs, call, receivers, via)
+    kernel = partial(_outcome, config, weights, inputs, call, receivers, via, measure)
     return jax.vmap(kernel)(cone.Change(layer, delta))
 
 
@@ -225,6 +231,7 @@ def _outcome(
     call: Call,
     receivers: jax.Array | None,
     via: str | None,
+    measure: Function | None,
     change: cone.Change,
 ) -> Outcome:
     """The outcome, fields [B], of one sender's `change`."""
@@ -235,7 +242,9 @@ def _outcome(
         read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, call.first, call.stop)
         patches = {via: cone.HeadPatch(receivers, read)}
         x = cone.live_stream(config, weights, clean, suffixes, patches, call.live, call.stop)
-    return outcome(unembed(config, weights, x), inputs.labels, inputs.wrong_labels)
+    logits = unembed(config, weights, x)
+    found = outcome(logits, inputs.labels, inputs.wrong_labels)
+    return found if measure is None else found._replace(measured=measure(logits, inputs.rows))
 
 
 def _work(batches: Batches, *, live: bool) -> float:

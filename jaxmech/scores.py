@@ -21,7 +21,7 @@ class PathScores:
     Attributes:
       per_example: float32 [L, N, B], in the units of `metric`.
       probability: float32 [B], the correct token's probability without a patch.
-      metric: see `jaxmech.metrics`; "probability" scores are (p_patched - p_clean) / p_clean.
+      metric: see `jaxmech.metrics`; "probability" scores are (p_patched - p_clean) / p_clean. "NAME()" is a function.
     """
 
     per_example: np.ndarray  # [L, N, B]
@@ -149,9 +149,13 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is damaged ({error}).") from error
 
 
+def _is_metric(name: str) -> bool:
+    return name in METRICS or name.endswith("()")
+
+
 def _checked(path: str | Path, per_example: np.ndarray, probability: np.ndarray, metric: Any) -> PathScores:
     """Scores whose arrays fit together."""
-    if per_example.ndim != 3 or probability.shape != per_example.shape[2:] or str(metric) not in METRICS:
+    if per_example.ndim != 3 or probability.shape != per_example.shape[2:] or not _is_metric(str(metric)):
         raise ValueError(
             f"{path} is damaged: it holds scores {per_example.shape}, probabilities {probability.shape} and metric "
             f"{str(metric)!r}; expected [L, N, B], [B] and one of {', '.join(METRICS)}."

@@ -1,6 +1,7 @@
 """Metrics of an effect, and what is read off scores: intervals, the strongest heads, tables and files."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
@@ -171,3 +172,47 @@ def test_files_that_hold_no_scores_are_named(tmp_path, arrays, message):
         jm.PathScores.load(file)
     with pytest.raises(FileNotFoundError):
         jm.PathScores.load(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize(
+    ("sender", "receivers", "via", "batch_size"),
+    [("last", None, None, 2), ("last", [(2, 1), (3, 0)], "q", None), ("early", [(1, 2), (2, 1)], "v", 2)],
+)
+def test_a_function_of_the_logits_is_a_metric(sweep, tmp_path, sender, receivers, via, batch_size):
+    """The logit difference, written out, of tables that are looked up by row."""
+    model, pairs, wrong = sweep
+    labels, others = jnp.asarray(pairs.labels), jnp.asarray(wrong)
+
+    def difference(logits, rows):
+        assert logits.shape[-1] == model.config.vocab_size and logits.shape[:-1] == rows.shape
+        index = jnp.arange(len(rows))
+        return logits[index, labels[rows]] - logits[index, others[rows]]
+
+    options = {"batch_size": batch_size}
+    found = jm.path_patch(model, pairs, sender, receivers, via, metric=difference, **options)
+    expected = jm.path_patch(
+        model, pairs, sender, receivers, via, metric="logit_difference", wrong_labels=wrong, **options
+    )
+    assert_close(found.per_example, expected.per_example, TOLERANCES.recompiled)
+    assert found.per_example.any() and found.metric == "difference()"
+    found.save(tmp_path / "scores.npz")
+    assert jm.PathScores.load(tmp_path / "scores.npz").metric == "difference()"
+    with pytest.raises(ValueError, match=r"wrong_labels given, but metric='difference\(\)' has no use"):
+        jm.path_patch(model, pairs, metric=difference, wrong_labels=wrong)
+
+
+def test_a_circuit_is_found_by_a_function_of_the_logits(sweep):
+    model, pairs, _ = sweep
+    several = jnp.asarray([3, 7, 11])  # any of which is a right answer
+
+    def chance_of_any(logits, rows):
+        return jax.nn.log_softmax(logits)[:, several].sum(-1)
+
+    chain = [jm.Stage("movers", "last", k=3), jm.Stage("readers", "last", "movers", "q", k=2)]
+    circuit = jm.discover(model, pairs, chain=chain, metric=chance_of_any)
+    again = jm.discover(model, pairs, chain=chain, metric=chance_of_any, done=circuit.scores)
+    assert circuit.groups == again.groups and circuit.groups["movers"]
+    expected = jm.path_patch(model, pairs, metric="log_probability").mean
+    assert np.abs(circuit.scores["movers"].mean - expected).max() > 0.01, "other than that of the label alone"
+    with pytest.raises(ValueError, match=r"has scores of metric='chance_of_any\(\)'; expected 'probability'"):
+        jm.discover(model, pairs, chain=chain, done=circuit.scores)
