@@ -70,8 +70,15 @@ def _range(values: np.ndarray) -> str:
 
 
 def answers(logits: jax.Array) -> jax.Array:
-    """The most probable next token, int32 [...], by logits [..., V]; NO_ANSWER where one of them is not finite."""
-    return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), NO_ANSWER)
+    """The most probable next token, int32 [...], by logits [..., V], of equal ones the first; NO_ANSWER where any is nan
+    or the largest is not finite.
+
+    By two reductions, which CPUs do in a fraction of the time of an argmax.
+    """
+    largest = logits.max(-1, keepdims=True)
+    token = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    best = jnp.where(logits == largest, token, logits.shape[-1]).min(-1)
+    return jnp.where(jnp.isfinite(largest[..., 0]), best, NO_ANSWER)
 
 
 def is_correct(answered: np.ndarray, labels: np.ndarray) -> np.ndarray:
