@@ -72,7 +72,8 @@ def _range(values: np.ndarray) -> str:
 def answers(logits: jax.Array) -> jax.Array:
     """The most probable next token, int32 [...], by logits [..., V], of equal ones the first.
 
-    NO_ANSWER where any logit is nan, or the largest is not finite. By two reductions, which CPUs do in a fraction of the time of an argmax.
+    NO_ANSWER where any logit is nan, or the largest is not finite. By two reductions, which CPUs do in a fraction of
+    the time of an argmax.
     """
     largest = logits.max(-1, keepdims=True)
     token = jnp.arange(logits.shape[-1], dtype=jnp.int32)
