@@ -17,7 +17,7 @@ with random weights that are made on the device:
 PyTorch (`torch_reference`, hooks, SDPA, the same weights) runs a sample of the senders, circuits, steps, heads and
 layers; its time is extrapolated, and the JSON and the table say from how many. Each row is saved when it is there. A
 row that fails says why and leaves the others alone; rows that --out has from the same machine and options are not
-measured again. Needs neither tyro nor rich.
+measured again. Needs neither tyro nor rich; without torch, jaxmech is timed alone.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def main() -> None:
     parser.add_argument("--circuits", type=int, default=100)
     parser.add_argument("--dcm-prompts", type=int, default=1000)
     options = parser.parse_args()
+    if not find_spec("torch"):
+        options.sample = 0
     deadline = time.monotonic() + 60 * options.minutes
     result = begun(options)
     for name in options.shapes:

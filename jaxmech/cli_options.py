@@ -49,7 +49,7 @@ class Demo:
     out: Path = Path("out/demo")
     """Folder for results."""
     quick: bool = False
-    """Fewer prompts and steps: two to three minutes on two cores, rough numbers."""
+    """Fewer prompts and steps: one to two minutes on two cores, rough numbers."""
     seed: int = 0
     """Seed of all draws."""
     overwrite: bool = False
