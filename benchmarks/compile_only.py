@@ -183,14 +183,9 @@ def recorded(target: Target) -> Iterator[Record]:
     record, replaced = Record(target), []
     for module in [module for name, module in sys.modules.items() if name.startswith("jaxmech.")]:
         for name, value in list(vars(module).items()):
-            instead: Any = None
             if isinstance(value, jax.stages.Wrapped):
-                instead = record.instead(name, value)
-            elif isinstance(value, tuple) and any(isinstance(x, jax.stages.Wrapped) for x in value):
-                instead = type(value)(*(record.instead(x.__name__, x) for x in value))
-            if instead is not None:
                 replaced.append((module, name, value))
-                setattr(module, name, instead)
+                setattr(module, name, record.instead(name, value))
     try:
         yield record
     finally:

@@ -1,9 +1,10 @@
 """jaxmech: circuit discovery and activation patching for Llama-family models as jit-compiled JAX functions."""
 
 from jaxmech import boxes, dcm, demo
+from jaxmech.ablation import mean_activations, resampled_activations
 from jaxmech.accuracy import accuracy, predict
 from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
-from jaxmech.circuits import evaluate, mean_activations, resampled_activations
+from jaxmech.circuits import evaluate
 from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
 from jaxmech.config import Config, Rope
 from jaxmech.criteria import (

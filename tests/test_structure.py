@@ -19,7 +19,7 @@ ROWS = (
     ("jaxmech.discovery",),
     ("jaxmech.chain",),
     ("jaxmech.path_patching", "jaxmech.circuits", "jaxmech.dcm", "jaxmech.cmap", "jaxmech.knockout"),
-    ("jaxmech.patching", "jaxmech.accuracy"),
+    ("jaxmech.patching", "jaxmech.accuracy", "jaxmech.ablation"),
     ("jaxmech.boxes",),
     ("jaxmech.cone", "jaxmech.batches", "jaxmech.metrics", "jaxmech.scores", "jaxmech.memory", "jaxmech.compat"),
     ("jaxmech.predictions", "jaxmech.bootstrap", "jaxmech.shared_prefix", "jaxmech.prompt_trees", "jaxmech.suffixes"),

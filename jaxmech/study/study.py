@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import convert
-from jaxmech.circuits import mean_activations
+from jaxmech.ablation import mean_activations
 from jaxmech.discovery import Circuit, Head
 from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh

@@ -1,0 +1,141 @@
+"""What ablated heads put out: the z of other prompts, averaged position by position or of single ones.
+
+Axes as in `jaxmech.model`.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmech import memory
+from jaxmech.batches import equal_parts
+from jaxmech.config import Config
+from jaxmech.loading import Model, check_tokens
+from jaxmech.model import Params
+from jaxmech.pairs import Pairs
+from jaxmech.patching import head_values
+from jaxmech.sharding import over_rows, row_devices
+from jaxmech.shared_prefix import SharedPrompts, observe_prompts
+
+Array = Any  # NumPy on the host, jax.Array inside jit
+
+
+def mean_activations(
+    model: Model, tokens: np.ndarray | Pairs, last: np.ndarray | None = None, *, batch_size: int = 64
+) -> np.ndarray:
+    """z of every head averaged over prompts, position by position: float32 [T, L, N, H].
+
+    Args:
+      model: the model that is run.
+      tokens: int [B, T], prompts in which a position means the same, as far as that can be; or `Pairs`, whose clean
+        prompts and last tokens are taken.
+      last: int [B], the last token of each prompt (`pairs.position("last")`); a position is averaged over the prompts
+        that reach it, and is NaN where none does. None: all prompts have T tokens; what pads shorter ones would count.
+      batch_size: prompts in one call.
+
+    Raises:
+      ValueError: no prompts, ids outside the vocabulary, or `last` is not [B] positions.
+    """
+    prompts, last = _prompts_to_ablate_by(model.config, tokens, last)
+    count, length = prompts.shape
+    reached = (np.arange(length) <= last[:, None]).astype(np.float32)  # [B, T]
+    total = np.zeros((), np.float32)
+    for rows, new in equal_parts(count, batch_size, row_devices(model.weights)):
+        here = over_rows(model.weights, (prompts[rows], reached[rows] * new[:, None]))
+        total = total + np.asarray(_sum_of_z(model.config, model.weights, *here))
+    counts = np.where(reached.any(0), reached.sum(0), np.nan).astype(np.float32)
+    return np.moveaxis(total, 0, 1) / counts[:, None, None, None]
+
+
+def resampled_activations(
+    model: Model,
+    tokens: np.ndarray | Pairs,
+    examples: Pairs | int,
+    seed: int = 0,
+    *,
+    last: np.ndarray | None = None,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """z of every head on prompts drawn with replacement, one for each example: float32 [B, T, L, N, H].
+
+    Ablated values of `evaluate` for resample ablation.
+
+    Args:
+      model: the model that is run.
+      tokens: int [P, T], prompts to draw from; or `Pairs`, whose clean prompts and last tokens are taken.
+      examples: the B pairs that are to be ablated: each draws from the prompts that are at least as long as its own
+        clean prompt and not the same. Or B alone: then from all.
+      seed: of the draws.
+      last: int [P], the last token of each prompt; values behind it are NaN. None: all prompts have T tokens.
+      batch_size: prompts in one call; None picks as many as fit the memory budget.
+
+    Raises:
+      ValueError: no prompts, ids outside the vocabulary, no examples, or one that has no prompt to draw.
+    """
+    prompts, last = _prompts_to_ablate_by(model.config, tokens, last)
+    length = prompts.shape[1]
+    allowed = _drawable(prompts, last, examples)  # [B, P]
+    chosen = np.where(allowed, np.random.default_rng(seed).random(allowed.shape), -1).argmax(1)
+    once, back = np.unique(chosen, return_inverse=True)
+    if batch_size is None:
+        z = 2 * memory.of_heads(model.config, length, model.config.num_layers)  # and in float32
+        batch_size = memory.fitting(model.weights, z + memory.of_forward(model.config, length))
+    everywhere = np.broadcast_to(np.arange(length), prompts.shape)
+    parts = []
+    for rows, new in equal_parts(len(once), batch_size, row_devices(model.weights)):
+        z = head_values(model, (prompts, everywhere), once[rows], sites=("z",))["z"]  # [L, b, T, N, H]
+        parts.append(np.moveaxis(np.asarray(z, np.float32), 0, 2)[new])
+    values = np.concatenate(parts)
+    values[np.arange(length) > last[once, None]] = np.nan
+    return values[back]
+
+
+def _drawable(tokens: np.ndarray, last: np.ndarray, examples: Pairs | int) -> np.ndarray:
+    """Which of the P prompts each of the B examples may be ablated by, bool [B, P]."""
+    if not isinstance(examples, Pairs):
+        if examples < 1:
+            raise ValueError(f"examples={examples}; expected pairs, or a number of at least 1.")
+        return np.ones((examples, len(tokens)), bool)
+
+    def texts(tokens: np.ndarray, last: np.ndarray) -> list[bytes]:
+        return [row[: end + 1].astype(np.int32).tobytes() for row, end in zip(tokens, last, strict=True)]
+
+    own, others = texts(examples.clean, examples.position("last")), texts(tokens, last)
+    allowed = last >= examples.position("last")[:, None]
+    allowed &= np.array([[text != other for other in others] for text in own])
+    if (none := ~allowed.any(1)).any():
+        raise ValueError(
+            f"Example {int(none.argmax())} has no prompt to draw that is at least as long as its own and another one; "
+            "give more prompts, or longer ones."
+        )
+    return allowed
+
+
+def _prompts_to_ablate_by(
+    config: Config, tokens: np.ndarray | Pairs, last: np.ndarray | None
+) -> tuple[Any, np.ndarray]:
+    """Prompts [B, T] and their last tokens [B]."""
+    if isinstance(tokens, Pairs):
+        last = tokens.position("last") if last is None else last
+    prompts = check_tokens(config, tokens.clean if isinstance(tokens, Pairs) else tokens)
+    count, length = prompts.shape
+    last = np.full(count, length - 1) if last is None else np.asarray(last)
+    if not count:
+        raise ValueError("No prompts given, so there is nothing to ablate by.")
+    if last.shape != (count,) or last.min() < 0 or last.max() >= length:
+        raise ValueError(f"last is {last}; expected a position 0..{length - 1} for each of the {count} prompts.")
+    return prompts, last
+
+
+@partial(jax.jit, static_argnames="config")
+def _sum_of_z(config: Config, weights: Params, tokens: Array, weight: Array) -> jax.Array:
+    """Sum over prompts of z, each token with its weight [B, T]: float32 [L, T, N, H]."""
+    whole = SharedPrompts(jnp.zeros((1, 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32), tokens)
+
+    def observe(sites):
+        return jnp.einsum("bt,btnh->tnh", weight, sites["z"].astype(jnp.float32), precision="highest")
+
+    return observe_prompts(config, weights, whole, observe)
