@@ -67,3 +67,13 @@ def test_sweeps_split_themselves_to_fit_the_memory_budget(random_model, random_p
     parts = jm.path_patch(model, pairs, "early", [(2, 0)], "v").per_example
     assert 1 <= sizes[0] < 12
     np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_the_prompts_themselves_fit_the_memory_budget(random_model, monkeypatch):
+    """To the logits, senders are one token each: what takes memory is the one forward pass of long prompts."""
+    model, tokens, budget = random_model(), np.zeros((64, 200), int), 2**24
+    monkeypatch.setattr(path_patching.memory, "budget", lambda weights: budget)
+    pairs = jm.Pairs(tokens, tokens, tokens[:, 0], *[{"last": np.full(64, 199)}] * 2)
+    batches = path_patching.plan(model, pairs).batches
+    forward = path_patching.memory.of_forward(model.config, 200)
+    assert 1 <= len(batches.rows[0]) and len(batches.rows[0]) * 2 * forward <= budget < 64 * 2 * forward
