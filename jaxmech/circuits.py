@@ -95,13 +95,13 @@ def evaluate(
     )
     values = _ablated_values(config, means, pairs)
     # Circuits that fill up a call are the first again: few numbers of circuits, so few compilations.
-    masks = tuple(np.resize(x, (_filled_up(len(x)), *x.shape[1:])) for x in (keep, named))
+    filled = _Circuits(*(np.resize(x, (_filled_up(len(x)), *x.shape[1:])) for x in (keep, named)))
     run = _vital_passes if ablate_elsewhere else _full_passes
-    answered = np.zeros((len(masks[0]), len(pairs)), np.int32)
+    answered = np.zeros((len(filled.keep), len(pairs)), np.int32)
     logits = np.zeros((len(keep), len(pairs), config.vocab_size), np.float32) if keep_logits else None
     measured = None if metric == ACCURACY else np.zeros(answered.shape, np.float32)
     options = {"batch_size": batch_size, "keep_logits": keep_logits or measured is not None}
-    for chosen, rows, (said, kept) in run(model, prompts, values, *masks, **options):
+    for chosen, rows, (said, kept) in run(model, prompts, values, filled, **options):
         answered[np.ix_(chosen, rows)] = said
         if measured is not None:
             measured[np.ix_(chosen, rows)] = measure(metric, kept, pairs.labels[rows], wrong_labels[rows])
@@ -116,14 +116,12 @@ def _vital_passes(
     model: Model,
     prompts: "_Prompts",
     values: np.ndarray,
-    keep: np.ndarray,
-    named: np.ndarray,
+    circuits: "_Circuits",
     *,
     batch_size: int | None,
     keep_logits: bool,
 ) -> Passes:
-    """Runs the vital tokens of all circuits, every other token ablated."""
-    del named  # at a role that a circuit does not name, it has no heads
+    """Runs the vital tokens of all circuits, every other token ablated; a role that one does not name has no heads."""
     config, weights, copies = model.config, model.weights, row_devices(model.weights)
     per_example = len(values) > 1
     size, parts = _parts(model, prompts, per_example=per_example, batch_size=batch_size)
@@ -133,8 +131,8 @@ def _vital_passes(
     for rows, index, distinct in parts:
         batch = _Batch(*prompts.of(rows), index)
         ablated = _ablated_everywhere(config, weights, batch, _by_layer(config, values, rows), distinct)
-        for chosen, _ in equal_parts(len(keep), per_call, copies):
-            here = over_rows(weights, keep[chosen])
+        for chosen, _ in equal_parts(len(circuits.keep), per_call, copies):
+            here = over_rows(weights, circuits.keep[chosen])
             yield chosen, rows, _vital_answers(config, weights, batch, ablated, here, keep_logits=keep_logits)
 
 
@@ -142,8 +140,7 @@ def _full_passes(
     model: Model,
     prompts: "_Prompts",
     values: np.ndarray,
-    keep: np.ndarray,
-    named: np.ndarray,
+    circuits: "_Circuits",
     *,
     batch_size: int | None,
     keep_logits: bool,
@@ -158,9 +155,16 @@ def _full_passes(
     for rows, _ in equal_parts(len(prompts.tokens), size):
         here = prompts.of(rows)
         at_vital = _values_at_vital(here.vital, _by_layer(config, values, rows))
-        for chosen, _ in equal_parts(len(keep), per_call):
-            masks = keep[chosen], named[chosen]
+        for chosen, _ in equal_parts(len(circuits.keep), per_call):
+            masks = circuits.keep[chosen], circuits.named[chosen]
             yield chosen, rows, _full_answers(config, weights, here, at_vital, *masks, keep_logits=keep_logits)
+
+
+class _Circuits(NamedTuple):
+    """Circuits over all roles."""
+
+    keep: np.ndarray  # [C, L, R, N] bool, their heads
+    named: np.ndarray  # [C, R] bool, the roles that each names
 
 
 class _Prompts(NamedTuple):
