@@ -174,7 +174,8 @@ def test_layers_are_read_alone(tmp_path, random_model, devices, dtype):
 
 
 def test_no_more_is_read_than_the_layers_asked_for(tmp_path, random_model):
-    model = random_model(num_layers=8, width=64, mlp_width=256)
+    # Weights of megabytes: threads that race read an index of 5 kB each, several times over.
+    model = random_model(num_layers=8, width=128, mlp_width=512)
     save(tmp_path / "model", model)
     whole = bytes_read(lambda: jm.load(tmp_path / "model"))
     one = bytes_read(lambda: checkpoint.read_layers(tmp_path / "model", [5]))
