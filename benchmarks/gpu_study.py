@@ -5,9 +5,11 @@
 
 The models have random weights, made on the device, and the demo's tokenizer; "tuned" has other projections to q, k and
 v. Prompts, sizes and stages are those of `jaxmech study`, but the answers that count as right are the base model's own,
-so that there are heads to find. Left out are the reading of checkpoints and activation patching, as the masks of random
-models select no heads; what is found means nothing. The first study compiles; a second one in the same process, unless
---once, does not. What a study that is cut off has done by then is in --out. Needs neither tyro nor rich.
+and whatever discovery scores, it finds heads where the paper's circuit has them (`shapes.groups`): those that matter in
+random models are in the lowest layers, which leaves the later stages nothing to do. Left out are the reading of
+checkpoints and activation patching, as the masks of random models select no heads; what is found means nothing. The
+first study compiles; a second one in the same process, unless --once, does not. What a study that is cut off has done
+by then is in --out. Needs neither tyro nor rich.
 """
 
 import argparse
@@ -21,6 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
@@ -29,6 +33,7 @@ from measuring import machine, peak_memory, save  # noqa: E402
 
 import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
+from jaxmech import discovery  # noqa: E402
 from jaxmech.study import Settings, StudyFolder, run, running  # noqa: E402
 from jaxmech.study.data import StudyData  # noqa: E402
 from jaxmech.study.study import Study  # noqa: E402
@@ -46,8 +51,8 @@ def main() -> None:
     settings = Settings(
         base=jm.demo.path("base"),
         tuned=(jm.demo.path("tuned"),),
-        k={stage.group: min(stage.k, config.num_layers * config.num_heads // 2) for stage in jm.PAPER_CHAIN},
-        min_effect=0,
+        k=sizes(shapes.groups(config)),
+        threshold=0,
         dtype=config.dtype,
         models_in_memory=options.models_in_memory,
     )
@@ -83,7 +88,8 @@ def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]]
             vars(data)["pairs"] = dataclasses.replace(data.pairs, labels=logits.argmax(-1))
             return data
 
-    running.Study = RandomStudy
+    sweep = discovery.path_patch
+    running.Study, discovery.path_patch = RandomStudy, finding_the_papers_heads(sweep)
     try:
         with tempfile.TemporaryDirectory() as path:
             folder, started = StudyFolder.open(path, settings), time.perf_counter()
@@ -95,9 +101,30 @@ def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]]
             results = run(settings, folder, progress=progress)
             seconds, stages = time.perf_counter() - started, seconds_of_stages(folder)
     finally:
-        running.Study = Study
-    heads = {name: sum(map(len, found["groups"].values())) for name, found in results["discovery"].items()}
+        running.Study, discovery.path_patch = Study, sweep
+    circuits = {"found": ("discovery", "groups"), "kept": ("minimality", "circuit")}
+    heads = {
+        name: {which: sizes(results[stage][name][key]) for which, (stage, key) in circuits.items()}
+        for name in settings.names
+    }
     return {"seconds": seconds, "stages": stages, "heads": heads, "peak_bytes": peak_memory()}
+
+
+def finding_the_papers_heads(sweep: Callable[..., jm.PathScores]) -> Callable[..., jm.PathScores]:
+    """`sweep`, `jm.path_patch`, with scores that make the heads of `shapes.groups` the strongest of their stage."""
+
+    def found(model: jm.Model, pairs: jm.Pairs, sender: str, receivers: Any, via: str | None, **options) -> Any:
+        scores = sweep(model, pairs, sender, receivers, via, **options)
+        (group,) = [stage.group for stage in jm.PAPER_CHAIN if (stage.sender, stage.via) == (sender, via)]
+        layers, heads = np.array(shapes.groups(model.config)[group]).T
+        scores.per_example[layers, heads] -= 10  # a relative change of a probability is -1 or more
+        return scores
+
+    return found
+
+
+def sizes(groups: dict[str, list[Any]]) -> dict[str, int]:
+    return {group: len(heads) for group, heads in groups.items()}
 
 
 def seconds_of_stages(folder: StudyFolder) -> dict[str, float]:

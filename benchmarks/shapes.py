@@ -52,22 +52,31 @@ class Stage:
     via: str | None
 
 
-def stages(config: jm.Config) -> list[Stage]:
-    """The paper's four stages, receivers spread over layers as deep as its circuit of Llama-7B has them.
+def groups(config: jm.Config) -> dict[str, list[tuple[int, int]]]:
+    """Heads spread over layers as deep as the paper's circuit of Llama-7B has those that are receivers.
 
     Fractions of the depth: value fetchers 0.5 to 1, position transmitters 0.45 to 0.65, position detectors 0.35 to
-    0.55.
+    0.55; structure readers, which no stage reads, 0.25 to 0.45.
     """
 
     def spread(low: float, high: float, count: int) -> list[tuple[int, int]]:
         layers = np.linspace(low * config.num_layers, high * config.num_layers - 1, count).round().astype(int)
         return sorted({(int(layer), i % config.num_heads) for i, layer in enumerate(layers)})
 
+    return {
+        "value_fetcher": spread(0.5, 1.0, 20),
+        "pos_transmitter": spread(0.45, 0.65, 5),
+        "pos_detector": spread(0.35, 0.55, 10),
+        "struct_reader": spread(0.25, 0.45, 5),
+    }
+
+
+def stages(config: jm.Config) -> list[Stage]:
+    """The paper's four stages, which read `groups`."""
+    heads = groups(config)
     return [
-        Stage("1 value_fetcher", "last", None, None),
-        Stage("2 pos_transmitter", "last", spread(0.5, 1.0, 20), "q"),
-        Stage("3 pos_detector", "query_box", spread(0.45, 0.65, 5), "v"),
-        Stage("4 struct_reader", "prev_query_box", spread(0.35, 0.55, 10), "v"),
+        Stage(f"{i} {stage.group}", stage.sender, heads.get(str(stage.receivers)), stage.via)
+        for i, stage in enumerate(jm.PAPER_CHAIN, 1)
     ]
 
 

@@ -154,7 +154,7 @@ class HeadSweep:
 
         Args:
           k: how many heads at most.
-          min_effect: heads whose mean score is below it are left out.
+          min_effect: heads whose mean score is below it, or 0, are left out.
 
         Raises:
           ValueError: as `PathScores.top`.

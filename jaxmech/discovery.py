@@ -195,9 +195,10 @@ def discover(
 ) -> Circuit:
     """Runs the chain of sweeps and keeps the top heads of each.
 
-    A head is never selected if its mean score is above -min_effect. A head that is selected again by a later stage at
-    the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. A stage that finds no
-    head ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is issued.
+    A head is never selected if its mean score is above -min_effect, or 0. A head that is selected again by a later
+    stage at the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. A stage that
+    finds no head ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is
+    issued.
 
     Args:
       model: the model whose heads are swept.
@@ -302,7 +303,8 @@ def _add_group(circuit: Circuit, stage: Stage, heads: list[Head]) -> Circuit:
 
 
 def _nothing_found(stage: Stage, scores: PathScores, min_effect: float) -> str:
+    why = f"above -min_effect = -{min_effect:g}" if min_effect else "and no head lowers the metric"
     return (
         f"Stage {stage.group!r} (sender at {stage.sender}, reading {stage.reads}) found no head: the strongest mean "
-        f"effect is {scores.mean.min():.2g}, above -min_effect = -{min_effect:g}. The chain ends here."
+        f"effect is {scores.mean.min():.2g}, {why}. The chain ends here."
     )

@@ -41,11 +41,12 @@ class PathScores:
     def top(self, k: int, min_effect: float = 0.0, *, largest: bool = False) -> list[tuple[int, int]]:
         """The k heads with the most negative mean, strongest first, as (layer, head).
 
-        Heads whose mean is above -min_effect are left out, so there may be fewer; ties go to the lower head.
+        Heads whose mean is above -min_effect, or 0, as it is without a path to the receivers, are left out, so there
+        may be fewer; ties go to the lower head.
 
         Args:
           largest: the k heads with the most positive mean instead, those that work against the answer; heads whose mean
-            is below min_effect are left out.
+            is below min_effect, or 0, are left out.
 
         Raises:
           ValueError: k is negative or exceeds the number of heads, min_effect is negative, or a mean is not finite.
@@ -63,7 +64,7 @@ class PathScores:
             raise ValueError(f"k={k}, but the model has {mean.size} heads ({mean.shape[0]} x {mean.shape[1]}).")
         order = np.argsort(mean, axis=None, kind="stable")[:k]
         heads = [(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]
-        return [head for head in heads if mean[head] <= -min_effect]
+        return [head for head in heads if mean[head] < 0 and mean[head] <= -min_effect]
 
     def confidence_interval(
         self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0

@@ -32,7 +32,8 @@ def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: 
       model: the model that is run.
       pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
       heads: the n heads, distinct (layer, head).
-      masks: float [M, n]; round them for the accuracy of a selection of heads.
+      masks: float [M, n], in which 0 patches a head and 1 leaves it alone, as `train` has them; round them for the
+        accuracy of a selection of heads.
       role: the role at which the heads are patched.
 
     Raises:

@@ -50,7 +50,7 @@ class Run:
 
     Attributes:
       heads: the n heads, (layer, head).
-      mask: float32 [n] in [0, 1]; after the last step, or the best one by `select`.
+      mask: float32 [n] in [0, 1], 0 where a head is patched; after the last step, or the best one by `select`.
       history: loss and mask of every step.
       step: the step after which `mask` was taken, from 1 on.
       validation_accuracy: of the rounded mask, if it was selected by validation.
@@ -82,6 +82,8 @@ def train(
     seed: int = 0,
 ) -> Run:
     """Trains one mask with Adam (optax), from m = 1; m is clipped to [0, 1] after every step.
+
+    A head's z is m times its own plus 1 - m times that of the counterfactual prompt: 0 patches it, 1 leaves it alone.
 
     Args:
       model: the model, which stays as it is.
