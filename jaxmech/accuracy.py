@@ -8,7 +8,7 @@ import numpy as np
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, check_measure, measure
+from jaxmech.metrics import ACCURACY, Function, check_measure, measure
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions, answers, is_correct
@@ -31,7 +31,7 @@ def predict(
     pairs: Pairs,
     *,
     batch_size: int = 64,
-    metric: str = ACCURACY,
+    metric: str | Function = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Predictions:
     """The model's own answers to the clean prompts, `batch_size` at a time.
@@ -39,7 +39,8 @@ def predict(
     `pairs[predict(model, pairs).correct]` are the pairs that it answers right.
 
     Args:
-      metric: what `mean` and `per_example` of the result are, "accuracy" or one of `jaxmech.metrics`.
+      metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function
+        (logits [B, V], rows [B]) -> [B] that jit can trace, rows being which of the pairs these are.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
 
     Returns:
@@ -58,7 +59,7 @@ def predict(
         found = _answers(model.config, model.weights, *prompts)
         answered[rows], logits[rows] = jax.device_get(found)
         if measured is not None:
-            measured[rows] = measure(metric, found[1], pairs.labels[rows], wrong_labels[rows])
+            measured[rows] = measure(metric, found[1], pairs.labels[rows], wrong_labels[rows], rows)
     return Predictions(is_correct(answered, pairs.labels), logits, measured)
 
 

@@ -25,7 +25,7 @@ from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, check_measure, measure
+from jaxmech.metrics import ACCURACY, Function, check_measure, measure
 from jaxmech.model import (
     Params,
     attention_input,
@@ -58,7 +58,7 @@ def evaluate(
     *,
     batch_size: int | None = None,
     keep_logits: bool = True,
-    metric: str = ACCURACY,
+    metric: str | Function = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Predictions:
     """Runs many circuits at once on the clean prompts.
@@ -73,8 +73,8 @@ def evaluate(
         they are, and runs every circuit in a full forward pass.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       keep_logits: return the logits, float32 [C, B, V]; many circuits of a large vocabulary need much memory.
-      metric: what `mean` and `per_example` of the result are, "accuracy" or one of `jaxmech.metrics`, which is measured
-        whether or not logits are kept.
+      metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
+        logits, see `predict`; it is measured whether or not logits are kept.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
 
     Returns:
@@ -104,7 +104,7 @@ def evaluate(
     for chosen, rows, (said, kept) in run(model, prompts, values, filled, **options):
         answered[np.ix_(chosen, rows)] = said
         if measured is not None:
-            measured[np.ix_(chosen, rows)] = measure(metric, kept, pairs.labels[rows], wrong_labels[rows])
+            measured[np.ix_(chosen, rows)] = measure(metric, kept, pairs.labels[rows], wrong_labels[rows], rows)
         if logits is not None:
             there = chosen < len(keep)
             logits[np.ix_(chosen[there], rows)] = jax.device_get(kept)[there]

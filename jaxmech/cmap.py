@@ -20,7 +20,7 @@ from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import METRICS, Outcome, effect, outcome
+from jaxmech.metrics import Function, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, forward, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.patching import (
@@ -169,7 +169,8 @@ def cmap_heads(
     role: str = "last",
     components: Sequence[str] = ("z",),
     *,
-    metric: str = "probability",
+    metric: str | Function = "probability",
+    wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
 ) -> HeadSweep:
     """Patches each head of `tuned` alone into `base`, at one role: a sweep over all L x N heads.
@@ -183,15 +184,16 @@ def cmap_heads(
       pairs: prompts and labels; only the clean prompts are run.
       role: the role at which each head is patched.
       components: what is patched: "z", or any of "q", "k" and "v"; see `cmap`.
-      metric: "probability" or "log_probability", see `jaxmech.metrics`.
+      metric: what a score is, see `jaxmech.metrics`: "probability", "log_probability", "logit_difference" or a function
+        of the logits, as for `path_patch`.
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
       batch_size: examples in one call; None picks as many as fit the memory budget.
 
     Raises:
-      ValueError: as `cmap`, or another metric.
+      ValueError: as `cmap`, or an unknown metric.
     """
     components, config = _check_components(components), base.config
-    if metric not in METRICS[:2]:
-        raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS[:2])}.")
+    wrong_labels = check_metric(metric, wrong_labels, pairs.labels, config.vocab_size)
     values_of = _values_of(base, tuned, pairs, [role], components)
     tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
     copies = row_devices(base.weights)
@@ -209,17 +211,19 @@ def cmap_heads(
     for rows in batches.rows:
         prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
         values = on_devices_of(base.weights, values_of(rows))
-        inputs = _prepare(config, base.weights, prompts, suffixes, values, pairs.labels[rows])
+        answers_of = pairs.labels[rows], wrong_labels[rows], rows.astype(np.int32)
+        inputs = _prepare(config, base.weights, prompts, suffixes, values, answers_of)
         for call in calls:
             run = over_rows(base.weights, np.append(NO_HEAD, call))
-            found, said = jax.device_get(_run_heads(config, base.weights, inputs, run))
+            outcomes = _run_heads(config, base.weights, inputs, run, measure=function_of(metric))
+            found, said = jax.device_get(outcomes)
             clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, None)))
             scores[np.ix_(call, rows)] = effect(metric, patched, clean)
             answered[np.ix_(np.append(0, 1 + call), rows)] = said
             probability[rows] = np.exp(clean.log_probability)
     shape = config.num_layers, config.num_heads
     accuracy = is_correct(answered, pairs.labels).mean(-1)
-    scores = PathScores(scores.reshape(*shape, -1), probability, metric)
+    scores = PathScores(scores.reshape(*shape, -1), probability, name_of(metric))
     return HeadSweep(accuracy[1:].reshape(shape), scores, float(accuracy[0]))
 
 
@@ -230,16 +234,27 @@ class _Inputs(NamedTuple):
     suffixes: Suffixes
     values: dict[str, Array]  # component -> [L, B, N, H]
     labels: Array  # [B]
+    wrong_labels: Array  # [B]
+    rows: Array  # [B] which of the pairs they are
 
 
 @partial(jax.jit, static_argnames="config")
-def _prepare(config: Config, weights: Params, prompts, suffixes: Suffixes, values: dict[str, Array], labels) -> _Inputs:
+def _prepare(
+    config: Config,
+    weights: Params,
+    prompts,
+    suffixes: Suffixes,
+    values: dict[str, Array],
+    answers_of: tuple[Array, ...],
+) -> _Inputs:
     at_role = {site: x[:, :, 0] for site, x in values.items()}
-    return _Inputs(cone.live_cache(config, weights, prompts, suffixes), suffixes, at_role, labels)
+    return _Inputs(cone.live_cache(config, weights, prompts, suffixes), suffixes, at_role, *answers_of)
 
 
-@partial(jax.jit, static_argnames="config")
-def _run_heads(config: Config, weights: Params, inputs: _Inputs, heads: Array) -> tuple[Outcome, jax.Array]:
+@partial(jax.jit, static_argnames=("config", "measure"))
+def _run_heads(
+    config: Config, weights: Params, inputs: _Inputs, heads: Array, *, measure: Function | None = None
+) -> tuple[Outcome, jax.Array]:
     """Outcomes and answers, [R, B], of the heads [R]: NO_HEAD, and others in increasing order."""
     start = jnp.minimum(heads[1] // config.num_heads, max(0, config.num_layers - 2))
 
@@ -248,7 +263,7 @@ def _run_heads(config: Config, weights: Params, inputs: _Inputs, heads: Array) -
         patches = {site: cone.HeadPatch(weight, x) for site, x in inputs.values.items()}
         x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, patches, start)
         logits = unembed(config, weights, x)
-        return outcome(logits, inputs.labels, inputs.labels), answers(logits)
+        return outcome(logits, inputs.labels, inputs.wrong_labels, inputs.rows, measure), answers(logits)
 
     return jax.vmap(one)(heads)
 

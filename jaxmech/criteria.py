@@ -2,10 +2,10 @@
 
 The criteria are those of Wang et al. 2022 (arXiv:2211.00593) in the form of Prakash et al. 2024, section 3.3 and
 appendix. F, what a circuit or a model does, is its accuracy; or, where the right answer is rarely the most probable of
-all tokens, another metric of `jaxmech.metrics`: the mean over prompts of the label's probability, or of its logit
-difference from a wrong answer. Log-probabilities are negative, so that their ratio would say nothing: F is exp of their
-mean, the geometric mean of the probability. Nothing is rounded. Results keep what was measured of each prompt, so that
-intervals are bootstrapped over prompts, the same ones for both sides of a ratio.
+all tokens, another metric of `jaxmech.metrics`: the mean over prompts of the label's probability, of its logit
+difference from a wrong answer, or of a function of the logits. Log-probabilities are negative, so that their ratio
+would say nothing: F is exp of their mean, the geometric mean of the probability. Nothing is rounded. Results keep what
+was measured of each prompt, so that intervals are bootstrapped over prompts, the same ones for both sides of a ratio.
 """
 
 import math
@@ -22,7 +22,7 @@ from jaxmech.compat import check_compat
 from jaxmech.config import Config
 from jaxmech.discovery import Circuit, Head
 from jaxmech.loading import Model
-from jaxmech.metrics import ACCURACY
+from jaxmech.metrics import ACCURACY, Function, name_of
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
 
@@ -89,7 +89,7 @@ def faithfulness(
     seed: int = 0,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str = ACCURACY,
+    metric: str | Function = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Faithfulness:
     """Runs the circuit alone, the model, and `random` circuits with groups of the same sizes.
@@ -104,7 +104,8 @@ def faithfulness(
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" draws random circuits with replacement and splits a head's number by the wrong count (j), and
         rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.
-      metric: what is measured, "accuracy", "probability", "log_probability" or "logit_difference"; see `evaluate`.
+      metric: what is measured, "accuracy", "probability", "log_probability", "logit_difference" or a function of the
+        logits; see `evaluate`.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
 
     Raises:
@@ -124,7 +125,7 @@ def faithfulness(
         random=_without_logits(found, slice(1, None)),
         random_circuits=others,
         rounded=paper,
-        metric=metric,
+        metric=name_of(metric),
     )
 
 
@@ -189,7 +190,7 @@ def completeness(
     seed: int = 0,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str = ACCURACY,
+    metric: str | Function = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Completeness:
     """Takes the same sets K of the circuit's heads from the circuit and from the model.
@@ -228,7 +229,7 @@ def completeness(
         list(named.values()),
         evaluate(model, pairs, without, means, **options),
         evaluate(model, pairs, model_without, means, ablate_elsewhere=not paper, **options),
-        metric,
+        name_of(metric),
     )
 
 
@@ -274,7 +275,7 @@ def minimality(
     fraction: float = 0.3,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str = ACCURACY,
+    metric: str | Function = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Minimality:
     """Scores every head when the heads that could stand in for it are gone.
@@ -327,7 +328,7 @@ def minimality(
     before, after = ({group: x[:, i] for group, x in both.items()} for i in (0, 1))
     scores = {group: _significance(before[group], after[group]) for group in groups}
     drop = {g: [h for h, score in zip(groups[g], scores[g], strict=True) if score < threshold] for g in groups}
-    return Minimality(without, partners, before, after, threshold, circuit.without(drop), metric)
+    return Minimality(without, partners, before, after, threshold, circuit.without(drop), name_of(metric))
 
 
 def overlap(circuit: Circuit, reference: Circuit) -> dict[str, tuple[float, float]]:
@@ -352,15 +353,15 @@ def _check_circuit(circuit: Circuit) -> None:
         )
 
 
-def _paper(compat: str | None, metric: str) -> bool:
+def _paper(compat: str | None, metric: str | Function) -> bool:
     """Whether it is to be as in the published code, which knows no metric but accuracy."""
     paper = check_compat(compat)
     if paper and metric != ACCURACY:
-        raise ValueError(f"metric={metric!r} with compat='paper'; the published code measures accuracy alone.")
+        raise ValueError(f"metric={name_of(metric)!r} with compat='paper'; the published code measures accuracy alone.")
     return paper
 
 
-def _f(metric: str, mean: np.ndarray) -> np.ndarray:
+def _f(metric: str | Function, mean: np.ndarray) -> np.ndarray:
     """F by the mean of a metric over prompts."""
     return np.exp(mean) if metric == "log_probability" else mean
 

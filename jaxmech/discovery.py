@@ -272,7 +272,7 @@ def _check_done(
         if scores.metric != name_of(metric):
             raise ValueError(f"done[{group!r}] has scores of metric={scores.metric!r}; expected {name_of(metric)!r}.")
     logits = predict(model, pairs, batch_size=batch_size or 64).logits
-    now = np.asarray(measure("probability", logits, pairs.labels, pairs.labels))
+    now = np.asarray(measure("probability", logits, pairs.labels, pairs.labels, np.arange(len(pairs))))
     for group, scores in done.items():
         before, after = (np.log(np.maximum(x, LEAST_PROBABILITY)) for x in (scores.probability, now))
         if not (agree := np.abs(after - before) <= SAME_PROBABILITY[config.coarse]).all():

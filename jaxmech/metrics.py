@@ -4,9 +4,9 @@
   log_probability    log p_patched - log p_clean of the correct token, in nats
   logit_difference   change of logit(correct) - logit(wrong), the wrong answer being named by the caller
 
-All are negative where the patch hurts. Where the answer is not one token, path patching and discovery also take a
-function of the logits (`Function`), and the score is its change. Of an answer itself, not of a change, the probability,
-log-probability or logit difference is measured, or whether it is right, "accuracy".
+All are negative where the patch hurts. Where the answer is not one token, a metric can be a function of the logits
+(`Function`), and the score is its change. Of an answer itself, not of a change, what the function says, the
+probability, log-probability or logit difference is measured, or whether it is right, "accuracy".
 """
 
 from collections.abc import Callable
@@ -31,10 +31,13 @@ class Outcome(NamedTuple):
     measured: jax.Array  # its logit minus that of the wrong one, or what a function says
 
 
-def outcome(logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> Outcome:
-    """The outcome, fields [B], of float32 logits [B, V] and labels [B]."""
+def outcome(
+    logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array, rows: jax.Array, function: Function | None
+) -> Outcome:
+    """The outcome, fields [B], of float32 logits [B, V] and the rest [B]; `function` is the metric, if it is one."""
     correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
-    return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), correct - wrong)
+    measured = correct - wrong if function is None else function(logits, rows)
+    return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), measured)
 
 
 def function_of(metric: "str | Function") -> "Function | None":
@@ -48,8 +51,20 @@ def name_of(metric: "str | Function") -> str:
 
 
 @partial(jax.jit, static_argnames="metric")
-def measure(metric: str, logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array) -> jax.Array:
-    """What an effect by `metric`, one of METRICS, is a change of: float32 [..., B], of logits [..., B, V]."""
+def measure(
+    metric: "str | Function", logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array, rows: jax.Array
+) -> jax.Array:
+    """What an effect by `metric`, one of METRICS or a function, is a change of: float32 [..., B].
+
+    Args:
+      logits: float32 [..., B, V].
+      labels, wrong_labels, rows: [B]; rows, which of the pairs they are, is for functions.
+    """
+    if callable(metric):
+        of = metric
+        for _ in logits.shape[:-2]:
+            of = jax.vmap(of, in_axes=(0, None))
+        return of(logits, rows)
     correct, wrong = (
         jnp.take_along_axis(logits, jnp.broadcast_to(index[:, None], (*logits.shape[:-1], 1)), axis=-1)[..., 0]
         for index in (labels, wrong_labels)
@@ -96,9 +111,11 @@ def check_metric(
     return wrong.astype(np.int32)
 
 
-def check_measure(metric: str, wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int) -> np.ndarray:
+def check_measure(
+    metric: "str | Function", wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int
+) -> np.ndarray:
     """As `check_metric`, for what is measured of answers: "accuracy" is among the metrics."""
-    if metric not in (ACCURACY, *METRICS):
+    if not callable(metric) and metric not in (ACCURACY, *METRICS):
         raise ValueError(f"metric={metric!r}; expected one of {', '.join((ACCURACY, *METRICS))}.")
     if metric != ACCURACY:
         return check_metric(metric, wrong_labels, labels, vocab_size)

@@ -242,9 +242,7 @@ def _outcome(
         read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, call.first, call.stop)
         patches = {via: cone.HeadPatch(receivers, read)}
         x = cone.live_stream(config, weights, clean, suffixes, patches, call.live, call.stop)
-    logits = unembed(config, weights, x)
-    found = outcome(logits, inputs.labels, inputs.wrong_labels)
-    return found if measure is None else found._replace(measured=measure(logits, inputs.rows))
+    return outcome(unembed(config, weights, x), inputs.labels, inputs.wrong_labels, inputs.rows, measure)
 
 
 def _work(batches: Batches, *, live: bool) -> float:

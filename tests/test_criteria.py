@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import full_forward
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
@@ -379,10 +380,19 @@ def measured(case) -> Callable:
             right = logits[rows, case.pairs.labels]
             if metric == "logit_difference":
                 return right - logits[rows, wrong]
+            if metric == "function":
+                return logits[rows, case.pairs.labels] ** 2
             log_probability = right - np.log(np.exp(logits).sum(-1))
             return np.exp(log_probability) if metric == "probability" else log_probability
 
+        if metric == "function":
+            return {"metric": squared_logit}, values
         return {"metric": metric, "wrong_labels": wrong if metric == "logit_difference" else None}, values
+
+    def squared_logit(logits, rows):
+        """Of the label, which is looked up by row."""
+        assert logits.shape == (len(rows), case.model.config.vocab_size)
+        return logits[jnp.arange(len(rows)), jnp.asarray(case.pairs.labels)[rows]] ** 2
 
     return by
 
@@ -391,7 +401,7 @@ def f(metric: str, values: np.ndarray) -> np.ndarray:
     return np.exp(values.mean(-1)) if metric == "log_probability" else values.mean(-1)
 
 
-METRICS = ["probability", "log_probability", "logit_difference"]
+METRICS = ["probability", "log_probability", "logit_difference", "function"]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -407,6 +417,7 @@ def test_faithfulness_in_other_metrics_is_that_of_full_forwards(case, measured, 
     np.testing.assert_array_equal(found.circuit.correct, case.correct(left(CIRCUIT, {})))
     low, high = found.confidence_interval()
     assert low < found.ratio < high and found.circuit.logits is None
+    assert found.metric == ("squared_logit()" if metric == "function" else metric)
     mean_low, mean_high = found.circuit.confidence_interval()
     assert mean_low < found.circuit.mean < mean_high
 
@@ -458,10 +469,12 @@ def test_where_the_label_is_never_the_most_probable_token_another_metric_tells_c
     assert abs(found.ratio - found.random_ratios[0]) > 0.01
 
 
-def test_what_is_measured_does_not_depend_on_parts_or_kept_logits(case):
+def test_what_is_measured_does_not_depend_on_parts_or_kept_logits(case, measured):
     args = case.model, case.pairs, [CIRCUIT, {"last": []}, {"last": EVERY_HEAD}], case.means
-    options = {"metric": "probability"}
+    options, function = {"metric": "probability"}, measured("function")[0]
     for elsewhere in (True, False):
+        squared = [jm.evaluate(*args, elsewhere, batch_size=size, **function).measured for size in (None, 5)]
+        assert_close(squared[1], squared[0], TOLERANCES.recompiled)
         whole = jm.evaluate(*args, elsewhere, **options)
         parts = jm.evaluate(*args, elsewhere, batch_size=5, keep_logits=False, **options)
         assert whole.logits is not None and parts.logits is None and whole.measured is not None

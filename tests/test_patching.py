@@ -4,6 +4,7 @@ from importlib import import_module
 
 import full_forward
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
@@ -177,6 +178,30 @@ def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, com
     assert len(np.unique(found.accuracy)) > 1, "accuracies of 0, or of 1, would all be alike"
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_sweeps_over_heads_in_other_metrics_equal_full_forwards(models, pairs, batch_size):
+    base, tuned = models
+    rows, labels, wrong = np.arange(len(pairs)), pairs.labels, (pairs.labels + 1) % base.config.vocab_size
+
+    def squared_logit(logits, rows):
+        """Of the label, which is looked up by row."""
+        assert logits.shape == (len(rows), base.config.vocab_size)
+        return logits[jnp.arange(len(rows)), jnp.asarray(labels)[rows]] ** 2
+
+    by_name = jm.cmap_heads(base, tuned, pairs, metric="logit_difference", wrong_labels=wrong, batch_size=batch_size)
+    by_function = jm.cmap_heads(base, tuned, pairs, metric=squared_logit, batch_size=batch_size)
+    assert (by_name.scores.metric, by_function.scores.metric) == ("logit_difference", "squared_logit()")
+    clean = full_forward.last_logits(base, pairs)
+    for head in [(0, 1), (2, 2), (3, 3)]:
+        patched = full_forward.from_model(base, tuned, pairs, {"last": [head]}, ("z",))
+        difference = (patched - clean)[rows, labels] - (patched - clean)[rows, wrong]
+        assert_close(by_name.scores.per_example[head], difference, TOLERANCES.cone)
+        squares = patched[rows, labels] ** 2 - clean[rows, labels] ** 2
+        assert_close(by_function.scores.per_example[head], squares, TOLERANCES.cone)
+    helps = by_function.scores.mean
+    assert by_function.top(1) == [tuple(map(int, np.unravel_index(helps.argmax(), helps.shape)))]
+
+
 def test_heads_whose_change_cannot_reach_the_last_token_have_no_effect(models, pairs):
     found = jm.cmap_heads(*models, pairs, "early").scores.per_example
     np.testing.assert_allclose(found[-1], 0, atol=1e-6)
@@ -293,7 +318,8 @@ def test_a_fine_tune_can_be_given_the_output_projections_of_its_base(models):
         (lambda m, p: jm.cmap(m, jm.collect(m, p, ["last"]), p, HEADS), "Role 'query_box' was not collected"),
         (lambda m, p: jm.cmap(m, jm.collect(m, p, HEADS), p, HEADS, ("q",)), r"Components \['q'\] were not"),
         (lambda m, p: jm.cmap(m, jm.collect(m, p, HEADS), p, HEADS, compat="paper"), "give the tuned model itself"),
-        (lambda m, p: jm.cmap_heads(m, m, p, metric="logit_difference"), "metric='logit_difference'"),
+        (lambda m, p: jm.cmap_heads(m, m, p, metric="logit_difference"), "needs wrong_labels"),
+        (lambda m, p: jm.cmap_heads(m, m, p, metric="accuracy"), "metric='accuracy'; expected one of probability"),
         (lambda m, p: jm.knockout(m, p, "query_box", "last"), "the target must be before the source"),
         (lambda m, p: jm.knockout(m, p, "last", "last"), "the target must be before the source"),
         (lambda m, p: jm.knockout(m, p, "last", np.zeros(3, int)), r"target has shape \(3,\)"),
