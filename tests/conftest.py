@@ -32,7 +32,6 @@ from jaxmech.model import abstract_params  # noqa: E402
 NEEDS_TORCH = (
     "test_adapters.py",
     "test_bad_checkpoints.py",
-    "test_checkpoint.py",
     "test_convert.py",
     "test_family_parity.py",
     "test_formats.py",

@@ -1,8 +1,7 @@
 """Tiny Hugging Face Llama models with random weights: what the tests of parity and of conversion start from."""
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = {
     "vocab_size": 48,
@@ -47,11 +46,3 @@ def hf_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Ll
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
     return model.to(dtype)
-
-
-def word_tokenizer(size: int = 40) -> PreTrainedTokenizerFast:
-    """The words w1, w2, ...; `size` tokens in all."""
-    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")

@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hf_llama import hf_model, word_tokenizer
+from hf_llama import hf_model
 from orbax.checkpoint import v1 as ocp
 from other_formats import META_SIZES, save_bin, save_meta
 from safetensors.numpy import load_file, save_file
+from words import word_tokenizer
 
 import jaxmech as jm
 from jaxmech import checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from conftest import TOLERANCES, assert_close
-from hf_llama import word_tokenizer
+from words import word_tokenizer
 
 import convert
 import jaxmech as jm

@@ -14,9 +14,10 @@ import torch
 import transformers
 from conftest import TOLERANCES, assert_close
 from hf_families import HF_FAMILIES
-from hf_llama import FAMILIES, LLAMA3, SIZES, hf_model, word_tokenizer
+from hf_llama import FAMILIES, LLAMA3, SIZES, hf_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
+from words import word_tokenizer
 
 import convert
 import jaxmech as jm

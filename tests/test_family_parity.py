@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import TOLERANCES, assert_close
 from hf_families import HF_FAMILIES, family_model
-from hf_llama import SIZES, word_tokenizer
+from hf_llama import SIZES
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
+from words import word_tokenizer
 
 import convert
 import jaxmech as jm

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOLERANCES, assert_close
-from hf_llama import LLAMA3, SIZES, hf_model, word_tokenizer
+from hf_llama import LLAMA3, SIZES, hf_model
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from other_formats import META_SIZES, meta_tensors, save_bin, save_meta
+from words import word_tokenizer
 
 import convert
 import jaxmech as jm

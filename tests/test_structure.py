@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import NEEDS_TORCH
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,3 +101,22 @@ def test_the_examples_of_the_readme_run_as_written(capsys):
     assert names["lookup"].mean.min() < -0.5
     assert set(names["circuit"].groups) == {"movers", "readers"} and all(names["circuit"].groups.values())
     assert names["captured"]["pattern"].shape == (4, 70, 54, 8, 54)
+
+
+def needs_torch(name: str, names: dict[str, Path]) -> bool:
+    """Whether a file beside the tests imports PyTorch as it is imported itself, or what it imports there does."""
+    for node in ast.parse(names[name].read_text()).body:
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        skips = isinstance(node, ast.Assign) and ast.unparse(node.value) == "pytest.importorskip('torch')"
+        if skips or "torch" in [x.split(".")[0] for x in imported]:
+            return True
+        if any(needs_torch(x, names) for x in imported if x in names):
+            return True
+    return False
+
+
+def test_the_tests_that_are_left_out_without_torch_are_those_that_import_it():
+    names = {path.stem: path for path in (ROOT / "tests").glob("*.py")}
+    found = [f"{name}.py" for name in sorted(names) if name.startswith("test_") and needs_torch(name, names)]
+    assert found == list(NEEDS_TORCH)

@@ -3,13 +3,16 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 import sentencepiece
-from hf_llama import hf_model, word_tokenizer
+from words import word_tokenizer
 
 import convert
 import jaxmech as jm
 from jaxmech import checkpoint as checkpoint_files
+from jaxmech.model import abstract_params
 
 SENTENCES = [example.sentence for example in jm.boxes.make(50, 7, seed=3)]
 
@@ -18,7 +21,8 @@ SENTENCES = [example.sentence for example in jm.boxes.make(50, 7, seed=3)]
 def checkpoint(tmp_path_factory):
     """A model with a tokenizer.model like Llama 2's (BPE, byte fallback), trained on scenes with boxes."""
     path = tmp_path_factory.mktemp("sentencepiece")
-    hf_model(vocab_size=400).save_pretrained(path)
+    config = jm.Config(400, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=8)
+    convert.write_hf(path, config, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(config)))
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(SENTENCES),
         model_prefix=str(path / "tokenizer"),

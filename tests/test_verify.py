@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
 from hf_families import HF_FAMILIES, family_model
-from hf_llama import word_tokenizer
 from safetensors.numpy import load_file, save_file
+from words import word_tokenizer
 
 import jaxmech as jm
 from convert.__main__ import main as convert_main
