@@ -158,7 +158,7 @@ def _check_one_source(roles: Sequence[str], mask: np.ndarray, clean: np.ndarray,
 
 
 def role_masks(config: Config, heads_by_role: HeadsByRole) -> tuple[list[str], np.ndarray]:
-    """The roles and their heads, bool [L, R, N].
+    """The roles and their heads, bool [L, R, N]; a role may have none.
 
     Raises:
       ValueError: a head does not exist, or there is none.
@@ -166,8 +166,8 @@ def role_masks(config: Config, heads_by_role: HeadsByRole) -> tuple[list[str], n
     heads = {role: list(chosen) for role, chosen in as_heads_by_role(heads_by_role).items()}
     if not any(heads.values()):
         raise ValueError("heads_by_role names no heads: a patch that selects nothing is an error.")
-    roles = [role for role, chosen in heads.items() if chosen]
-    return roles, np.stack([head_mask(config, heads[role]) for role in roles], axis=1)
+    none = np.zeros((config.num_layers, config.num_heads), bool)
+    return list(heads), np.stack([head_mask(config, x) if x else none for x in heads.values()], axis=1)
 
 
 def as_heads_by_role(circuit: Any) -> Mapping[str, Iterable[Sequence[int]]]:

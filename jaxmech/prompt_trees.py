@@ -85,12 +85,6 @@ class PromptTrees(NamedTuple):
         return PromptTrees(fitted(self.tokens), fitted(self.position), fitted(self.member), self.kept[rows])
 
 
-def rounded_up(tokens: int) -> int:
-    """So many tokens or up to an eighth more: few numbers, so that trees of other examples share what is compiled."""
-    step = max(8, 2 ** (tokens.bit_length() - 4))
-    return tokens + -tokens % step
-
-
 @partial(jax.jit, static_argnames="config")
 def head_values(config: Config, weights: Params, trees: PromptTrees) -> jax.Array:
     """z [L, B, P, N, H] at the tokens that are kept."""

@@ -53,18 +53,25 @@ class SharedPrompts:
 def shared_length(batches: Sequence[np.ndarray]) -> tuple[int, int]:
     """P and U for batches of prompts [R, T]: where to split so that the fewest tokens are computed; P = 0 is no split.
 
-    U is the largest number of distinct prefixes of one batch. Where sharing saves less than a tenth, P = 0.
+    U is the largest number of distinct prefixes of one batch, rounded up. Where sharing saves less than a tenth, P = 0.
     """
+    rows, total = batches[0].shape
 
     def tokens_computed(length: int) -> tuple[int, int]:
-        count = max(int(distinct[length]) for distinct in distinct_prefixes) if length else 1
-        rows, total = batches[0].shape
+        most = max(int(distinct[length]) for distinct in distinct_prefixes) if length else 1
+        count = min(rounded_up(most), rows)
         return count * length + rows * (total - length), count
 
     distinct_prefixes = [_distinct_prefixes(tokens) for tokens in batches]
-    costs = [tokens_computed(length) for length in range(batches[0].shape[1])]
+    costs = [tokens_computed(length) for length in range(total)]
     best = min(range(len(costs)), key=lambda length: costs[length][0])
     return (best, costs[best][1]) if costs[best][0] < 0.9 * costs[0][0] else (0, 1)
+
+
+def rounded_up(size: int, multiple: int = 1) -> int:
+    """So many or up to an eighth more, a multiple of `multiple`: few sizes, so that others share what is compiled."""
+    step = max(multiple, 2 ** max(0, size.bit_length() - 4))
+    return size + -size % step
 
 
 def _distinct_prefixes(tokens: np.ndarray) -> np.ndarray:

@@ -88,9 +88,11 @@ def test_every_kernel_of_every_method_is_compiled_and_none_is_run(tmp_path, monk
     assert {kernel["work"] for kernel in kernels} == {f"stage {name}" for name in stages} | set(methods)
     printed = capsys.readouterr().out
     for kernel in kernels:
-        assert kernel["calls"] >= 1 and kernel["argument_bytes"] > 0 and kernel["compile_seconds"] > 0
+        assert kernel["calls"] >= 1 and kernel["compile_seconds"] > 0
         assert kernel["fits"] and kernel["result_bytes"] > 0
-        assert sum(body["flops"] for body in kernel["bodies"]) > 0, kernel["kernel"]
+        multiplies = sum(body["flops"] for body in kernel["bodies"]) > 0
+        assert multiplies != (kernel["kernel"] in ("_in_order", "_stacked", "_unpatched")), kernel["kernel"]
+        assert kernel["argument_bytes"] > 0 or not multiplies
         assert f"{kernel['work']}: {kernel['kernel']} x {kernel['calls']}, compiled in" in printed
     assert len(list((tmp_path / "hlo").iterdir())) == len(kernels)
 

@@ -159,7 +159,7 @@ def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
     seen = []
     cut = dcm.train_many(model, desiderata, {"a": HEADS}, **options, progress=lambda *call: seen.append(call))
     assert seen == [(i + 1, len(calls)) for i in range(len(calls))]
-    steps, runs = calls[0][5].shape[1], len(calls[0][4].lam)
+    steps, runs = calls[0][6].shape[1], len(calls[0][4].lam)
     assert steps < 8
     assert runs < 8
     assert len(calls) == math.ceil(8 / steps) * math.ceil(8 / runs)
@@ -311,11 +311,12 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
     base = prompts.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
-    data = jax.tree.map(lambda x: x[None], prompts.collect_targets(model, [pairs], ["query_box"])[0].at(0, 1))
+    data = training._stacked(prompts.collect_targets(model, [pairs], ["query_box"]), first=1)
     zero = np.zeros(1, int)
     member = stream.members(model.config, HEADS, 1)[None]
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
-    inputs = base, data, arguments, np.arange(4).reshape(1, 2, 2), training._unpatched(member, 0.1), 0.1
+    orders = np.arange(4).reshape(1, 2, 2)
+    inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1), 0.1
     traced = training._train.trace(model.config, model.weights, *inputs, first=1)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 

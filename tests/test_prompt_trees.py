@@ -8,7 +8,8 @@ from conftest import TOLERANCES, assert_close
 import jaxmech as jm
 from jaxmech import dcm, memory
 from jaxmech.dcm import prompts as dcm_prompts
-from jaxmech.prompt_trees import PromptTrees, head_values, rounded_up
+from jaxmech.prompt_trees import PromptTrees, head_values
+from jaxmech.shared_prefix import rounded_up
 
 COUNT, SEVERAL, LENGTH = 6, 4, 14
 FEATURES = {
@@ -69,9 +70,11 @@ def test_activations_in_a_tree_are_those_of_the_prompts_alone(random_model, prom
 
 def test_few_widths_and_little_to_fill_up():
     widths = np.arange(1, 5000)
-    rounded = np.array([rounded_up(int(width)) for width in widths])
+    rounded = np.array([rounded_up(int(width), 8) for width in widths])
     assert (rounded >= widths).all() and (rounded[64:] <= widths[64:] * 1.125).all()
-    assert len(set(rounded)) < 70
+    assert len(set(rounded)) < 70 and (rounded % 8 == 0).all()
+    counts = np.array([rounded_up(int(width)) for width in widths])
+    assert (counts >= widths).all() and (counts <= widths * 1.125).all() and (counts[:15] == widths[:15]).all()
 
 
 @pytest.mark.parametrize("budget", [2**30, 1])

@@ -24,13 +24,14 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
-from jaxmech.prompt_trees import PromptTrees, head_values, rounded_up
+from jaxmech.prompt_trees import PromptTrees, head_values
 from jaxmech.sharding import over_rows, row_devices
-from jaxmech.shared_prefix import SharedPrompts, shared_length
+from jaxmech.shared_prefix import SharedPrompts, rounded_up, shared_length
 from jaxmech.suffixes import Suffixes
 
 WORTH_A_TREE = 0.8  # of the tokens that the prompts have one by one
 TOKENS_PER_CALL = 2**15  # of trees that run together: enough for a GPU, and few, so that trees are of similar size
+ALIKE = 8  # widths of prompts and trees are multiples of this, so that those of other desiderata compile nothing anew
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -162,44 +163,56 @@ def collect_targets(model: Model, desiderata: Sequence[Pairs], roles: Sequence[s
     for pairs in desiderata:
         check_prompts(config, pairs)
     prompts = [check_tokens(config, np.asarray(pairs.corrupt)) for pairs in desiderata]
-    positions = [patching.positions_of(pairs.corrupt_position, roles) for pairs in desiderata]
-    if len(desiderata) > 1:
-        T = max(x.shape[1] for x in prompts)
-        together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
-        at = np.stack(positions, axis=1)  # [B, S, R]
-        trees = PromptTrees.grow(together, at.max(axis=2) + 1, at)
-        if trees.sizes.sum() < WORTH_A_TREE * sum(x.size for x in prompts):
-            found = _in_trees(model, trees, len(roles))
-            return [Targets(z, pairs.labels) for z, pairs in zip(found, desiderata, strict=True)]
-    found = map(partial(_one_by_one, model), prompts, positions)
+    T = max(x.shape[1] for x in prompts)
+    together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
+    at = np.stack([patching.positions_of(pairs.corrupt_position, roles) for pairs in desiderata], axis=1)  # [B, S, R]
+    trees = PromptTrees.grow(together, at.max(axis=2) + 1, at)
+    worth = len(prompts) > 1 and trees.sizes.sum() < WORTH_A_TREE * sum(x.size for x in prompts)
+    found = _in_trees(model, trees, len(prompts)) if worth else _one_by_one(model, together, at)
     return [Targets(z, pairs.labels) for z, pairs in zip(found, desiderata, strict=True)]
 
 
-def _one_by_one(model: Model, prompts: np.ndarray, positions: np.ndarray) -> jax.Array:
-    """z [B, L, R, N, H] of the prompts [B, T] at positions [B, R]."""
-    size = memory.fitting(model.weights, memory.of_forward(model.config, prompts.shape[1]))
-    found = []
-    for rows, new in equal_parts(len(prompts), size, row_devices(model.weights)):
-        z = patching.head_values(model, (prompts, positions), rows, sites=("z",))["z"]
-        found.append(jnp.compress(new, jnp.moveaxis(z, 0, 1), axis=0))
-    return jnp.concatenate(found)
+def _one_by_one(model: Model, prompts: np.ndarray, positions: np.ndarray) -> list[jax.Array]:
+    """z [B, L, R, N, H] of each of the S prompts [B, S, T] of the examples, at positions [B, S, R]."""
+    (count, sets, T), longest = prompts.shape, model.config.rope.longest
+    fill = int(min(rounded_up(T, ALIKE), longest)) - T
+    source = np.pad(prompts, ((0, 0), (0, 0), (0, fill))).reshape(-1, T + fill), positions.reshape(count * sets, -1)
+    size = memory.fitting(model.weights, memory.of_forward(model.config, T + fill))
+    rows = [rows for rows, _ in equal_parts(count * sets, size, row_devices(model.weights))]
+    found = [patching.head_values(model, source, part, sites=("z",))["z"] for part in rows]
+    return _in_order(found, _places(rows).reshape(count, sets), sets=sets)
 
 
-def _in_trees(model: Model, trees: PromptTrees, roles: int) -> list[jax.Array]:
+def _in_trees(model: Model, trees: PromptTrees, sets: int) -> list[jax.Array]:
     """z [B, L, R, N, H] of each of the S prompts that the trees have, at their R roles."""
     config, sizes = model.config, trees.sizes
     order = np.argsort(sizes, kind="stable")  # trees of similar size run together
     fitting = memory.fitting(model.weights, memory.of_forward(config, float(sizes.max())))
     size = min(fitting, math.ceil(TOKENS_PER_CALL / sizes.mean()))
+    rows = [order[part] for part, _ in equal_parts(len(order), size, row_devices(model.weights))]
     found = []
-    for part, new in equal_parts(len(order), size, row_devices(model.weights)):
-        rows = order[part]
-        here = over_rows(model.weights, trees.of(rows, rounded_up(int(sizes[rows].max()))))
-        z = jnp.moveaxis(head_values(config, model.weights, here), 0, 1)  # [b, L, S * R, N, H]
-        found.append(jnp.compress(new, z, axis=0))
-    back = np.argsort(order)
-    starts = range(0, trees.kept.shape[1], roles)
-    return [jnp.concatenate([z[:, :, start : start + roles] for z in found])[back] for start in starts]
+    for part in rows:
+        here = over_rows(model.weights, trees.of(part, rounded_up(int(sizes[part].max()), ALIKE)))
+        found.append(head_values(config, model.weights, here))
+    return _in_order(found, _places(rows), sets=sets)
+
+
+def _places(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Where each index is in the parts, one behind another."""
+    together = np.concatenate(parts)
+    return np.unique(together, return_index=True)[1]
+
+
+@partial(jax.jit, static_argnames="sets")
+def _in_order(parts: Sequence[jax.Array], places: Array, *, sets: int) -> list[jax.Array]:
+    """z [B, L, R, N, H] of each of S `sets` of prompts, which are at `places` of parts [L, b, ..., N, H].
+
+    Args:
+      places: [B] of trees, whose parts have S * R tokens, set by set; or [B, S] of prompts, whose parts have R.
+    """
+    z = jnp.concatenate(parts, axis=1)[:, places]
+    z = z.reshape(*z.shape[:2], sets, -1, *z.shape[-2:])  # [L, B, S, R, N, H]
+    return list(z.swapaxes(0, 2))
 
 
 class Segment(NamedTuple):

@@ -11,7 +11,7 @@ from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
-from jaxmech.dcm.prompts import BasePrompts, base_key, collect_targets, examples_per_call
+from jaxmech.dcm.prompts import Base, BasePrompts, Targets, base_key, collect_targets, examples_per_call
 from jaxmech.dcm.stream import Batch, Heads, check_heads, first_layer, patched_stream
 from jaxmech.dcm.training import Run
 from jaxmech.loading import Model
@@ -100,8 +100,8 @@ def _accuracies(
             for name in [name for name, at in weights if at == role]:
                 weight = weights[name, role]
                 padded = np.pad(weight, ((0, most[role] - len(weight)), (0, 0), (0, 0)))
-                batch = Batch(prompts, targets[name].at(i, first[role]))
-                found = _answers(config, model.weights, batch, over_rows(model.weights, padded), first=first[role])
+                here = over_rows(model.weights, padded)
+                found = _answers(config, model.weights, prompts, targets[name], here, role=i, first=first[role])
                 right = is_correct(np.asarray(found)[: len(weight)], pairs[name].labels[rows])
                 correct[name, role].append(right[:, new])
     answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
@@ -196,12 +196,13 @@ def select_many(
     return {key: best(key) for key in runs}
 
 
-@partial(jax.jit, static_argnames=("config", "first"))
-def _answers(config: Config, weights: Params, batch: Batch, weight: Array, *, first: int) -> jax.Array:
-    """Answers with heads patched by each of the weights [M, L, N], int [M, B]."""
-
-    base = jax.tree.map(lambda x: x[: len(batch.targets.labels)], batch.base)  # calls of prompts are filled up
-    batch = batch._replace(base=base)
+@partial(jax.jit, static_argnames=("config", "role", "first"))
+def _answers(
+    config: Config, weights: Params, base: Base, targets: Targets, weight: Array, *, role: int, first: int
+) -> jax.Array:
+    """Answers with heads patched by each of the weights [M, L, N], int [M, B], at one of the targets' roles."""
+    base = jax.tree.map(lambda x: x[: len(targets.labels)], base)  # calls of prompts are filled up
+    batch = Batch(base, targets.at(role, first))
 
     def one(weight):
         return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first)))

@@ -216,8 +216,7 @@ def _run_all(
     config, weights = model.config, model.weights
     segments = cut(orders, examples_at_a_time(model, sets, role, first))
     prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
-    targets = [found.at(0, first) for found in collect_targets(model, desiderata, [role])]
-    targets = jax.tree.map(lambda *x: jnp.stack(x), *targets)
+    targets = _stacked(collect_targets(model, desiderata, [role]), first=first)
     copies = row_devices(weights)
     at_a_time = copies * runs_at_a_time(model, sets, role, first, orders.shape[2])
     calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
@@ -225,10 +224,9 @@ def _run_all(
     states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
 
     def advance(part: int) -> tuple[np.ndarray, np.ndarray]:  # a function, so that its prompts go before others come
-        base, data = prompts.run(part), jax.tree.map(lambda x: x[:, segments[part].rows], targets)
-        found = []
+        base, (rows, orders), found = prompts.run(part), segments[part], []
         for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
-            inputs = base, data, call, segments[part].orders, states[i], learning_rate
+            inputs = base, targets, call, rows, orders, states[i], learning_rate
             states[i], history = _train(config, weights, *inputs, first=first)
             found.append([np.asarray(x)[new] for x in history])
             if progress:
@@ -241,6 +239,12 @@ def _run_all(
     return np.concatenate(losses, axis=1)[:, :steps], np.concatenate(masks, axis=1)[:, :steps]
 
 
+@partial(jax.jit, static_argnames="first")
+def _stacked(targets: Sequence[Targets], *, first: int) -> Targets:
+    """Targets at the first role, layers from `first` on, with an axis of desiderata in front."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(0, first) for found in targets))
+
+
 @partial(jax.jit, static_argnames=("config", "first"))
 def _train(
     config: Config,
@@ -248,6 +252,7 @@ def _train(
     base: Base,
     data: Targets,
     arguments: _Arguments,
+    examples: Array,
     orders: Array,
     states: Any,
     learning_rate: float,
@@ -258,7 +263,8 @@ def _train(
 
     Args:
       base: S sets of R prompts, one behind another.
-      data: with an axis of desiderata in front, [desiderata, R, ...].
+      data: of all examples, with an axis of desiderata in front, [desiderata, B, ...].
+      examples: those of the prompts, [R].
       orders: of the prompts, [orders, steps, E].
       states: mask and optimizer state before the first step, of every run.
     """
@@ -267,8 +273,8 @@ def _train(
     def run(one: _Arguments, state: Any):
         def step(carry, rows):
             mask, state = carry
-            in_base = one.base * data.labels.shape[1] + rows
-            batch = Batch(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[one.data, rows], data))
+            in_base, in_data = one.base * len(examples) + rows, (one.data, examples[rows])
+            batch = Batch(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[in_data], data))
             loss = partial(_loss, config, weights, batch, rows >= 0, one.lam, first)
             loss, gradient = jax.value_and_grad(loss)(mask)
             gradient = gradient * one.member  # Adam leaves alone what has never had a gradient
@@ -281,7 +287,8 @@ def _train(
     return jax.vmap(run)(arguments, states)
 
 
-def _unpatched(member: np.ndarray, learning_rate: float) -> tuple[jax.Array, Any]:
+@jax.jit
+def _unpatched(member: Array, learning_rate: float) -> tuple[jax.Array, Any]:
     """The states of runs with members [runs, L, N] before their first step: masks of 1, and Adam's."""
     masks = jnp.ones(member.shape, jnp.float32)
     return masks, jax.vmap(optax.adam(learning_rate).init)(masks)

@@ -178,26 +178,28 @@ def _completeness(study: Study, part: str, progress: Progress) -> JSON:
 
 def _cmap(study: Study, part: str, progress: Progress) -> JSON:
     settings, pairs, circuit = study.settings, study.data.pairs, study.circuit(part)
+    roles = list(dict.fromkeys(circuit.roles.values()))
     tuned: Model | HeadValues = study.model(part)
-    if settings.models_in_memory == 1 and not settings.compat:  # compat patches more than `collect` keeps
+    if not settings.compat:  # which patches more than `collect` keeps
         sites = {site for components in settings.components for site in ("z", *components.split("+"))}
-        tuned = collect(tuned, pairs, dict.fromkeys(circuit.roles.values()), sorted(sites))
+        tuned = collect(tuned, pairs, roles, sorted(sites))
     base = study.model(settings.names[0])
-    sets = {group: {circuit.roles[group]: heads} for group, heads in circuit.groups.items() if heads}
-    sets["whole circuit"] = {role: heads for role, heads in circuit.heads_by_role.items() if heads}
+    nothing: dict[str, list[Head]] = {role: [] for role in roles}  # all sets have all roles, so that they compile once
+    sets = {group: nothing | {circuit.roles[group]: heads} for group, heads in circuit.groups.items() if heads}
+    sets["whole circuit"] = nothing | circuit.heads_by_role
     options = {"batch_size": settings.batch_size, "compat": settings.compat}
     done, steps = 0, len(settings.components) * len(sets)
     groups: dict[str, dict[str, JSON]] = {}
     for components in settings.components:
         groups[components] = {}
         for name, heads in sets.items():
-            if heads:
+            if any(heads.values()):
                 found = cmap(base, tuned, pairs, heads, tuple(components.split("+")), **options)
                 groups[components][name] = _with_interval(found)
             done += 1
             progress(done, steps)
     singles = {}
-    for role in dict.fromkeys(circuit.roles.values()):
+    for role in roles:
         sweep = cmap_heads(base, tuned, pairs, role, batch_size=settings.batch_size)
         singles[role] = {"accuracy": sweep.accuracy.tolist(), "score": sweep.scores.mean.astype(float).tolist()}
     return {"groups": groups, "heads": singles}
