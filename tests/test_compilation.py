@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
-from jaxmech import path_patching
+from jaxmech import dcm, patching, path_patching
 from jaxmech.batches import Batches
+from jaxmech.dcm import prompts
 
 SWEEPS = (
     ("last", None, None),
@@ -77,3 +79,28 @@ def test_the_prompts_themselves_fit_the_memory_budget(random_model, monkeypatch)
     batches = path_patching.plan(model, pairs).batches
     forward = path_patching.memory.of_forward(model.config, 200)
     assert 1 <= len(batches.rows[0]) and len(batches.rows[0]) * 2 * forward <= budget < 64 * 2 * forward
+
+
+def test_other_draws_of_a_desideratum_hardly_compile_anew(random_model):
+    """They name other numbers of scenes, and their counterfactual prompts have other lengths."""
+    demo = jm.load(jm.demo.path("base"))
+    model, examples = random_model(vocab_size=demo.config.vocab_size), jm.boxes.make(n_scenes=40, n_boxes=4, seed=0)
+    masks, scenes, before = [(1, 2), (2, 0)], set(), prompts._run_base._cache_size()
+    for seed in range(6):
+        pairs = jm.boxes.desideratum("positional", examples, demo.tokenizer, 60, seed)
+        scenes.add(len(np.unique(pairs.clean[:, :-6], axis=0)))
+        dcm.accuracy(model, pairs, masks, np.zeros((1, 2)))
+    assert prompts._run_base._cache_size() - before <= 2 < len(scenes)
+
+
+@pytest.mark.parametrize("rope", [{}, {"kind": "dynamic", "original_max_positions": 15, "factor": 2.0}], ids=str)
+def test_counterfactual_prompts_of_similar_lengths_compile_once(random_model, random_pairs, rope):
+    """And are no longer than they may be where RoPE depends on the length."""
+    model = random_model(vocab_size=62 + len(rope), rope=jm.Rope(**rope))
+    before = patching._head_values._cache_size()
+    for length in (9, 10, 12, 13):  # the counterfactual prompts have two tokens more
+        pairs = random_pairs(model, length=length)
+        (found,) = prompts.collect_targets(model, [pairs], ["last"])
+        z = model(pairs.corrupt, capture=("z",), capture_at=pairs.corrupt_position("last")[:, None])[1]["z"]
+        assert_close(found.z, np.moveaxis(np.asarray(z), 0, 1), TOLERANCES.recompiled)
+    assert patching._head_values._cache_size() - before == 1
