@@ -72,9 +72,20 @@ def _range(values: np.ndarray) -> str:
 def answers(logits: jax.Array) -> jax.Array:
     """The most probable next token, int32 [...], by logits [..., V], of equal ones the first.
 
-    NO_ANSWER where any logit is nan, or the largest is not finite. By two reductions, which CPUs do in a fraction of
-    the time of an argmax.
+    NO_ANSWER where any logit is nan, or the largest is not finite.
     """
+    return jax.lax.platform_dependent(logits, cpu=_by_two_reductions, default=_by_argmax)
+
+
+def _by_argmax(logits: jax.Array) -> jax.Array:
+    """`answers`; the logits, which take the memory of accelerators some time, are read once."""
+    best = jnp.argmax(logits, -1)  # of nan, if there is any
+    largest = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+    return jnp.where(jnp.isfinite(largest), best, NO_ANSWER).astype(jnp.int32)
+
+
+def _by_two_reductions(logits: jax.Array) -> jax.Array:
+    """`answers`, on CPUs in a fraction of the time of an argmax."""
     largest = logits.max(-1, keepdims=True)
     token = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     best = jnp.where(logits == largest, token, logits.shape[-1]).min(-1)
