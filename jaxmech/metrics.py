@@ -36,7 +36,7 @@ def outcome(
 ) -> Outcome:
     """The outcome, fields [B], of float32 logits [B, V] and the rest [B]; `function` is the metric, if it is one."""
     correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
-    measured = correct - wrong if function is None else function(logits, rows)
+    measured = correct - wrong if function is None else _said(function, logits, rows)
     return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), measured)
 
 
@@ -61,7 +61,7 @@ def measure(
       labels, wrong_labels, rows: [B]; rows, which of the pairs they are, is for functions.
     """
     if callable(metric):
-        of = metric
+        of = partial(_said, metric)
         for _ in logits.shape[:-2]:
             of = jax.vmap(of, in_axes=(0, None))
         return of(logits, rows)
@@ -73,6 +73,17 @@ def measure(
         return correct - wrong
     log_probability = correct - jax.nn.logsumexp(logits, axis=-1)
     return jnp.exp(log_probability) if metric == "probability" else log_probability
+
+
+def _said(function: Function, logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """What a function says of logits [B, V], float32 [B]; ValueError if that is something else."""
+    found = jnp.asarray(function(logits, rows))
+    if found.shape != rows.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ValueError(
+            f"metric {name_of(function)}: found {found.dtype} {list(found.shape)} of logits {list(logits.shape)}; "
+            f"expected a float for each prompt, {list(rows.shape)}."
+        )
+    return found.astype(jnp.float32)
 
 
 def effect(metric: "str | Function", patched: Outcome, clean: Outcome) -> np.ndarray:

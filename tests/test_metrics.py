@@ -218,3 +218,24 @@ def test_a_circuit_is_found_by_a_function_of_the_logits(sweep):
     assert np.abs(circuit.scores["movers"].mean - expected).max() > 0.01, "other than that of the label alone"
     with pytest.raises(ValueError, match=r"has scores of metric='chance_of_any\(\)'; expected 'probability'"):
         jm.discover(model, pairs, chain=chain, done=circuit.scores)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda logits, rows: logits.mean(), r"found float32 \[\] of logits"),
+        (lambda logits, rows: logits[:, :2], r"found float32 \[\d+, 2\] of logits"),
+        (lambda logits, rows: logits.argmax(-1), r"found int32 \[\d+\] of logits"),
+    ],
+)
+def test_functions_that_say_something_else_than_a_number_of_each_prompt_are_refused(sweep, function, found):
+    model, pairs, _ = sweep
+    heads = {"last": [(0, 1)]}
+    for method in (
+        lambda: jm.path_patch(model, pairs, metric=function),
+        lambda: jm.predict(model, pairs, metric=function),
+        lambda: jm.evaluate(model, pairs, [heads], 0, metric=function),
+        lambda: jm.cmap_heads(model, model, pairs, metric=function),
+    ):
+        with pytest.raises(ValueError, match=rf"metric <lambda>\(\): {found} .*; expected a float for each prompt"):
+            method()
