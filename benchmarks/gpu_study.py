@@ -4,12 +4,11 @@
     python benchmarks/gpu_study.py --shape 7b --models-in-memory 1                  # on a card for one model
 
 The models have random weights, made on the device, and the demo's tokenizer; "tuned" has other projections to q, k and
-v. Prompts, sizes and stages are those of `jaxmech study`, but the answers that count as right are the base model's own,
-and whatever discovery scores, it finds heads where the paper's circuit has them (`shapes.groups`): those that matter in
-random models are in the lowest layers, which leaves the later stages nothing to do. Left out are the reading of
-checkpoints and activation patching, as the masks of random models select no heads; what is found means nothing. The
-first study compiles; a second one in the same process, unless --once, does not. What a study that is cut off has done
-by then is in --out. Needs neither tyro nor rich.
+v. Prompts, sizes and stages are those of `jaxmech study`, but what is found means nothing, and so that every stage has
+as much to do as in a study of trained models, the answers that count as right are the base model's own, discovery finds
+heads where the paper's circuit has them (`shapes.groups`), and of each group activation patching patches every second
+head. Left out is the reading of checkpoints. The first study compiles; a second one in the same process, unless --once,
+does not. What a study that is cut off has done by then is in --out. Needs neither tyro nor rich.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from measuring import machine, peak_memory, save  # noqa: E402
 import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
 from jaxmech import discovery  # noqa: E402
-from jaxmech.study import Settings, StudyFolder, run, running  # noqa: E402
+from jaxmech.study import Settings, StudyFolder, dcm_stages, run, running  # noqa: E402
 from jaxmech.study.data import StudyData  # noqa: E402
 from jaxmech.study.study import Study  # noqa: E402
 
@@ -88,8 +87,9 @@ def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]]
             vars(data)["pairs"] = dataclasses.replace(data.pairs, labels=logits.argmax(-1))
             return data
 
-    sweep = discovery.path_patch
+    sweep, selected = discovery.path_patch, dcm_stages.selected_heads
     running.Study, discovery.path_patch = RandomStudy, finding_the_papers_heads(sweep)
+    dcm_stages.selected_heads = every_second_head
     try:
         with tempfile.TemporaryDirectory() as path:
             folder, started = StudyFolder.open(path, settings), time.perf_counter()
@@ -101,7 +101,7 @@ def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]]
             results = run(settings, folder, progress=progress)
             seconds, stages = time.perf_counter() - started, seconds_of_stages(folder)
     finally:
-        running.Study, discovery.path_patch = Study, sweep
+        running.Study, discovery.path_patch, dcm_stages.selected_heads = Study, sweep, selected
     circuits = {"found": ("discovery", "groups"), "kept": ("minimality", "circuit")}
     heads = {
         name: {which: sizes(results[stage][name][key]) for which, (stage, key) in circuits.items()}
@@ -120,6 +120,17 @@ def finding_the_papers_heads(sweep: Callable[..., jm.PathScores]) -> Callable[..
         scores.per_example[layers, heads] -= 10  # a relative change of a probability is -1 or more
         return scores
 
+    return found
+
+
+def every_second_head(study: Study) -> dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, int]]]]:
+    """In place of `dcm_stages.selected_heads`, what masks select: every second head, on every desideratum."""
+    found: dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, int]]]] = {}
+    for model in study.settings.names:
+        circuit = study.circuit(model)
+        for group, desiderata in study.results["dcm"][model].items():
+            for name in desiderata:
+                found.setdefault((name, circuit.roles[group]), {})[model, group] = circuit.groups[group][::2]
     return found
 
 

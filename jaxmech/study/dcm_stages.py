@@ -105,7 +105,7 @@ def run_activation_patching(study: Study, part: str, progress: Progress) -> JSON
     """{circuit of: {group: {desideratum: accuracies in the model `part`}}}."""
     settings, model = study.settings, study.model(part)
     found: dict[str, Any] = {name: {} for name in settings.names}
-    chosen = _selected_heads(study)
+    chosen = selected_heads(study)
     names = list(dict.fromkeys(name for name, _ in chosen))
     values: dict[tuple[str, str, str], list[float]] = {}
     for repeat in range(settings.repeats if names else 0):
@@ -120,7 +120,7 @@ def run_activation_patching(study: Study, part: str, progress: Progress) -> JSON
     return found
 
 
-def _selected_heads(study: Study) -> dict[tuple[str, str], dict[tuple[str, str], list[Head]]]:
+def selected_heads(study: Study) -> dict[tuple[str, str], dict[tuple[str, str], list[Head]]]:
     """(desideratum, role) -> {(model, group): the heads that DCM selected there}, without empty ones."""
     found: dict[tuple[str, str], dict[tuple[str, str], list[Head]]] = {}
     for model in study.settings.names:
@@ -139,7 +139,7 @@ def _patched_accuracies(
     pairs: Mapping[str, Pairs],
     chosen: Mapping[tuple[str, str], Mapping[Any, list[Head]]],
 ) -> dict[tuple[str, str], dict[Any, float]]:
-    """Accuracy on each desideratum with each set of heads patched at a role; `chosen` is of `_selected_heads`."""
+    """Accuracy on each desideratum with each set of heads patched at a role; `chosen` is of `selected_heads`."""
     if settings.compat:
         options = {"batch_size": settings.batch_size, "compat": settings.compat}
         return {
