@@ -48,7 +48,8 @@ def test_a_whole_study_of_random_models_runs_on_the_tiny_shape(tmp_path, monkeyp
     gpu_study.main()
     found = json.loads(out.read_text())["with compilation"]
     assert 0 < sum(found["stages"].values()) <= found["seconds"]
-    assert all(found["stages"][stage] > 0 for stage in ("discovery", "minimality", "dcm", "activation_patching", "cmap"))
+    timed = ("discovery", "minimality", "dcm", "activation_patching", "cmap", "knockout")
+    assert all(found["stages"][stage] > 0 for stage in timed)
     expected = gpu_study.sizes(shapes.groups(shapes.SHAPES["tiny"].config))
     for heads in found["heads"].values():
         assert heads["found"]["struct_reader"] == expected["struct_reader"], "the chain did not come to its end"
