@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test bench lint format clean
 
 demo: $(VENV)/.run
-	$(BIN)/jaxmech demo --out out/demo $(DEMO)
+	$(BIN)/jaxmech demo $(DEMO)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -106,7 +106,8 @@ def run_demo(options: Demo) -> None:
         patched=120,
         seed=options.seed,
     )
-    _study_into(options.out, settings.quick() if options.quick else settings, overwrite=options.overwrite)
+    out = options.out or Path("out/demo-quick" if options.quick else "out/demo")
+    _study_into(out, settings.quick() if options.quick else settings, overwrite=options.overwrite)
     console.print(f"What the heads of these models do: {jm.demo.path('MODEL_CARD.md')}")
 
 

@@ -46,8 +46,8 @@ HeadsPerGroup = Annotated[
 class Demo:
     """The whole study on the pair of small models that ship with jaxmech, in a few minutes, with a report."""
 
-    out: Path = Path("out/demo")
-    """Folder for results."""
+    out: Path | None = None
+    """Folder for results; without it, out/demo, or out/demo-quick if it is quick."""
     quick: bool = False
     """Fewer prompts and steps: one to two minutes on two cores, rough numbers."""
     seed: int = 0

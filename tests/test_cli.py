@@ -39,6 +39,19 @@ def copied(discovered, tmp_path) -> Path:
     return Path(shutil.copytree(discovered, tmp_path / "copy"))
 
 
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [([], "out/demo"), (["--quick"], "out/demo-quick"), (["--quick", "--out", "here"], "here")],
+    ids=" ".join,
+)
+def test_a_quick_demo_has_a_folder_of_its_own(monkeypatch, options, folder):
+    """So that one can be run after the other, whose settings differ."""
+    opened = []
+    monkeypatch.setattr(cli, "_study_into", lambda out, settings, overwrite: opened.append(out))
+    cli.main(["demo", *options])
+    assert opened == [Path(folder)]
+
+
 def test_the_demo_is_a_study_with_a_report_and_goes_on_when_it_is_called_again(tmp_path, capsys):
     cli.main(["demo", "--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
