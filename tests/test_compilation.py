@@ -99,8 +99,8 @@ def test_counterfactual_prompts_of_similar_lengths_compile_once(random_model, ra
     model = random_model(vocab_size=62 + len(rope), rope=jm.Rope(**rope))
     before = patching._head_values._cache_size()
     for length in (9, 10, 12, 13):  # the counterfactual prompts have two tokens more
-        pairs = random_pairs(model, length=length)
-        (found,) = prompts.collect_targets(model, [pairs], ["last"])
-        z = model(pairs.corrupt, capture=("z",), capture_at=pairs.corrupt_position("last")[:, None])[1]["z"]
-        assert_close(found.z, np.moveaxis(np.asarray(z), 0, 1), TOLERANCES.recompiled)
+        desiderata = [random_pairs(model, length=length - i, seed=i) for i in range(2)]
+        for pairs, found in zip(desiderata, prompts.collect_targets(model, desiderata, ["last"]), strict=True):
+            z = model(pairs.corrupt, capture=("z",), capture_at=pairs.corrupt_position("last")[:, None])[1]["z"]
+            assert_close(found.z, np.moveaxis(np.asarray(z), 0, 1), TOLERANCES.recompiled)
     assert patching._head_values._cache_size() - before == 1

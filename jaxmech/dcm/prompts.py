@@ -31,7 +31,7 @@ from jaxmech.suffixes import Suffixes
 
 WORTH_A_TREE = 0.8  # of the tokens that the prompts have one by one
 TOKENS_PER_CALL = 2**15  # of trees that run together: enough for a GPU, and few, so that trees are of similar size
-ALIKE = 8  # widths of prompts and trees are multiples of this, so that those of other desiderata compile nothing anew
+ALIKE = 8  # widths of several desiderata's prompts and of trees are multiples of this: others share what is compiled
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -175,7 +175,7 @@ def collect_targets(model: Model, desiderata: Sequence[Pairs], roles: Sequence[s
 def _one_by_one(model: Model, prompts: np.ndarray, positions: np.ndarray) -> list[jax.Array]:
     """z [B, L, R, N, H] of each of the S prompts [B, S, T] of the examples, at positions [B, S, R]."""
     (count, sets, T), longest = prompts.shape, model.config.rope.longest
-    fill = int(min(rounded_up(T, ALIKE), longest)) - T
+    fill = int(min(rounded_up(T, ALIKE), longest)) - T if sets > 1 else 0
     source = np.pad(prompts, ((0, 0), (0, 0), (0, fill))).reshape(-1, T + fill), positions.reshape(count * sets, -1)
     size = memory.fitting(model.weights, memory.of_forward(model.config, T + fill))
     rows = [rows for rows, _ in equal_parts(count * sets, size, row_devices(model.weights))]
