@@ -173,6 +173,20 @@ def test_scores_of_other_pairs_or_another_model_are_not_taken_for_done(random_mo
             jm.discover(*other, chain=CHAIN[:1], done=done)
 
 
+@pytest.mark.parametrize(
+    ("scores", "min_effect", "words"),
+    [
+        ([0, 0.3], 0, "the strongest mean effect is 0, and no head lowers the metric. The chain ends here"),
+        ([0, -0.01], 0.1, "the strongest mean effect is -0.01, above -min_effect = -0.1. The chain ends here"),
+    ],
+)
+def test_a_stage_that_finds_nothing_says_why(two_heads, fake_scores, scores, min_effect, words):
+    done = {"readers": fake_scores(scores, [0, 0], [0, 0])}
+    with pytest.warns(UserWarning, match=words):
+        circuit = jm.discover(*two_heads, chain=CHAIN, done=done, min_effect=min_effect)
+    assert circuit.groups == {} and words in circuit.stopped
+
+
 def test_scores_in_bfloat16_are_taken_for_done_whatever_their_batch_size(random_model, random_pairs):
     model = random_model(dtype="bfloat16")
     pairs = random_pairs(model, count=9)

@@ -63,6 +63,23 @@ def test_roles_that_are_one_token_patch_the_heads_of_both(models, pairs):
     assert_close(found, expected, TOLERANCES.recompiled)
 
 
+@pytest.mark.parametrize("empty", ["early", "end"])
+def test_a_role_without_heads_patches_nothing(models, pairs, empty):
+    """Whether its token is its own, or that of a role with heads."""
+    base, tuned = models
+    positions, corrupt_positions = ({**x, "end": x["last"]} for x in (pairs.positions, pairs.corrupt_positions))
+    pairs = jm.Pairs(pairs.clean, pairs.corrupt, pairs.labels, positions, corrupt_positions)
+    heads = {empty: [], "last": [(0, 1), (2, 3)]}
+    expected = full_forward.from_corrupt(base, pairs, {"last": heads["last"]})
+    assert np.abs(expected - full_forward.last_logits(base, pairs)).max() > 0.1
+    assert_close(jm.patch_activations(base, pairs, heads).logits, expected, TOLERANCES.cone)
+    for components in COMPONENTS:
+        expected = full_forward.from_model(base, tuned, pairs, {"last": heads["last"]}, components)
+        assert_close(jm.cmap(base, tuned, pairs, heads, components).logits, expected, TOLERANCES.cone)
+    with pytest.raises(ValueError, match="names no heads"):
+        jm.cmap(base, tuned, pairs, {empty: [], "last": []})
+
+
 def test_heads_of_roles_that_are_one_token_take_the_values_of_their_own_role(models, pairs):
     model = models[0]
     one = {"last": pairs.positions["last"], "a": pairs.positions["early"], "b": pairs.positions["early"]}

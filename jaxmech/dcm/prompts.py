@@ -166,9 +166,11 @@ def collect_targets(model: Model, desiderata: Sequence[Pairs], roles: Sequence[s
     T = max(x.shape[1] for x in prompts)
     together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
     at = np.stack([patching.positions_of(pairs.corrupt_position, roles) for pairs in desiderata], axis=1)  # [B, S, R]
-    trees = PromptTrees.grow(together, at.max(axis=2) + 1, at)
-    worth = len(prompts) > 1 and trees.sizes.sum() < WORTH_A_TREE * sum(x.size for x in prompts)
-    found = _in_trees(model, trees, len(prompts)) if worth else _one_by_one(model, together, at)
+    trees = PromptTrees.grow(together, at.max(axis=2) + 1, at) if len(prompts) > 1 else None
+    if trees is not None and trees.sizes.sum() < WORTH_A_TREE * sum(x.size for x in prompts):
+        found = _in_trees(model, trees, len(prompts))
+    else:
+        found = _one_by_one(model, together, at)
     return [Targets(z, pairs.labels) for z, pairs in zip(found, desiderata, strict=True)]
 
 
