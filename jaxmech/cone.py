@@ -30,6 +30,7 @@ from jaxmech.model import (
     attention_input,
     attention_output,
     attention_pattern,
+    layer_weights,
     mix_values,
     mlp_half,
     per_query_head,
@@ -148,7 +149,7 @@ def receiver_inputs(
     """
 
     def read(i, x, inputs):
-        layer = _layer(weights, i)
+        layer = layer_weights(weights, i)
         read_here = project(config, layer, via, attention_input(config, layer, x))
         return inputs.at[i].set(per_query_head(config, read_here))
 
@@ -210,7 +211,7 @@ def _frozen_layer(
 ) -> jax.Array:
     """Layer i of the frozen stream x [B, D]: the clean attention output, the change if it is here, and the MLP."""
     assert clean.heads_out is not None
-    layer, heads_out = _layer(weights, i), clean.heads_out[i] + jnp.where(i == change.layer, change.delta, 0)
+    layer, heads_out = layer_weights(weights, i), clean.heads_out[i] + jnp.where(i == change.layer, change.delta, 0)
     return mlp_half(config, layer, x + added(config, layer, "attn", heads_out))
 
 
@@ -225,7 +226,7 @@ def _live_layer(
     knockout: Knockout | None,
 ) -> jax.Array:
     """Layer i of the live stream x [C, D]."""
-    layer = _layer(weights, i)
+    layer = layer_weights(weights, i)
     normed = attention_input(config, layer, x)
     rotation = rope.angles(config, suffixes.position)
 
@@ -257,7 +258,7 @@ def _last_layer(
 ) -> jax.Array:
     """The last layer of the live stream x [C, D] at `last` only, [B, D]; other tokens give their keys and values."""
     i = config.num_layers - 1
-    layer = _layer(weights, i)
+    layer = layer_weights(weights, i)
     normed = attention_input(config, layer, x)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
@@ -337,7 +338,3 @@ def _attend(
         prefix &= ~((token == target) & queries.at_p & (i >= knockout.start))
     patterns = attention_pattern(config, queries.q, [(prefix_k, prefix), (k[bucket.packed], allowed)])
     return mix_values(config, list(zip(patterns, (prefix_v, v[bucket.packed]), strict=True)))
-
-
-def _layer(weights: Params, i: Layer) -> Params:
-    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), weights["blocks"])

@@ -222,6 +222,11 @@ def block(
     return x, sites
 
 
+def layer_weights(params: Params, index: jax.Array | int) -> Params:
+    """The parameters of one layer, in loops whose bounds are traced; `jax.lax.scan` slices them itself."""
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), params["blocks"])
+
+
 def embed(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
     """Token ids [...] to the residual stream [..., D]."""
     known = (tokens >= 0) & (tokens < config.vocab_size)  # JAX would take others for the nearest that there is

@@ -13,7 +13,7 @@ from conftest import TOLERANCES, assert_close, right_in_turn
 
 import jaxmech as jm
 from jaxmech import dcm, memory
-from jaxmech.dcm import prompts, selection, stream, training
+from jaxmech.dcm import prompts, selection, stream, targets, training
 from jaxmech.model import forward
 
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
@@ -311,7 +311,7 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
     base = prompts.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
-    data = training._stacked(prompts.collect_targets(model, [pairs], ["query_box"]), first=1)
+    data = training._stacked(targets.collect_targets(model, [pairs], ["query_box"], [3]), first=1)
     zero = np.zeros(1, int)
     member = stream.members(model.config, HEADS, 1)[None]
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)

@@ -1,5 +1,7 @@
 """Prompts run as a tree: the same activations as one by one, with fewer tokens."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
 from jaxmech import dcm, memory
-from jaxmech.dcm import prompts as dcm_prompts
-from jaxmech.prompt_trees import PromptTrees, head_values
+from jaxmech.dcm import targets
+from jaxmech.prompt_trees import PromptTrees, Stretch, head_values, stretches
 from jaxmech.shared_prefix import rounded_up
 
+LLAMA_7B = {"width": 4096, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "mlp_width": 11008}
 COUNT, SEVERAL, LENGTH = 6, 4, 14
 FEATURES = {
     "mha": {},
@@ -61,7 +64,7 @@ def test_activations_in_a_tree_are_those_of_the_prompts_alone(random_model, prom
     tokens, _, positions = prompts
     trees = PromptTrees.grow(*prompts)
     trees = trees.of(np.arange(COUNT), int(trees.sizes.max()) + fill)
-    found = head_values(model.config, model.weights, trees)
+    _, found = head_values(model.config, model.weights, Stretch(trees, 0, model.config.num_layers - 1))
     assert np.isfinite(found).all()
     for s in range(SEVERAL):
         _, captured = model(tokens[:, s], capture=("z",), capture_at=positions[:, s])
@@ -77,42 +80,98 @@ def test_few_widths_and_little_to_fill_up():
     assert (counts >= widths).all() and (counts <= widths * 1.125).all() and (counts[:15] == widths[:15]).all()
 
 
-@pytest.mark.parametrize("budget", [2**30, 1])
-def test_counterfactuals_of_desiderata_are_collected_in_trees_as_one_by_one(random_model, monkeypatch, budget):
-    """Of the boxes task, whose desiderata tell of one scene; a budget of one byte runs tree by tree."""
-    base = jm.load(jm.demo.path("base"))
-    model = random_model(vocab_size=base.config.vocab_size)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("layers", [[0, 3, 1, 2], [1, 1, 3, 0], [2, 2, 2, 2], [0, 0, 0, 0]], ids=str)
+def test_prompts_drop_out_where_no_more_is_asked_of_them(random_model, prompts, features, layers, monkeypatch):
+    monkeypatch.setattr("jaxmech.prompt_trees.WORTH_DROPPING", 1)
+    model = random_model(**FEATURES[features])
+    tokens, length, positions = prompts
+    x = z = None
+    parts = stretches(PromptTrees.grow(*prompts), layers)
+    assert [part.stop for part in parts] == sorted(set(layers))
+    for part in parts:
+        left = np.asarray(layers) >= part.stop
+        assert part.trees.sizes.tolist() == prefixes(tokens[:, left], length[:, left])
+        x, z = head_values(model.config, model.weights, part, x, z)
+    for s, last in enumerate(layers):
+        _, captured = model(tokens[:, s], capture=("z",), capture_at=positions[:, s])
+        found = z[:, :, 2 * s : 2 * s + 2]
+        assert_close(found[: last + 1], captured["z"][: last + 1], TOLERANCES.recompiled)
+        assert not found[last + 1 :].any()
+
+
+def test_prompts_stay_where_few_tokens_would_go_with_them(prompts):
+    tokens, length, positions = prompts
+    tokens[:, 1], length[:, 1] = tokens[:, 0], length[:, 0]
+    positions[:, 1] = positions[:, 0]
+    parts = stretches(PromptTrees.grow(tokens, length, positions), [1, 3, 3, 3])
+    assert [(part.start, part.stop) for part in parts] == [(0, 3)]
+
+
+def boxes_pairs(tokenizer, count: int) -> list[jm.Pairs]:
+    """Of all desiderata of the boxes task, which tell of one scene."""
     examples = jm.boxes.make(n_scenes=4, n_boxes=4, seed=0)
-    pairs = [jm.boxes.desideratum(name, examples, base.tokenizer, 5, seed=1) for name in jm.boxes.DESIDERATA]
-    roles, calls = ["last", "prev_query_box"], []
-    with monkeypatch.context() as alone:
-        alone.setattr(dcm_prompts, "WORTH_A_TREE", 0)
-        expected = dcm_prompts.collect_targets(model, pairs, roles)
+    return [jm.boxes.desideratum(name, examples, tokenizer, count, seed=1) for name in jm.boxes.DESIDERATA]
+
+
+@pytest.mark.parametrize("budget", [2**30, 1])
+@pytest.mark.parametrize("alone", [False, True])
+def test_counterfactuals_are_collected_in_trees_as_in_full_forward_passes(random_model, monkeypatch, budget, alone):
+    """A budget of one byte runs tree by tree."""
+    base, calls = jm.load(jm.demo.path("base")), []
+    model = random_model(vocab_size=base.config.vocab_size)
+    pairs, roles = boxes_pairs(base.tokenizer, 5), ["last", "prev_query_box"]
+    layers = [3, 1, 2] + [0] * 11
     monkeypatch.setattr(memory, "CPU_BUDGET", budget)
-    monkeypatch.setattr(dcm_prompts, "head_values", lambda *x: calls.append(x[2].tokens.shape) or head_values(*x))
-    found = dcm_prompts.collect_targets(model, pairs, roles)
-    assert len(calls) == (1 if budget > 1 else 5)
-    for one, other in zip(found, expected, strict=True):
+    monkeypatch.setattr(targets, "_work", lambda config, trees: (-1 if alone else 1) * trees.sizes.sum())
+
+    def recorded(config, weights, stretch, x, z):
+        calls.append((*stretch.trees.member.shape, x is None))
+        return head_values(config, weights, stretch, x, z)
+
+    monkeypatch.setattr(targets, "head_values", recorded)
+    found = targets.collect_targets(model, pairs, roles, layers)
+    assert {several for _, several, *_ in calls} == {1 if alone else 14}
+    assert {count for count, *_ in calls} == {5 if budget > 1 else 1}
+    computed, one_by_one = sum(a * b for a, _, b, first in calls if first), sum(x.corrupt.size for x in pairs)
+    assert alone or computed < 0.8 * one_by_one
+    for one, x, last in zip(found, pairs, layers, strict=True):
         assert one.z.shape == (5, 4, 2, 4, 8)
-        assert_close(one.z, other.z, TOLERANCES.recompiled)
-        np.testing.assert_array_equal(one.labels, other.labels)
-    one_by_one = sum(x.corrupt.size for x in pairs)
-    assert sum(a * b for a, b in calls) < (0.8 if budget > 1 else 0.7) * one_by_one
+        at = np.stack([x.corrupt_position(role) for role in roles], axis=1)
+        z = np.moveaxis(np.asarray(model(x.corrupt, capture=("z",), capture_at=at)[1]["z"]), 0, 1)
+        assert_close(one.z[:, : last + 1], z[:, : last + 1], TOLERANCES.recompiled)
+        np.testing.assert_array_equal(one.labels, x.labels)
 
 
-def test_prompts_that_share_nothing_are_no_tree(random_model, random_pairs, monkeypatch):
-    model = random_model()
-    pairs = [random_pairs(model, seed=seed) for seed in range(2)]
-    monkeypatch.setattr(dcm_prompts, "head_values", None)
-    found = dcm_prompts.collect_targets(model, pairs, ["last"])
-    for x, one in zip(pairs, found, strict=True):
-        z = model(x.corrupt, capture=("z",), capture_at=x.corrupt_position("last")[:, None])[1]["z"]
-        assert_close(one.z, np.moveaxis(np.asarray(z), 0, 1), TOLERANCES.recompiled)
+@pytest.mark.parametrize(("shape", "alone"), [(LLAMA_7B, False), ({}, True)], ids=["7B", "demo"])
+def test_trees_are_worth_it_but_in_small_models(shape, alone):
+    """In which attention, that a tree has more of, takes longer than the rest."""
+    base, several = jm.load(jm.demo.path("base")), len(jm.boxes.DESIDERATA)
+    config = dataclasses.replace(base.config, **shape)
+    prompts = [pairs.corrupt for pairs in boxes_pairs(base.tokenizer, 5)]
+    together = np.stack([np.pad(x, ((0, 0), (0, 99 - x.shape[1]))) for x in prompts], axis=1)
+    length = np.stack([np.full(5, x.shape[1]) for x in prompts], axis=1)
+    given = together, length, length[..., None] - 1
+    work = targets._work(config, PromptTrees.grow(*given))
+    one_by_one = [targets._work(config, PromptTrees.grow(*(x[:, [s]] for x in given))) for s in range(several)]
+    assert (sum(one_by_one) < work) == alone
+
+
+@pytest.mark.parametrize(("seeds", "several"), [((0, 1), 1), ((0, 0), 2)], ids=["alone", "a tree"])
+def test_prompts_that_share_nothing_are_no_tree(random_model, random_pairs, monkeypatch, seeds, several):
+    model, calls = random_model(), []
+    pairs = [random_pairs(model, seed=seed) for seed in seeds]
+    real = targets._values
+    monkeypatch.setattr(
+        targets, "_values", lambda model, trees, *rest: calls.append(trees.member.shape[1]) or real(model, trees, *rest)
+    )
+    targets.collect_targets(model, pairs, ["last"], [3, 3])
+    assert set(calls) == {several}
 
 
 def test_trees_lower_for_every_platform(random_model, prompts):
     model = random_model(dtype="bfloat16")
-    traced = head_values.trace(model.config, model.weights, PromptTrees.grow(*prompts))
+    traced = head_values.trace(model.config, model.weights, Stretch(PromptTrees.grow(*prompts), 0, 2))
     assert "stablehlo" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

@@ -6,13 +6,15 @@ model say what a desideratum predicts (Prakash et al. 2024, section 4 and append
     z <- m z + (1 - m) z_counterfactual        m = 1: the head is left alone, m = 0: it is patched
     loss = -mean target logit + lam sum(1 - m)
 
-The counterfactual prompts are run once, and of the base prompts only what is clean; a step then runs, forward and
-backward, the layers from the group's first on and the tokens from its role on (`jaxmech.cone`).
+The counterfactual prompts are run once, up to the group's last layer, and of the base prompts only what is clean; a
+step then runs, forward and backward, the layers from the group's first on and the tokens from its role on
+(`jaxmech.cone`).
 
 training.py    trains masks, many at once
 selection.py   how well masks do on other pairs, and which of a training's is the best
 stream.py      a forward pass under a mask, which both share
-prompts.py     what is kept of the prompts, and how much of it at a time
+prompts.py     what is kept of the base prompts, and how much of it at a time
+targets.py     what is kept of the counterfactual prompts
 
 Axes as in `jaxmech.model`, L being counted from the first layer that a group has; n counts the heads of a group, M
 masks, E the entries of a batch.

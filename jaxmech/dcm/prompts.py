@@ -1,9 +1,8 @@
-"""What DCM keeps of its prompts, and how a training is cut where that does not fit the memory.
+"""What DCM keeps of its base prompts, and how a training is cut where that does not fit the memory.
 
-Of base prompts, a step needs the keys and values of all tokens in all layers from the group's first on: gigabytes for a
-thousand prompts of a large model. They are computed for as many steps at a time as the memory budget holds, a
-*segment*; if all fit, there is one segment, and every prompt is run once. Of counterfactual prompts, z at the role is
-kept, which is little.
+A step needs the keys and values of all their tokens in all layers from the group's first on: gigabytes for a thousand
+prompts of a large model. They are computed for as many steps at a time as the memory budget holds, a *segment*; if all
+fit, there is one segment, and every prompt is run once.
 
 Axes as in `jaxmech.dcm`; S counts sets of base prompts, R the prompts of each that are held at a time, W the tokens of
 the longest suffix.
@@ -18,20 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import cone, memory, patching
-from jaxmech.batches import equal_parts
+from jaxmech import cone, memory
 from jaxmech.config import Config
-from jaxmech.loading import Model, check_prompts, check_tokens
+from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
-from jaxmech.prompt_trees import PromptTrees, head_values
-from jaxmech.sharding import over_rows, row_devices
-from jaxmech.shared_prefix import SharedPrompts, rounded_up, shared_length
+from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Suffixes
 
-WORTH_A_TREE = 0.8  # of the tokens that the prompts have one by one
-TOKENS_PER_CALL = 2**15  # of trees that run together: enough for a GPU, and few, so that trees are of similar size
-ALIKE = 8  # widths of several desiderata's prompts and of trees are multiples of this: others share what is compiled
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -43,17 +36,6 @@ class Base(NamedTuple):
     v: Array  # [B, L, K, T, H]
     p: Array  # [B]
     last: Array  # [B]
-
-
-class Targets(NamedTuple):
-    """What a desideratum says about them."""
-
-    z: Array  # [B, L, N, H], of the counterfactual prompts at the role
-    labels: Array  # [B]
-
-    def at(self, role: int, first: int) -> "Targets":
-        """At one of the roles that were collected, layers from `first` on."""
-        return Targets(self.z[:, first:, role], self.labels)
 
 
 def base_key(pairs: Pairs, role: str) -> tuple[bytes, ...]:
@@ -149,72 +131,6 @@ def _run_base(
 
     kept = jax.lax.map(run, (prompts, p, last))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
-
-
-def collect_targets(model: Model, desiderata: Sequence[Pairs], roles: Sequence[str]) -> list[Targets]:
-    """Runs the counterfactual prompts, in parts, and keeps z of all layers at the roles: [B, L, R, N, H] of each.
-
-    What the prompts of an example begin with alike is computed once, if that is enough to matter.
-
-    Args:
-      desiderata: equally many pairs of each.
-    """
-    config = model.config
-    for pairs in desiderata:
-        check_prompts(config, pairs)
-    prompts = [check_tokens(config, np.asarray(pairs.corrupt)) for pairs in desiderata]
-    T = max(x.shape[1] for x in prompts)
-    together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
-    at = np.stack([patching.positions_of(pairs.corrupt_position, roles) for pairs in desiderata], axis=1)  # [B, S, R]
-    trees = PromptTrees.grow(together, at.max(axis=2) + 1, at) if len(prompts) > 1 else None
-    if trees is not None and trees.sizes.sum() < WORTH_A_TREE * sum(x.size for x in prompts):
-        found = _in_trees(model, trees, len(prompts))
-    else:
-        found = _one_by_one(model, together, at)
-    return [Targets(z, pairs.labels) for z, pairs in zip(found, desiderata, strict=True)]
-
-
-def _one_by_one(model: Model, prompts: np.ndarray, positions: np.ndarray) -> list[jax.Array]:
-    """z [B, L, R, N, H] of each of the S prompts [B, S, T] of the examples, at positions [B, S, R]."""
-    (count, sets, T), longest = prompts.shape, model.config.rope.longest
-    fill = int(min(rounded_up(T, ALIKE), longest)) - T if sets > 1 else 0
-    source = np.pad(prompts, ((0, 0), (0, 0), (0, fill))).reshape(-1, T + fill), positions.reshape(count * sets, -1)
-    size = memory.fitting(model.weights, memory.of_forward(model.config, T + fill))
-    rows = [rows for rows, _ in equal_parts(count * sets, size, row_devices(model.weights))]
-    found = [patching.head_values(model, source, part, sites=("z",))["z"] for part in rows]
-    return _in_order(found, _places(rows).reshape(count, sets), sets=sets)
-
-
-def _in_trees(model: Model, trees: PromptTrees, sets: int) -> list[jax.Array]:
-    """z [B, L, R, N, H] of each of the S prompts that the trees have, at their R roles."""
-    config, sizes = model.config, trees.sizes
-    order = np.argsort(sizes, kind="stable")  # trees of similar size run together
-    fitting = memory.fitting(model.weights, memory.of_forward(config, float(sizes.max())))
-    size = min(fitting, math.ceil(TOKENS_PER_CALL / sizes.mean()))
-    rows = [order[part] for part, _ in equal_parts(len(order), size, row_devices(model.weights))]
-    found = []
-    for part in rows:
-        here = over_rows(model.weights, trees.of(part, rounded_up(int(sizes[part].max()), ALIKE)))
-        found.append(head_values(config, model.weights, here))
-    return _in_order(found, _places(rows), sets=sets)
-
-
-def _places(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Where each index is in the parts, one behind another."""
-    together = np.concatenate(parts)
-    return np.unique(together, return_index=True)[1]
-
-
-@partial(jax.jit, static_argnames="sets")
-def _in_order(parts: Sequence[jax.Array], places: Array, *, sets: int) -> list[jax.Array]:
-    """z [B, L, R, N, H] of each of S `sets` of prompts, which are at `places` of parts [L, b, ..., N, H].
-
-    Args:
-      places: [B] of trees, whose parts have S * R tokens, set by set; or [B, S] of prompts, whose parts have R.
-    """
-    z = jnp.concatenate(parts, axis=1)[:, places]
-    z = z.reshape(*z.shape[:2], sets, -1, *z.shape[-2:])  # [L, B, S, R, N, H]
-    return list(z.swapaxes(0, 2))
 
 
 class Segment(NamedTuple):

@@ -11,8 +11,9 @@ from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
-from jaxmech.dcm.prompts import Base, BasePrompts, Targets, base_key, collect_targets, examples_per_call
+from jaxmech.dcm.prompts import Base, BasePrompts, base_key, examples_per_call
 from jaxmech.dcm.stream import Batch, Heads, check_heads, first_layer, patched_stream
+from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.dcm.training import Run
 from jaxmech.loading import Model
 from jaxmech.model import Params, unembed
@@ -85,6 +86,7 @@ def _accuracies(
     roles = list(dict.fromkeys(role for _, role in masks))
     first = {role: _first_layer_at(config, masks, role) for role in roles}
     weights = {(name, role): _weights(config, sets, first[role]) for (name, role), sets in masks.items()}
+    last = [max(_last_patched(x, first[at]) for (name, at), x in weights.items() if name == one) for one in pairs]
     most = {role: max(len(x) for (_, at), x in weights.items() if at == role) for role in roles}
     most = {role: 2 ** (count - 1).bit_length() for role, count in most.items()}  # few numbers, so few compilations
     kept = 2 * memory.of_heads(config, len(pairs) * len(roles), config.num_layers)  # once more as they are sorted
@@ -93,7 +95,7 @@ def _accuracies(
     base = {role: BasePrompts(model, [some], role, first[role], [rows for rows, _ in parts]) for role in roles}
     correct: dict[tuple[Desideratum, str], list[np.ndarray]] = {key: [] for key in masks}
     for part, (rows, new) in enumerate(parts):
-        collected = collect_targets(model, [x[rows] for x in pairs.values()], roles)
+        collected = collect_targets(model, [x[rows] for x in pairs.values()], roles, last)
         targets = dict(zip(pairs, collected, strict=True))
         for i, role in enumerate(roles):
             prompts = base[role].run(part)
@@ -214,6 +216,11 @@ def _first_layer_at(config: Config, masks: Mapping[Any, Mapping[Any, tuple[Heads
     """The first layer of all heads that are patched at a role."""
     here = [heads for (_, at), sets in masks.items() if at == role for heads, _ in sets.values()]
     return first_layer(config, [head for heads in here for head in check_heads(config, heads)])
+
+
+def _last_patched(weights: np.ndarray, first: int) -> int:
+    """The last layer in which one of the `weights` [M, L, N] patches a head, or `first`."""
+    return first + int(np.append(0, np.flatnonzero(weights.any(axis=(0, 2))))[-1])
 
 
 def _weights(config: Config, masks: Mapping[Any, tuple[Heads, np.ndarray]], first: int) -> np.ndarray:

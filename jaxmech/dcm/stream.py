@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxmech import cone
 from jaxmech.config import Config
-from jaxmech.dcm.prompts import Base, Targets
+from jaxmech.dcm.prompts import Base
+from jaxmech.dcm.targets import Targets
 from jaxmech.interventions import head_mask
 from jaxmech.model import Params
 from jaxmech.suffixes import Suffixes

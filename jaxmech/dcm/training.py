@@ -20,14 +20,13 @@ from jaxmech.config import Config
 from jaxmech.dcm.prompts import (
     Base,
     BasePrompts,
-    Targets,
     base_key,
-    collect_targets,
     cut,
     examples_at_a_time,
     runs_at_a_time,
 )
 from jaxmech.dcm.stream import Batch, Heads, check_heads, first_layer, members, patched_stream
+from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.loading import Model
 from jaxmech.model import Params, label_logits
 from jaxmech.pairs import Pairs
@@ -216,7 +215,8 @@ def _run_all(
     config, weights = model.config, model.weights
     segments = cut(orders, examples_at_a_time(model, sets, role, first))
     prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
-    targets = _stacked(collect_targets(model, desiderata, [role]), first=first)
+    last = first + int(np.flatnonzero(arguments.member.any(axis=(0, 2)))[-1])
+    targets = _stacked(collect_targets(model, desiderata, [role], [last] * len(desiderata)), first=first)
     copies = row_devices(weights)
     at_a_time = copies * runs_at_a_time(model, sets, role, first, orders.shape[2])
     calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
