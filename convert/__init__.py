@@ -9,10 +9,11 @@ from convert.export import write_hf
 from convert.hf_config import config_from_hf, read_config
 from convert.hub import local_path
 from convert.params import read_params
-from convert.source_files import source_files
+from convert.source_files import checkpoint_files, source_files
 from convert.tokenizer import read_tokenizer
 
 __all__ = [
+    "checkpoint_files",
     "config_from_hf",
     "is_adapter",
     "local_path",

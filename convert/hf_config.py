@@ -71,7 +71,7 @@ def _llama(fields: Fields) -> dict[str, Any]:
     return {"attention_bias": bias, "output_bias": bias, "mlp_bias": bool(fields.get("mlp_bias"))}
 
 
-def _mistral(fields: Fields) -> dict[str, Any]:
+def _window(fields: Fields) -> dict[str, Any]:
     return {"window": fields.get("sliding_window") or 0}
 
 
@@ -145,7 +145,7 @@ FAMILIES = {
     "llama": Family(("LlamaForCausalLM", "LLaMAForCausalLM"), _llama),
     "mistral": Family(
         ("MistralForCausalLM",),
-        _mistral,
+        _window,
         ("sliding_window",),
         {"sliding_window": 4096, "max_position_embeddings": 131072},
     ),
@@ -159,7 +159,10 @@ FAMILIES = {
         _TIED | _GEMMA2_DEFAULTS | {"max_position_embeddings": 8192, "sliding_window": 4096},
     ),
     "phi3": Family(
-        ("Phi3ForCausalLM",), _mistral, ("sliding_window",), {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+        ("Phi3ForCausalLM",),
+        _window,
+        ("sliding_window",),
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     ),
     "olmo2": Family(("Olmo2ForCausalLM",), _olmo2, (), {"rms_norm_eps": 1e-5}),
     "granite": Family(("GraniteForCausalLM",), _granite, _MULTIPLIERS, dict.fromkeys(_MULTIPLIERS, 1.0)),

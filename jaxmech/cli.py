@@ -16,7 +16,6 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import convert
 import jaxmech as jm
 from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
 from jaxmech.discovery import PAPER_CHAIN, Stage, check_number_of_heads, discover, read_chain, with_k
@@ -207,10 +206,9 @@ def _run_folder(options: Discover, chain: Sequence[Stage], examples: Sequence[jm
     settings = _settings(options)
     given = {name: settings.pop(name) for name in ("model", "adapter", "data", "chain", "batch_size", "copies")}
     settings["stages"] = [asdict(stage) for stage in chain]
-    adapter = options.adapter and convert.local_path(options.adapter)
     sources = {
-        "model_files": fingerprint(convert.local_path(options.model)),
-        "adapter_files": adapter and fingerprint(adapter),
+        "model_files": fingerprint(options.model),
+        "adapter_files": options.adapter and fingerprint(options.adapter),
         "examples": text_hash(example.sentence for example in examples),
     }
     earlier = earlier_config(options.out).get("stages") or []

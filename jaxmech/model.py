@@ -24,7 +24,9 @@ from jaxmech.interventions import SITES, Interventions, apply_patch, knocked_out
 
 Params = Mapping[str, Any]
 FORBIDDEN = float(jnp.finfo(jnp.float32).min)
-FEW_KEYS = 8  # fewer are no matrix product: GPUs would pad it by copies, and CPUs take many times as long
+# Attention to fewer keys is a sum, no matrix product: GPUs would pad it by copies, and CPUs take many times as long. On
+# TPUs it is a product, since their compiler fails at some such sums (libtpu 0.0.52).
+FEW_KEYS = 8
 
 
 class Llama(nn.Module):
@@ -344,13 +346,20 @@ def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) ->
 def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
     groups = v.shape[-2], pattern.shape[-3] // v.shape[-2]
     grouped = pattern.reshape(*pattern.shape[:-3], *groups, *pattern.shape[-2:])
-    if 0 < v.shape[-3] < FEW_KEYS:
-        weight = jnp.moveaxis(grouped, -2, -4)[..., None]  # [..., T, K, G, S, 1]
+
+    def product(weights, v):
+        return einsum(config, "...kgts,...skh->...tkgh", weights, v)
+
+    def sum_over_keys(weights, v):
+        weights = jnp.moveaxis(weights, -2, -4)[..., None]  # [..., T, K, G, S, 1]
         values = v[..., None, :, :, None, :].astype(jnp.float32)  # [..., 1, S, K, 1, H]
-        products = (weight[..., s, :] * values[..., s, :, :, :] for s in range(v.shape[-3]))
-        z = reduce(jnp.add, products).astype(v.dtype)
+        products = (weights[..., s, :] * values[..., s, :, :, :] for s in range(v.shape[-3]))
+        return reduce(jnp.add, products).astype(v.dtype)
+
+    if 0 < v.shape[-3] < FEW_KEYS:
+        z = jax.lax.platform_dependent(grouped, v, tpu=product, default=sum_over_keys)
     else:
-        z = einsum(config, "...kgts,...skh->...tkgh", grouped, v)
+        z = product(grouped, v)
     return z.reshape(*z.shape[:-3], pattern.shape[-3], config.head_dim)
 
 

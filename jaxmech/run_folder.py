@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import convert
 from jaxmech.files import check_folder, write_text
 from jaxmech.provenance import versions
 from jaxmech.scores import PathScores, load_groups, save_groups
@@ -129,9 +130,13 @@ def read_json(file: Path, remedy: str) -> Any:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Changes when a file of the checkpoint folder `path` does: a hash of names, sizes and times, not of contents."""
-    digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
+    """Changes when a file of a checkpoint or adapter does: a hash of names, sizes and times, not of contents.
+
+    Args:
+      path: its folder, or a name on the Hub. What else lies there does not count.
+    """
+    path, digest = convert.local_path(path), hashlib.blake2b(digest_size=8)
+    for file in convert.checkpoint_files(path):
         status = file.stat()
         digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()

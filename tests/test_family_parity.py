@@ -1,5 +1,6 @@
 """Every family against transformers (eager attention): logits, long prompts, bfloat16, and the way back."""
 
+import copy
 import json
 
 import jax
@@ -11,7 +12,8 @@ from conftest import TOLERANCES, assert_close
 from hf_families import HF_FAMILIES, family_model
 from hf_llama import SIZES
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from words import word_tokenizer
 
 import convert
@@ -111,6 +113,19 @@ def test_scaled_rope_equals_that_of_transformers(saved, kind, tokens):
     ours = jm.load(path, precision="highest")
     assert ours.config.rope.kind == parameters["rope_type"]
     assert_close(ours(tokens)[0], logits(theirs, tokens), TOLERANCES.parity)
+
+
+@pytest.mark.parametrize("inside", [None, 8192])
+def test_longrope_without_an_original_context_has_that_of_phi3(inside):
+    """HF `Phi3Config`, whose default wins over what rope_scaling says."""
+    _, parameters = SCALED["longrope"]
+    parameters = parameters | ({"original_max_position_embeddings": inside} if inside else {})
+    fields = {"model_type": "phi3", "max_position_embeddings": 131072, "rope_scaling": parameters}
+    fields |= {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ours = convert.config_from_hf(copy.deepcopy(fields) | {"intermediate_size": 64}).rope
+    theirs = Phi3RotaryEmbedding(Phi3Config(**fields, pad_token_id=0, eos_token_id=1))
+    assert ours.original_max_positions == theirs.config.original_max_position_embeddings == 4096
+    assert ours.attention_factor == pytest.approx(theirs.attention_scaling) != 1
 
 
 @pytest.mark.parametrize("family", HF_FAMILIES)

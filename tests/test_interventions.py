@@ -9,7 +9,7 @@ from conftest import TOLERANCES, assert_close
 import jaxmech as jm
 from jaxmech import Interventions, Patch
 from jaxmech.interventions import HEAD_SITES, SITES
-from jaxmech.model import FEW_KEYS
+from jaxmech.model import FEW_KEYS, mix_values
 
 B, T = 3, 9
 LAYERS, HEADS = 4, 4
@@ -176,6 +176,15 @@ def test_prompts_of_few_tokens_are_the_start_of_longer_ones(random_model, dtype,
     tolerance = TOLERANCES.recompiled if dtype == "float32" else TOLERANCES.bfloat16
     for length in (1, 3, FEW_KEYS - 1, FEW_KEYS):
         assert_close(model(tokens[:, :length])[0], whole[:, :length], tolerance)
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", False), ("cuda", False), ("tpu", True)])
+def test_attention_to_few_keys_is_a_product_on_tpus(random_model, platform, products):
+    """Whose compiler breaks off at some sums."""
+    config = random_model().config
+    pattern, v = np.ones((2, 4, 3, 3), np.float32), np.ones((2, 3, 4, 8), np.float32)
+    traced = jax.jit(lambda pattern, v: mix_values(config, [(pattern, v)])).trace(pattern, v)
+    assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) == products
 
 
 def test_the_linen_module_applied_to_params_is_the_model(model, runs):

@@ -62,24 +62,44 @@ def test_a_run_with_other_settings_is_refused_also_if_there_are_more_or_fewer(tm
     assert contents(tmp_path) == before
 
 
-def test_the_fingerprint_of_a_checkpoint_changes_with_any_of_its_files(tmp_path):
-    model = tmp_path / "model"
-    (model / "params").mkdir(parents=True)
-    for file in (model / "config.json", model / "params" / "0"):
+@pytest.fixture(params=["Hugging Face", "Orbax", "adapter"])
+def model_folder(request, tmp_path):
+    """A folder with the names of a checkpoint's files, all as old."""
+    names = {
+        "Hugging Face": ("config.json", "tokenizer.model", "pytorch_model.bin", "model-00001-of-00002.safetensors"),
+        "Orbax": ("_CHECKPOINT_METADATA", "tokenizer/tokenizer.json", "state/_METADATA", "state/d/1"),
+        "adapter": ("adapter_config.json", "tokenizer_config.json", "adapter_model.bin", "adapter_model.safetensors"),
+    }
+    for name in names[request.param]:
+        file = tmp_path / "model" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("1")
         os.utime(file, ns=(0, 10**9))
+    return tmp_path / "model", [tmp_path / "model" / name for name in names[request.param]]
+
+
+def test_the_fingerprint_of_a_checkpoint_changes_with_any_of_its_files(model_folder, tmp_path):
+    model, files = model_folder
     seen = [fingerprint(model)]
     assert fingerprint(shutil.copytree(model, tmp_path / "elsewhere")) == seen[0] == fingerprint(model)
-    (model / "params" / "0").write_text("12")
-    os.utime(model / "params" / "0", ns=(0, 10**9))
+    for file in files:
+        file.write_text("12")
+        os.utime(file, ns=(0, 10**9))
+        seen.append(fingerprint(model))
+        os.utime(file, ns=(0, 10**9 + 1000))
+        seen.append(fingerprint(model))
+    files[-1].unlink()
     seen.append(fingerprint(model))
-    os.utime(model / "params" / "0", ns=(0, 10**9 + 1000))
-    seen.append(fingerprint(model))
-    (model / "params" / "0").rename(model / "params" / "1")
-    seen.append(fingerprint(model))
-    (model / "params" / "0").write_text("")
-    seen.append(fingerprint(model))
-    assert len(set(seen)) == 5
+    assert len(set(seen)) == len(seen) == 10
+
+
+def test_what_else_lies_in_the_folder_of_a_checkpoint_changes_nothing(model_folder):
+    model, _ = model_folder
+    before = fingerprint(model)
+    for name in ("runs/events.log", "out/config.json", "checkpoint-500/model.safetensors"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("1")
+    assert fingerprint(model) == before
 
 
 def test_scores_of_a_run_are_read_without_its_settings(tmp_path):

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import jaxmech as jm
 from jaxmech import dcm
 from jaxmech.discovery import with_k
+from jaxmech.scores import PathScores
 from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
 from jaxmech.study.chains import moved_heads
@@ -387,6 +388,24 @@ def test_unfinished_pieces_are_removed_with_what_they_are_of_and_named_when_dama
         other = dataclasses.replace(SETTINGS, seed=1)
         StudyFolder.open(folder.path, other, overwrite=True).keep("knockout", "base", 1.0, 0.0)
         assert not file.exists()
+
+
+def test_a_study_that_overwrites_another_takes_up_none_of_its_pieces(done, tmp_path):
+    """Nor removes what is there before it has a result."""
+    folder = copied_up_to(done, tmp_path / "study", "discovery")
+    group = SETTINGS.chain[0].group
+    scores = PathScores(np.ones((4, 8, 5), np.float32), np.ones(5, np.float32))
+    folder.unfinished.keep_sweeps("discovery", "base", {group: scores})
+    folder.unfinished.piece("dcm", "base", "last", lambda: "theirs")
+    assert folder.unfinished.sweeps("discovery", "base") and len(contents(folder.path / "unfinished")) == 2
+    before, other = contents(folder.path), dataclasses.replace(SETTINGS, seed=1)
+    anew = StudyFolder.open(folder.path, other, overwrite=True)
+    for stage in ("accuracy", "discovery", "dcm"):
+        anew.forget(stage, SETTINGS.names)
+    assert contents(folder.path) == before
+    assert anew.unfinished.sweeps("discovery", "base") == {}
+    assert anew.unfinished.piece("dcm", "base", "last", lambda: "ours") == "ours"
+    assert set(contents(folder.path / "unfinished")) == {"dcm.base.json"}
 
 
 def test_stages_can_be_run_alone_and_anew(done, tmp_path):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import convert
 from jaxmech.discovery import check_number_of_heads, with_k
 from jaxmech.files import check_folder, write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
@@ -73,7 +72,7 @@ class StudyFolder:
         given = {name: values.pop(name) for name in ("base", "tuned", "data", *AT_A_TIME)}
         sources = {
             "models": settings.names,  # the base first
-            "model_files": {name: fingerprint(convert.local_path(folder)) for name, folder in settings.paths.items()},
+            "model_files": {name: fingerprint(folder) for name, folder in settings.paths.items()},
             "examples": None if settings.data is None else file_hash(settings.data),
         }
         outputs = [*_outputs(Path(path)), *report]
@@ -99,14 +98,14 @@ class StudyFolder:
     def forget(self, stage: str, parts: Sequence[str]) -> None:
         """Removes the results of a stage, finished or not."""
         self.parts.pop(stage, None)
-        for part in parts:
+        for part in parts if self.run_folder.begun else ():
             self._file(stage, part).unlink(missing_ok=True)
             self.unfinished.forget(stage, part)
 
     @property
     def unfinished(self) -> Unfinished:
         """Pieces of parts that are not done."""
-        return Unfinished(self.path, self.run_folder.begin)
+        return Unfinished(self.run_folder)
 
     @property
     def timings(self) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmech.files import write_text
-from jaxmech.run_folder import read_json, scores_so_far
+from jaxmech.run_folder import RunFolder, read_json, scores_so_far
 from jaxmech.scores import PathScores, save_groups
 
 FOLDER = "unfinished"
@@ -21,46 +21,44 @@ _REMEDY = "Delete it, and the same command computes this again, or start anew wi
 
 @dataclass(frozen=True)
 class Unfinished:
-    """The pieces in the folder of a study.
+    """The pieces in the folder of a study; those of another study, which this one is to overwrite, are none.
 
     Attributes:
-      path: the study's folder; None: nothing is kept.
-      begin: called before anything is written.
+      run: the study's folder, which is begun before anything is written; None: nothing is kept.
     """
 
-    path: Path | None = None
-    begin: Callable[[], None] = lambda: None
+    run: RunFolder | None = None
 
     def sweeps(self, stage: str, part: str) -> dict[str, PathScores]:
         """The sweeps that are done, {group: scores}. ValueError if the file is damaged."""
-        return {} if self.path is None else scores_so_far(self._file(self.path, stage, part, "npz"))
+        return scores_so_far(self._file(self.run, stage, part, "npz")) if self.run and self.run.begun else {}
 
     def keep_sweeps(self, stage: str, part: str, scores: Mapping[str, PathScores]) -> None:
         """Saves the sweeps that are done."""
-        if self.path is not None:
-            self.begin()
-            save_groups(self._file(self.path, stage, part, "npz"), scores)
+        if self.run:
+            self.run.begin()
+            save_groups(self._file(self.run, stage, part, "npz"), scores)
 
     def piece(self, stage: str, part: str, name: str, compute: Callable[[], Any]) -> Any:
         """A piece of JSON that was kept, or else is computed and kept. ValueError if the file is damaged."""
-        if self.path is None:
+        if self.run is None:
             return compute()
-        file = self._file(self.path, stage, part, "json")
-        done = read_json(file, _REMEDY) if file.exists() else {}
+        file = self._file(self.run, stage, part, "json")
+        done = read_json(file, _REMEDY) if self.run.begun and file.exists() else {}
         if name not in done:
             done[name] = compute()
-            self.begin()
+            self.run.begin()
             write_text(file, json.dumps(done) + "\n")
         return done[name]
 
     def forget(self, stage: str, part: str) -> None:
         """Removes the pieces of a part, and the folder if there are no others."""
-        if self.path is not None:
+        if self.run and self.run.begun:
             for suffix in ("npz", "json"):
-                self._file(self.path, stage, part, suffix).unlink(missing_ok=True)
+                self._file(self.run, stage, part, suffix).unlink(missing_ok=True)
             with suppress(OSError):  # not there, or not empty
-                (self.path / FOLDER).rmdir()
+                (self.run.path / FOLDER).rmdir()
 
     @staticmethod
-    def _file(path: Path, stage: str, part: str, suffix: str) -> Path:
-        return path / FOLDER / f"{stage}.{part}.{suffix}"
+    def _file(run: RunFolder, stage: str, part: str, suffix: str) -> Path:
+        return run.path / FOLDER / f"{stage}.{part}.{suffix}"
