@@ -76,21 +76,25 @@ def path_patch(
     """
     sweep = plan(model, pairs, sender, receivers, via, metric=metric, wrong_labels=wrong_labels, batch_size=batch_size)
     config, mask = model.config, sweep.receivers
+    heads = np.concatenate([call.senders for call in sweep.calls])
     scores = np.zeros((config.num_layers * config.num_heads, len(pairs)), np.float32)
     probability = np.zeros(len(pairs), np.float32)
-    for batch, rows in enumerate(sweep.batches.rows):
+    measure, total = function_of(metric), len(sweep.batches.rows) * len(sweep.calls)
+
+    def outcomes(batch: int, rows: np.ndarray) -> Outcome:  # a function, so that its cache goes before the next comes
         inputs = prepare(config, model.weights, sweep.batch(rows), live=mask is not None)
-        outcomes = []
+        found: list[Outcome] = []
         for call in sweep.calls:
             call = call._replace(senders=over_rows(model.weights, call.senders))
-            outcomes.append(senders(config, model.weights, inputs, call, mask, via=via, measure=function_of(metric)))
+            found.append(senders(config, model.weights, inputs, call, mask, via=via, measure=measure))
             if progress:
-                jax.block_until_ready(outcomes[-1])
-                progress(batch * len(sweep.calls) + len(outcomes), len(sweep.batches.rows) * len(sweep.calls))
-        found = jax.tree.map(lambda *parts: np.concatenate(parts), *outcomes)
-        heads = np.concatenate([call.senders for call in sweep.calls])
-        reference = _clean_rows(heads)
-        clean = jax.tree.map(lambda x, of=reference: x[of], found)
+                jax.block_until_ready(found[-1])
+                progress(batch * len(sweep.calls) + len(found), total)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    for batch, rows in enumerate(sweep.batches.rows):
+        found = outcomes(batch, rows)
+        clean = jax.tree.map(lambda x: x[_clean_rows(heads)], found)
         # What fills up the last call or batch are rows of the same, so that they are written twice alike.
         scores[heads[heads != CLEAN, None], rows] = effect(metric, found, clean)[heads != CLEAN]
         probability[rows] = np.exp(clean.log_probability[0])

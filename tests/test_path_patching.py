@@ -315,3 +315,19 @@ def test_top_is_sorted_and_leaves_out_weak_heads():
     assert scores.top(4, min_effect=0.5) == [(1, 1), (0, 0)], "a head whose mean is -min_effect itself"
     with pytest.raises(ValueError, match="k=5, but the model has 4 heads"):
         scores.top(5)
+
+
+def test_the_cache_of_a_batch_is_freed_before_the_next_is_made(random_model, random_pairs, monkeypatch):
+    model, alive, shapes = random_model(), [], set()
+    pairs = random_pairs(model, count=6)
+    real = path_patching.prepare
+
+    def prepare(*arguments, **options):
+        alive.append(sum(x.shape in shapes for x in jax.live_arrays()))
+        inputs = real(*arguments, **options)
+        shapes.add(inputs.clean.k.shape)
+        return inputs
+
+    monkeypatch.setattr(path_patching, "prepare", prepare)
+    jm.path_patch(model, pairs, "query_box", [(2, 1)], "v", batch_size=2)
+    assert alive == [0, 0, 0]
