@@ -35,6 +35,7 @@ import jaxmech as jm  # noqa: E402
 from jaxmech import discovery  # noqa: E402
 from jaxmech.study import Settings, StudyFolder, dcm_stages, run, running  # noqa: E402
 from jaxmech.study.data import StudyData  # noqa: E402
+from jaxmech.study.models import Known  # noqa: E402
 from jaxmech.study.study import Study  # noqa: E402
 
 
@@ -79,10 +80,13 @@ def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]]
             return jm.Model(config, {"params": weights}, convert.read_tokenizer(settings.paths[name], config))
 
         @cached_property
+        def base(self) -> Known:
+            return Known(settings.base, config, convert.read_tokenizer(settings.base, config))
+
+        @cached_property
         def data(self) -> StudyData:
-            base = self.model(settings.names[0])
-            data = StudyData(settings, base.tokenizer)
-            logits = jm.predict(base, data.pairs).logits
+            data = StudyData(settings, self.base.tokenizer)
+            logits = jm.predict(self.model(settings.names[0]), data.pairs).logits
             assert logits is not None
             vars(data)["pairs"] = dataclasses.replace(data.pairs, labels=logits.argmax(-1))
             return data

@@ -43,7 +43,7 @@ def _name(parts: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """What a checkpoint folder says of its model, weights apart."""
 
     path: Path
@@ -71,10 +71,10 @@ def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **
       ValueError: a file is damaged or describes a model that is not supported, a model has no tokenizer, another shape
         than the base, or another tokenizer.
     """
-    first = _known(base, None, changes)
+    first = known(base, None, changes)
     for path in tuned:
         adapter = convert.is_adapter(convert.local_path(path))
-        found = _known(base, path, changes) if adapter else _known(path, None, changes)
+        found = known(base, path, changes) if adapter else known(path, None, changes)
         if found.shape != first.shape:
             raise ValueError(
                 f"{path} has (layers, heads, head_dim, vocabulary) = {found.shape}, the base model {base} "
@@ -83,8 +83,8 @@ def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **
         _check_same_tokens(first, found, data)
 
 
-def _known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> _Known:
-    """The model in the folder `path`, with an adapter or without."""
+def known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> Known:
+    """What is known of the model in the folder `path`, with an adapter or without; arguments and errors as above."""
     named = path if adapter is None else adapter
     path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
     if checkpoint.is_checkpoint(path):
@@ -102,10 +102,10 @@ def _known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> _Kno
         tokenizer = convert.read_tokenizer(path, config, adapter)
     if tokenizer is None:
         raise ValueError(f"{named} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
-    return _Known(named, config, tokenizer)
+    return Known(named, config, tokenizer)
 
 
-def _check_same_tokens(base: _Known, tuned: _Known, data: Path | None) -> None:
+def _check_same_tokens(base: Known, tuned: Known, data: Path | None) -> None:
     for text in _texts(data):
         ours, theirs = (known.tokenizer(text).input_ids for known in (base, tuned))
         if ours != theirs:

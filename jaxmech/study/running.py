@@ -172,7 +172,7 @@ def run(
             folder.forget(name, STAGES[name].parts(settings))
     for name in chosen:
         stage = STAGES[name]
-        for part in stage.parts(settings):
+        for part in study.loaded_first(stage.parts(settings)):
             if part in folder.parts.get(name, {}):
                 continue
 
@@ -200,7 +200,7 @@ def _check_needs(chosen: Sequence[str], folder: StudyFolder, settings: Settings)
 def _check_prompts(study: Study, stages: Sequence[str]) -> None:
     """ValueError unless the prompts and the base model are such that the stages can run."""
     settings = study.settings
-    check_number_of_heads(with_k(settings.chain, settings.k), study.model(settings.names[0]).config)
+    check_number_of_heads(with_k(settings.chain, settings.k), study.base.config)
     uses = {STAGES[name].uses for name in stages}
     study.data.check(contexts="contexts" in uses, desiderata="desiderata" in uses)
 

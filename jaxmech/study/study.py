@@ -12,6 +12,7 @@ from jaxmech.discovery import Circuit, Head
 from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh
 from jaxmech.study.data import StudyData
+from jaxmech.study.models import Known, known
 from jaxmech.study.settings import Settings
 from jaxmech.study.unfinished import Unfinished
 
@@ -45,18 +46,25 @@ class Study:
     def model(self, name: str) -> Model:
         """The model of that name; others make room for it before it is loaded."""
         if name not in self._models:
-            if name != self.settings.names[0]:
-                _ = self.data  # for which the base may have to be loaded first
             while len(self._models) >= self.settings.models_in_memory:
                 del self._models[next(iter(self._models))]
             self._models[name] = self._load(name)
         self._models[name] = self._models.pop(name)
         return self._models[name]
 
+    def loaded_first(self, names: Sequence[str]) -> list[str]:
+        """These names, those of models that are loaded before those that are not."""
+        return sorted(names, key=lambda name: name not in self._models)
+
+    @cached_property
+    def base(self) -> Known:
+        """The base's config and tokenizer."""
+        return known(self.settings.base, None, {})
+
     @cached_property
     def data(self) -> StudyData:
         """The prompts."""
-        return StudyData(self.settings, self.model(self.settings.names[0]).tokenizer)
+        return StudyData(self.settings, self.base.tokenizer)
 
     def circuit(self, name: str) -> Circuit:
         """The circuit of a model: what minimality left of it."""
