@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import cone, memory
+from jaxmech.accuracy import Gathered
 from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
 from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import Function, Outcome, check_metric, effect, function_of, name_of, outcome
+from jaxmech.metrics import ACCURACY, Function, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, forward, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.patching import (
@@ -99,6 +100,9 @@ def cmap(
     *,
     batch_size: int | None = None,
     compat: str | None = None,
+    metric: str | Function = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
+    keep_logits: bool = True,
 ) -> Predictions:
     """Answers of `base` to the clean prompts when its heads' activations are those that `tuned` has there.
 
@@ -115,23 +119,29 @@ def cmap(
         and not at the role itself, and every head's z is held at its value in the base model at all tokens but the last
         column (docs/paper_compat.md, m). For z, heads of roles other than `prev_query_box` are patched at the last
         column (f).
+      metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
+        logits, see `predict`; it is measured whether or not logits are kept.
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      keep_logits: return the logits, float32 [B, V]; without, they stay on the device.
 
     Returns:
-      Predictions with `accuracy` [], `correct` [B] and `logits` [B, V].
+      Predictions with `accuracy` [], `correct` [B], `logits` [B, V] and, of another metric, `measured` [B].
 
     Raises:
-      ValueError: models of different shapes, values collected of other pairs, unknown roles, heads or components, or no
-        heads at all.
+      ValueError: models of different shapes, values collected of other pairs, unknown roles, heads, components or
+        metrics, or no heads at all.
     """
     components = _check_components(components)
+    options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
+    gathered = Gathered.of(base.config, pairs, **options)
     roles, mask = role_masks(base.config, heads_by_role)
     if check_compat(compat):
         if isinstance(tuned, HeadValues):
             raise ValueError('compat="paper" patches tokens that `collect` does not keep; give the tuned model itself.')
         _check_same_shape(base, tuned)
-        return _paper_cmap(base, tuned, pairs, roles, mask, components, batch_size)
+        return _paper_cmap(base, tuned, pairs, roles, mask, components, batch_size, gathered)
     values = _values_of(base, tuned, pairs, roles, components)
-    return patched_predictions(base, pairs, roles, mask, values, batch_size)
+    return patched_predictions(base, pairs, roles, mask, values, batch_size, gathered)
 
 
 @dataclass(frozen=True)
@@ -276,25 +286,24 @@ def _paper_cmap(
     mask: np.ndarray,
     components: Sequence[str],
     batch_size: int | None,
+    gathered: Gathered,
 ) -> Predictions:
     """As the published code does it, by full forward passes with patches at every token."""
     pairs = last_column(pairs)
     tokens, last = check_prompts(base.config, pairs), pairs.position("last")
     if devices_of(base.weights) != devices_of(tuned.weights):
         raise ValueError('compat="paper" runs both models in one call; load them onto the same devices.')
-    answered = np.empty(len(pairs), np.int32)
-    logits = np.empty((len(pairs), base.config.vocab_size), np.float32)
     size = max(1, examples_per_call(base, pairs) // base.config.num_layers) if batch_size is None else batch_size
     for start in range(0, len(pairs), size):
-        rows = slice(start, start + size)
+        rows = np.arange(start, min(start + size, len(pairs)))
         positions = positions_of(pairs.position, roles)[rows]
         if components == ("z",):  # every role but prev_query_box is taken to be the last column
             positions = np.stack(
                 [x if role == "prev_query_box" else last[rows] for role, x in zip(roles, positions.T, strict=True)], 1
             )
         arguments = base.config, base.weights, tuned.weights, tokens[rows], positions, last[rows], mask
-        answered[rows], logits[rows] = jax.device_get(_paper_answers(*arguments, components=components))
-    return Predictions(is_correct(answered, pairs.labels), logits)
+        gathered.add(rows, *_paper_answers(*arguments, components=components))
+    return gathered.predictions()
 
 
 @partial(jax.jit, static_argnames=("config", "components"))
