@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
@@ -20,13 +21,13 @@ from jaxmech.predictions import Predictions, answers, is_correct
 from jaxmech.sharding import over_rows, row_devices
 
 
-def accuracy(model: Model, pairs: Pairs, *, batch_size: int = 64) -> float:
+def accuracy(model: Model, pairs: Pairs, *, batch_size: int | None = None) -> float:
     """Fraction of the clean prompts whose most probable next token, out of the whole vocabulary, is the label.
 
     Args:
       model: the model that is asked.
       pairs: prompts and labels.
-      batch_size: prompts in one call.
+      batch_size: prompts in one call; None picks as many as fit the memory budget.
     """
     return float(predict(model, pairs, batch_size=batch_size, keep_logits=False).accuracy)
 
@@ -35,16 +36,19 @@ def predict(
     model: Model,
     pairs: Pairs,
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     metric: str | Function = ACCURACY,
     wrong_labels: np.ndarray | None = None,
     keep_logits: bool = True,
 ) -> Predictions:
-    """The model's own answers to the clean prompts, `batch_size` at a time.
+    """The model's own answers to the clean prompts.
 
     `pairs[predict(model, pairs).correct]` are the pairs that it answers right.
 
     Args:
+      model: the model that is asked.
+      pairs: prompts and labels.
+      batch_size: prompts in one call; None picks as many as fit the memory budget.
       metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function
         (logits [B, V], rows [B]) -> [B] that jit can trace, rows being which of the pairs these are.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
@@ -59,10 +63,17 @@ def predict(
     options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(model.config, pairs, **options)
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
-    for rows, _ in equal_parts(len(pairs), batch_size, row_devices(model.weights)):
+    size = examples_per_call(model, pairs) if batch_size is None else batch_size
+    for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], last[rows]))
         gathered.add(rows, *_answers(model.config, model.weights, *prompts))
     return gathered.predictions()
+
+
+def examples_per_call(model: Model, pairs: Pairs) -> int:
+    """Examples whose activations in one layer and logits fit the memory budget."""
+    forward = memory.of_forward(model.config, pairs.clean.shape[1])
+    return memory.fitting(model.weights, forward + memory.of_logits(model.config))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

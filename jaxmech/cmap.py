@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import cone, memory
-from jaxmech.accuracy import Gathered
+from jaxmech.accuracy import Gathered, examples_per_call
 from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
 from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
@@ -27,7 +27,6 @@ from jaxmech.pairs import Pairs
 from jaxmech.patching import (
     HeadsByRole,
     at_tokens,
-    examples_per_call,
     head_values,
     patched_predictions,
     positions_of,

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import memory
-from jaxmech.accuracy import Gathered
+from jaxmech.accuracy import Gathered, examples_per_call
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat, last_column, same_positions
 from jaxmech.config import Config
@@ -199,9 +198,3 @@ def as_heads_by_role(circuit: Any) -> Mapping[str, Iterable[Sequence[int]]]:
 def positions_of(position: Any, roles: Sequence[str]) -> np.ndarray:
     """Positions [B, R] of the roles; `position` is a function from a role to [B]."""
     return np.stack([position(role) for role in roles], axis=1)
-
-
-def examples_per_call(model: Model, pairs: Pairs) -> int:
-    """Examples whose activations in one layer and logits fit the memory budget."""
-    forward = memory.of_forward(model.config, pairs.clean.shape[1])
-    return memory.fitting(model.weights, forward + memory.of_logits(model.config))

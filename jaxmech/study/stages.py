@@ -56,8 +56,7 @@ class StudyStage:
 
 def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
     pairs = study.data.pairs
-    options = {"batch_size": study.settings.batch_size or 64, "keep_logits": False}
-    found = _with_interval(predict(study.model(part), pairs, **options))
+    found = _with_interval(predict(study.model(part), pairs, batch_size=study.settings.batch_size, keep_logits=False))
     if warning := doubt(part, found["accuracy"], study.data.chance):
         warnings.warn(warning, stacklevel=2)
     return found
