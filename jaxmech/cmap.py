@@ -217,7 +217,8 @@ def cmap_heads(
     scores = np.zeros((len(heads), len(pairs)), np.float32)
     answered = np.zeros((1 + len(heads), len(pairs)), np.int32)  # without a patch, and with each head's
     probability = np.zeros(len(pairs), np.float32)
-    for rows in batches.rows:
+
+    def run_batch(rows: np.ndarray) -> None:  # a function, so that its cache goes before the next one comes
         prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
         values = on_devices_of(base.weights, values_of(rows))
         answers_of = pairs.labels[rows], wrong_labels[rows], rows.astype(np.int32)
@@ -230,6 +231,9 @@ def cmap_heads(
             scores[np.ix_(call, rows)] = effect(metric, patched, clean)
             answered[np.ix_(np.append(0, 1 + call), rows)] = said
             probability[rows] = np.exp(clean.log_probability)
+
+    for rows in batches.rows:
+        run_batch(rows)
     shape = config.num_layers, config.num_heads
     accuracy = is_correct(answered, pairs.labels).mean(-1)
     scores = PathScores(scores.reshape(*shape, -1), probability, name_of(metric))

@@ -74,7 +74,8 @@ def knockout(
     batches = Batches.plan([tokens], p, last, batch_size)
     work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(model.weights)
     calls = calls_of_equal_size(np.arange(config.num_layers), work, most=config.num_layers, copies=copies)
-    for rows in batches.rows:
+
+    def run_batch(rows: np.ndarray) -> None:  # a function, so that its cache goes before the next one comes
         suffixes = batches.suffixes(rows)
         clean = _clean_cache(config, model.weights, batches.prompts(rows), suffixes)
         for starts in calls:
@@ -82,6 +83,9 @@ def knockout(
             inputs = _Inputs(clean, suffixes, key[rows])
             found = _answers(config, model.weights, inputs, run, keep_logits=gathered.needs_logits)
             gathered.add(rows, *found, at=starts)
+
+    for rows in batches.rows:
+        run_batch(rows)
     return gathered.predictions()
 
 

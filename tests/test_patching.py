@@ -1,5 +1,6 @@
 """Patching across prompts and models, and knockouts: equal to full forward passes, with their identities."""
 
+import weakref
 from importlib import import_module
 
 import full_forward
@@ -281,6 +282,31 @@ def test_logits_that_are_not_kept_stay_on_the_device(random_model, random_pairs,
     jm.accuracy(models[0], pairs)
     assert fetched and vocabulary not in fetched
     assert jm.predict(models[0], pairs).logits is not None and vocabulary in fetched
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "compiled"),
+    [
+        (lambda base, tuned, pairs: jm.cmap_heads(base, tuned, pairs, batch_size=2), CMAP, "_prepare"),
+        (lambda base, tuned, pairs: jm.knockout(base, pairs, target="early", batch_size=2), KNOCKOUT, "_clean_cache"),
+    ],
+    ids=["cmap_heads", "knockout"],
+)
+def test_the_cache_of_a_batch_goes_before_the_next_one_comes(
+    random_model, random_pairs, monkeypatch, method, module, compiled
+):
+    base, tuned = random_model(4), random_model(5)
+    made, alive, prepare = [], [], getattr(module, compiled)
+
+    def watched(*arguments):
+        alive.append(sum(array() is not None for array in made))
+        found = prepare(*arguments)
+        made.extend(weakref.ref(array) for array in jax.tree.leaves(getattr(found, "clean", found)))
+        return found
+
+    monkeypatch.setattr(module, compiled, watched)
+    method(base, tuned, random_pairs(base, count=6))
+    assert made and alive == [0, 0, 0]
 
 
 def test_heads_whose_change_cannot_reach_the_last_token_have_no_effect(models, pairs):
