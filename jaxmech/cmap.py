@@ -214,7 +214,7 @@ def cmap_heads(
     heads = np.arange(config.num_layers * config.num_heads)
     work = batches.capacity / TOKENS_PER_CALL
     calls = calls_of_equal_size(heads, work, most=config.num_layers, copies=copies, besides=1)
-    scores = np.zeros((len(heads), len(pairs)), np.float32)
+    effects = np.zeros((len(heads), len(pairs)), np.float32)
     answered = np.zeros((1 + len(heads), len(pairs)), np.int32)  # without a patch, and with each head's
     probability = np.zeros(len(pairs), np.float32)
 
@@ -228,7 +228,7 @@ def cmap_heads(
             outcomes = _run_heads(config, base.weights, inputs, run, measure=function_of(metric))
             found, said = jax.device_get(outcomes)
             clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, None)))
-            scores[np.ix_(call, rows)] = effect(metric, patched, clean)
+            effects[np.ix_(call, rows)] = effect(metric, patched, clean)
             answered[np.ix_(np.append(0, 1 + call), rows)] = said
             probability[rows] = np.exp(clean.log_probability)
 
@@ -236,7 +236,7 @@ def cmap_heads(
         run_batch(rows)
     shape = config.num_layers, config.num_heads
     accuracy = is_correct(answered, pairs.labels).mean(-1)
-    scores = PathScores(scores.reshape(*shape, -1), probability, name_of(metric))
+    scores = PathScores(effects.reshape(*shape, -1), probability, name_of(metric))
     return HeadSweep(accuracy[1:].reshape(shape), scores, float(accuracy[0]))
 
 
