@@ -43,7 +43,7 @@ NO_HEAD = -1  # a row of every call: the clean outcome by the same arithmetic as
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadValues:
     """What a model's heads compute on the prompts of some pairs: what CMAP needs of the tuned model.
 
@@ -53,9 +53,13 @@ class HeadValues:
       prompts: sha256 of the prompts and of the roles' positions, by which `cmap` knows its pairs.
     """
 
-    values: Mapping[str, np.ndarray]
+    values: Mapping[str, np.ndarray]  # of [L, B, R, N, H]
     roles: tuple[str, ...]
     prompts: str
+
+    def __repr__(self) -> str:
+        shape = list(next(iter(self.values.values())).shape)
+        return f"HeadValues({', '.join(self.values)} at {', '.join(self.roles)}, [L, B, R, N, H] = {shape})"
 
 
 def collect(
@@ -143,7 +147,7 @@ def cmap(
     return patched_predictions(base, pairs, roles, mask, values, batch_size, gathered)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadSweep:
     """What every single head of the tuned model does in the base model.
 
@@ -157,6 +161,10 @@ class HeadSweep:
     accuracy: np.ndarray  # [L, N]
     scores: PathScores
     clean_accuracy: float
+
+    def __repr__(self) -> str:
+        accuracies = f"accuracies {self.accuracy.min():.3f} to {self.accuracy.max():.3f}"
+        return f"HeadSweep({accuracies}, {self.clean_accuracy:.3f} without a patch, {self.scores!r})"
 
     def top(self, k: int, min_effect: float = 0.0) -> list[tuple[int, int]]:
         """The k heads that help most, those with the largest mean score, best first.

@@ -197,6 +197,18 @@ def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, com
     assert len(np.unique(found.accuracy)) > 1, "accuracies of 0, or of 1, would all be alike"
 
 
+def test_sweeps_and_collected_values_are_shown_in_one_line(random_model, random_pairs):
+    scores = jm.PathScores(np.zeros((2, 3, 4), np.float32), np.ones(4, np.float32))
+    sweep = jm.HeadSweep(np.arange(6).reshape(2, 3) / 8, scores, 0.5)
+    shown = "HeadSweep(accuracies 0.000 to 0.625, 0.500 without a patch, PathScores([L, N, B] = [2, 3, 4], probability"
+    assert repr(sweep) == f"{shown}, means 0 to 0))"
+    model = random_model()
+    kept = jm.collect(model, random_pairs(model), ["last", "early"], ("k", "v"))
+    assert repr(kept) == "HeadValues(k, v at last, early, [L, B, R, N, H] = [4, 5, 2, 4, 8])"
+    assert sweep != jm.HeadSweep(sweep.accuracy, scores, 0.5), "compared as objects, not array by array"
+    assert kept != jm.HeadValues(dict(kept.values), kept.roles, kept.prompts)
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_sweeps_over_heads_in_other_metrics_equal_full_forwards(models, pairs, batch_size):
     base, tuned = models
