@@ -6,7 +6,7 @@ patches every single head in turn, on the causal cone of its role.
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -176,7 +176,7 @@ class HeadSweep:
         Raises:
           ValueError: as `PathScores.top`.
         """
-        return replace(self.scores, per_example=-self.scores.per_example).top(k, min_effect)
+        return self.scores.top(k, min_effect, largest=True)
 
 
 def cmap_heads(

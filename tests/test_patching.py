@@ -230,6 +230,7 @@ def test_sweeps_over_heads_in_other_metrics_equal_full_forwards(models, pairs, b
         squares = patched[rows, labels] ** 2 - clean[rows, labels] ** 2
         assert_close(by_function.scores.per_example[head], squares, TOLERANCES.cone)
     helps = by_function.scores.mean
+    assert by_function.top(3) == by_function.scores.top(3, largest=True)
     assert by_function.top(1) == [tuple(map(int, np.unravel_index(helps.argmax(), helps.shape)))]
 
 
