@@ -24,7 +24,7 @@ Array = Any  # NumPy on the host, jax.Array inside jit
 
 
 def mean_activations(
-    model: Model, tokens: np.ndarray | Pairs, last: np.ndarray | None = None, *, batch_size: int = 64
+    model: Model, tokens: np.ndarray | Pairs, last: np.ndarray | None = None, *, batch_size: int | None = None
 ) -> np.ndarray:
     """z of every head averaged over prompts, position by position: float32 [T, L, N, H].
 
@@ -34,7 +34,7 @@ def mean_activations(
         prompts and last tokens are taken.
       last: int [B], the last token of each prompt (`pairs.position("last")`); a position is averaged over the prompts
         that reach it, and is NaN where none does. None: all prompts have T tokens; what pads shorter ones would count.
-      batch_size: prompts in one call.
+      batch_size: prompts in one call; None picks as many as fit the memory budget.
 
     Raises:
       ValueError: no prompts, ids outside the vocabulary, or `last` is not [B] positions.
@@ -42,6 +42,9 @@ def mean_activations(
     prompts, last = _prompts_to_ablate_by(model.config, tokens, last)
     count, length = prompts.shape
     reached = (np.arange(length) <= last[:, None]).astype(np.float32)  # [B, T]
+    if batch_size is None:
+        z = memory.of_heads(model.config, 2 * length, 1)  # of a layer, in float32
+        batch_size = memory.fitting(model.weights, z + memory.of_forward(model.config, length))
     total = np.zeros((), np.float32)
     for rows, new in equal_parts(count, batch_size, row_devices(model.weights)):
         here = over_rows(model.weights, (prompts[rows], reached[rows] * new[:, None]))

@@ -6,7 +6,7 @@ patches every single head in turn, on the causal cone of its role.
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import cone, memory
+from jaxmech.accuracy import Gathered, examples_per_call
 from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
 from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import Function, Outcome, check_metric, effect, function_of, name_of, outcome
+from jaxmech.metrics import ACCURACY, Function, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, forward, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.patching import (
     HeadsByRole,
     at_tokens,
-    examples_per_call,
     head_values,
     patched_predictions,
     positions_of,
@@ -43,7 +43,7 @@ NO_HEAD = -1  # a row of every call: the clean outcome by the same arithmetic as
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadValues:
     """What a model's heads compute on the prompts of some pairs: what CMAP needs of the tuned model.
 
@@ -53,9 +53,13 @@ class HeadValues:
       prompts: sha256 of the prompts and of the roles' positions, by which `cmap` knows its pairs.
     """
 
-    values: Mapping[str, np.ndarray]
+    values: Mapping[str, np.ndarray]  # of [L, B, R, N, H]
     roles: tuple[str, ...]
     prompts: str
+
+    def __repr__(self) -> str:
+        shape = list(next(iter(self.values.values())).shape)
+        return f"HeadValues({', '.join(self.values)} at {', '.join(self.roles)}, [L, B, R, N, H] = {shape})"
 
 
 def collect(
@@ -99,6 +103,9 @@ def cmap(
     *,
     batch_size: int | None = None,
     compat: str | None = None,
+    metric: str | Function = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
+    keep_logits: bool = True,
 ) -> Predictions:
     """Answers of `base` to the clean prompts when its heads' activations are those that `tuned` has there.
 
@@ -115,26 +122,32 @@ def cmap(
         and not at the role itself, and every head's z is held at its value in the base model at all tokens but the last
         column (docs/paper_compat.md, m). For z, heads of roles other than `prev_query_box` are patched at the last
         column (f).
+      metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
+        logits, see `predict`; it is measured whether or not logits are kept.
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      keep_logits: return the logits, float32 [B, V]; without, they stay on the device.
 
     Returns:
-      Predictions with `accuracy` [], `correct` [B] and `logits` [B, V].
+      Predictions with `accuracy` [], `correct` [B], `logits` [B, V] and, of another metric, `measured` [B].
 
     Raises:
-      ValueError: models of different shapes, values collected of other pairs, unknown roles, heads or components, or no
-        heads at all.
+      ValueError: models of different shapes, values collected of other pairs, unknown roles, heads, components or
+        metrics, or no heads at all.
     """
     components = _check_components(components)
+    options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
+    gathered = Gathered.of(base.config, pairs, **options)
     roles, mask = role_masks(base.config, heads_by_role)
     if check_compat(compat):
         if isinstance(tuned, HeadValues):
             raise ValueError('compat="paper" patches tokens that `collect` does not keep; give the tuned model itself.')
         _check_same_shape(base, tuned)
-        return _paper_cmap(base, tuned, pairs, roles, mask, components, batch_size)
+        return _paper_cmap(base, tuned, pairs, roles, mask, components, batch_size, gathered)
     values = _values_of(base, tuned, pairs, roles, components)
-    return patched_predictions(base, pairs, roles, mask, values, batch_size)
+    return patched_predictions(base, pairs, roles, mask, values, batch_size, gathered)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadSweep:
     """What every single head of the tuned model does in the base model.
 
@@ -149,6 +162,10 @@ class HeadSweep:
     scores: PathScores
     clean_accuracy: float
 
+    def __repr__(self) -> str:
+        accuracies = f"accuracies {self.accuracy.min():.3f} to {self.accuracy.max():.3f}"
+        return f"HeadSweep({accuracies}, {self.clean_accuracy:.3f} without a patch, {self.scores!r})"
+
     def top(self, k: int, min_effect: float = 0.0) -> list[tuple[int, int]]:
         """The k heads that help most, those with the largest mean score, best first.
 
@@ -159,7 +176,7 @@ class HeadSweep:
         Raises:
           ValueError: as `PathScores.top`.
         """
-        return replace(self.scores, per_example=-self.scores.per_example).top(k, min_effect)
+        return self.scores.top(k, min_effect, largest=True)
 
 
 def cmap_heads(
@@ -205,10 +222,11 @@ def cmap_heads(
     heads = np.arange(config.num_layers * config.num_heads)
     work = batches.capacity / TOKENS_PER_CALL
     calls = calls_of_equal_size(heads, work, most=config.num_layers, copies=copies, besides=1)
-    scores = np.zeros((len(heads), len(pairs)), np.float32)
+    effects = np.zeros((len(heads), len(pairs)), np.float32)
     answered = np.zeros((1 + len(heads), len(pairs)), np.int32)  # without a patch, and with each head's
     probability = np.zeros(len(pairs), np.float32)
-    for rows in batches.rows:
+
+    def run_batch(rows: np.ndarray) -> None:  # a function, so that its cache goes before the next one comes
         prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
         values = on_devices_of(base.weights, values_of(rows))
         answers_of = pairs.labels[rows], wrong_labels[rows], rows.astype(np.int32)
@@ -218,12 +236,15 @@ def cmap_heads(
             outcomes = _run_heads(config, base.weights, inputs, run, measure=function_of(metric))
             found, said = jax.device_get(outcomes)
             clean, patched = (jax.tree.map(lambda x, kept=kept: x[kept], found) for kept in (0, slice(1, None)))
-            scores[np.ix_(call, rows)] = effect(metric, patched, clean)
+            effects[np.ix_(call, rows)] = effect(metric, patched, clean)
             answered[np.ix_(np.append(0, 1 + call), rows)] = said
             probability[rows] = np.exp(clean.log_probability)
+
+    for rows in batches.rows:
+        run_batch(rows)
     shape = config.num_layers, config.num_heads
     accuracy = is_correct(answered, pairs.labels).mean(-1)
-    scores = PathScores(scores.reshape(*shape, -1), probability, name_of(metric))
+    scores = PathScores(effects.reshape(*shape, -1), probability, name_of(metric))
     return HeadSweep(accuracy[1:].reshape(shape), scores, float(accuracy[0]))
 
 
@@ -276,25 +297,24 @@ def _paper_cmap(
     mask: np.ndarray,
     components: Sequence[str],
     batch_size: int | None,
+    gathered: Gathered,
 ) -> Predictions:
     """As the published code does it, by full forward passes with patches at every token."""
     pairs = last_column(pairs)
     tokens, last = check_prompts(base.config, pairs), pairs.position("last")
     if devices_of(base.weights) != devices_of(tuned.weights):
         raise ValueError('compat="paper" runs both models in one call; load them onto the same devices.')
-    answered = np.empty(len(pairs), np.int32)
-    logits = np.empty((len(pairs), base.config.vocab_size), np.float32)
     size = max(1, examples_per_call(base, pairs) // base.config.num_layers) if batch_size is None else batch_size
     for start in range(0, len(pairs), size):
-        rows = slice(start, start + size)
+        rows = np.arange(start, min(start + size, len(pairs)))
         positions = positions_of(pairs.position, roles)[rows]
         if components == ("z",):  # every role but prev_query_box is taken to be the last column
             positions = np.stack(
                 [x if role == "prev_query_box" else last[rows] for role, x in zip(roles, positions.T, strict=True)], 1
             )
         arguments = base.config, base.weights, tuned.weights, tokens[rows], positions, last[rows], mask
-        answered[rows], logits[rows] = jax.device_get(_paper_answers(*arguments, components=components))
-    return Predictions(is_correct(answered, pairs.labels), logits)
+        gathered.add(rows, *_paper_answers(*arguments, components=components))
+    return gathered.predictions()
 
 
 @partial(jax.jit, static_argnames=("config", "components"))

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import cone, memory
+from jaxmech.accuracy import Gathered
 from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
+from jaxmech.metrics import ACCURACY, Function
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs
-from jaxmech.predictions import Predictions, answers, is_correct
+from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
 
@@ -33,6 +35,8 @@ def knockout(
     *,
     batch_size: int | None = None,
     keep_logits: bool = True,
+    metric: str | Function = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
 ) -> Predictions:
     """Forbids the attention from `source` to `target` in layers >= l, for every l.
 
@@ -43,14 +47,19 @@ def knockout(
       target: role of the key, or its position in each clean prompt, int [B], see `random_target`; before the source.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       keep_logits: return the logits, float32 [L, B, V].
+      metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
+        logits, see `predict`; it is measured whether or not logits are kept.
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
 
     Returns:
-      Predictions with `accuracy` [L], `correct` [L, B] and `logits` [L, B, V]; entry l blocks layers >= l.
+      Predictions with `accuracy` [L], `correct` [L, B], `logits` [L, B, V] and, of another metric, `measured` [L, B];
+      entry l blocks layers >= l.
 
     Raises:
-      ValueError: an unknown role, or a target that is not before the source in every prompt.
+      ValueError: an unknown role or metric, or a target that is not before the source in every prompt.
     """
-    config = model.config
+    config, options = model.config, {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
+    gathered = Gathered.of(config, pairs, config.num_layers, **options)
     p, key, last = pairs.position(source), _target(pairs, target), pairs.position("last")
     if (key >= p).any():
         row = int((key >= p).argmax())
@@ -65,18 +74,19 @@ def knockout(
     batches = Batches.plan([tokens], p, last, batch_size)
     work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(model.weights)
     calls = calls_of_equal_size(np.arange(config.num_layers), work, most=config.num_layers, copies=copies)
-    answered = np.zeros((config.num_layers, len(pairs)), np.int32)
-    logits = np.zeros((*answered.shape, config.vocab_size), np.float32) if keep_logits else None
-    for rows in batches.rows:
+
+    def run_batch(rows: np.ndarray) -> None:  # a function, so that its cache goes before the next one comes
         suffixes = batches.suffixes(rows)
         clean = _clean_cache(config, model.weights, batches.prompts(rows), suffixes)
         for starts in calls:
             run = over_rows(model.weights, starts)
-            found = _answers(config, model.weights, _Inputs(clean, suffixes, key[rows]), run, keep_logits=keep_logits)
-            answered[np.ix_(starts, rows)], kept = jax.device_get(found)
-            if logits is not None:
-                logits[np.ix_(starts, rows)] = kept
-    return Predictions(is_correct(answered, pairs.labels), logits)
+            inputs = _Inputs(clean, suffixes, key[rows])
+            found = _answers(config, model.weights, inputs, run, keep_logits=gathered.needs_logits)
+            gathered.add(rows, *found, at=starts)
+
+    for rows in batches.rows:
+        run_batch(rows)
+    return gathered.predictions()
 
 
 def random_target(pairs: Pairs, source: str = "last", seed: int = 0) -> np.ndarray:

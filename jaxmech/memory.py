@@ -3,6 +3,8 @@
 Sizes are in bytes, of activations in the compute dtype; what is counted is what XLA would hold at most, in a layer.
 """
 
+import warnings
+from functools import cache
 from typing import Any
 
 import jax
@@ -17,11 +19,27 @@ DEVICE_FRACTION = 0.5  # of what is free; the rest is for what XLA needs besides
 def budget(weights: Any) -> int:
     """Bytes of activations that one call may hold on each device that has the parameters `weights`.
 
-    That with the least free memory counts; of parameters that are on none, the first device.
+    That with the least free memory counts; of parameters that are on none, the first device. Accelerators that do not
+    report their memory have the budget of a CPU, which is warned of once.
     """
-    stats = [device.memory_stats() or {} for device in devices_of(weights) or jax.local_devices()[:1]]
+    devices = devices_of(weights) or jax.local_devices()[:1]
+    stats = [device.memory_stats() or {} for device in devices]
     free = [x["bytes_limit"] - x.get("bytes_in_use", 0) for x in stats if "bytes_limit" in x]
-    return int(DEVICE_FRACTION * min(free)) if free else CPU_BUDGET
+    if free:
+        return int(DEVICE_FRACTION * min(free))
+    if devices[0].platform != "cpu":
+        _warn_of_no_limit(devices[0].platform)
+    return CPU_BUDGET
+
+
+@cache  # once for each platform
+def _warn_of_no_limit(platform: str) -> None:
+    warnings.warn(
+        f"The {platform} does not report how much memory it has, so calls hold {CPU_BUDGET / 2**30:g} GiB of "
+        "activations at most, as on a CPU, and there may be many small ones. Give batch_size, or let JAX allocate "
+        "memory as it does by default: unset XLA_PYTHON_CLIENT_ALLOCATOR.",
+        stacklevel=3,
+    )
 
 
 def of_tokens(config: Config, count: float) -> float:

@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import memory
+from jaxmech.accuracy import Gathered, examples_per_call
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat, last_column, same_positions
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
+from jaxmech.metrics import ACCURACY, Function
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
-from jaxmech.predictions import Predictions, answers, is_correct
+from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import on_devices_of, over_rows, row_devices
 
 Array = Any  # NumPy on the host, jax.Array inside jit
@@ -44,6 +45,9 @@ def patch_activations(
     *,
     batch_size: int | None = None,
     compat: str | None = None,
+    metric: str | Function = ACCURACY,
+    wrong_labels: np.ndarray | None = None,
+    keep_logits: bool = True,
 ) -> Predictions:
     """Answers to the clean prompts when heads' z are those of the corrupt (counterfactual) prompts, role by role.
 
@@ -54,14 +58,20 @@ def patch_activations(
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" reads z of `prev_query_box` at the clean prompt's position also in the corrupt one, and takes the
         last column of the padded prompts for their last token (docs/paper_compat.md, e and f).
+      metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
+        logits, see `predict`; it is measured whether or not logits are kept.
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      keep_logits: return the logits, float32 [B, V]; without, they stay on the device.
 
     Returns:
-      Predictions with `accuracy` [], `correct` [B] and `logits` [B, V].
+      Predictions with `accuracy` [], `correct` [B], `logits` [B, V] and, of another metric, `measured` [B].
 
     Raises:
-      ValueError: no corrupt prompts, an unknown role or head, no heads at all, or a head at two roles that are one
-        token of a clean prompt and two of its corrupt one.
+      ValueError: no corrupt prompts, an unknown role, head or metric, no heads at all, or a head at two roles that are
+        one token of a clean prompt and two of its corrupt one.
     """
+    options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
+    gathered = Gathered.of(model.config, pairs, **options)
     if check_compat(compat):
         pairs = same_positions(last_column(pairs), "prev_query_box")
     roles, mask = role_masks(model.config, heads_by_role)
@@ -69,13 +79,19 @@ def patch_activations(
     _check_one_source(roles, mask, positions_of(pairs.position, roles), positions)
     source = check_tokens(model.config, np.asarray(pairs.corrupt)), positions
     values = partial(head_values, model, source, sites=("z",))
-    return patched_predictions(model, pairs, roles, mask, values, batch_size)
+    return patched_predictions(model, pairs, roles, mask, values, batch_size, gathered)
 
 
 def patched_predictions(
-    model: Model, pairs: Pairs, roles: Sequence[str], mask: np.ndarray, values: Any, batch_size: int | None
+    model: Model,
+    pairs: Pairs,
+    roles: Sequence[str],
+    mask: np.ndarray,
+    values: Any,
+    batch_size: int | None,
+    gathered: Gathered,
 ) -> Predictions:
-    """Runs the clean prompts with patches.
+    """Runs the clean prompts with patches; `gathered`, which is still empty, takes the answers.
 
     Args:
       mask: bool [L, R, N], the heads patched at each role.
@@ -83,15 +99,12 @@ def patched_predictions(
     """
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
     positions = positions_of(pairs.position, roles)
-    answered = np.empty(len(pairs), np.int32)
-    logits = np.empty((len(pairs), model.config.vocab_size), np.float32)
     size = examples_per_call(model, pairs) if batch_size is None else batch_size
     for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], positions[rows], last[rows]))
         here = on_devices_of(model.weights, values(rows))
-        found = _patched_answers(model.config, model.weights, *prompts, mask, here)
-        answered[rows], logits[rows] = jax.device_get(found)
-    return Predictions(is_correct(answered, pairs.labels), logits)
+        gathered.add(rows, *_patched_answers(model.config, model.weights, *prompts, mask, here))
+    return gathered.predictions()
 
 
 def head_values(
@@ -185,9 +198,3 @@ def as_heads_by_role(circuit: Any) -> Mapping[str, Iterable[Sequence[int]]]:
 def positions_of(position: Any, roles: Sequence[str]) -> np.ndarray:
     """Positions [B, R] of the roles; `position` is a function from a role to [B]."""
     return np.stack([position(role) for role in roles], axis=1)
-
-
-def examples_per_call(model: Model, pairs: Pairs) -> int:
-    """Examples whose activations in one layer and logits fit the memory budget."""
-    forward = memory.of_forward(model.config, pairs.clean.shape[1])
-    return memory.fitting(model.weights, forward + memory.of_logits(model.config))

@@ -11,7 +11,7 @@ from jaxmech.bootstrap import interval, wilson
 NO_ANSWER = -1  # where logits are not finite; no token has this id
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """Answers of one or many interventions, on the leading axes, to B prompts.
 

@@ -1,11 +1,14 @@
 """How sweeps compile: once each, for every platform, in time and memory that do not depend on the number of layers."""
 
+from importlib import import_module
+
 import jax
 import numpy as np
 import pytest
+from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
-from jaxmech import dcm, path_patching
+from jaxmech import ablation, dcm, memory, path_patching
 from jaxmech.batches import Batches
 from jaxmech.dcm import prompts, targets
 from jaxmech.prompt_trees import head_values
@@ -79,6 +82,33 @@ def test_the_prompts_themselves_fit_the_memory_budget(random_model, monkeypatch)
     batches = path_patching.plan(model, pairs).batches
     forward = path_patching.memory.of_forward(model.config, 200)
     assert 1 <= len(batches.rows[0]) and len(batches.rows[0]) * 2 * forward <= budget < 64 * 2 * forward
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "compiled"),
+    [
+        (lambda model, pairs: jm.predict(model, pairs).logits, import_module("jaxmech.accuracy"), "_answers"),
+        (jm.mean_activations, ablation, "_sum_of_z"),
+    ],
+    ids=["predict", "mean_activations"],
+)
+def test_forward_passes_run_as_many_prompts_as_fit_the_memory_budget(
+    random_model, random_pairs, monkeypatch, method, module, compiled
+):
+    model = random_model()
+    pairs, sizes, run = random_pairs(model, count=100), [], getattr(module, compiled)
+
+    def watched(config, weights, tokens, *arguments):
+        sizes.append(len(tokens))
+        return run(config, weights, tokens, *arguments)
+
+    monkeypatch.setattr(module, compiled, watched)
+    whole = method(model, pairs)
+    budget = 20 * memory.of_forward(model.config, pairs.clean.shape[1])
+    monkeypatch.setattr(memory, "budget", lambda weights: budget)
+    parts = method(model, pairs)
+    assert sizes[0] == 100 and len(sizes) > 5 and set(sizes[1:]) == {sizes[1]} and 10 < sizes[1] < 20
+    assert_close(parts, whole, TOLERANCES.recompiled)
 
 
 def test_other_draws_of_a_desideratum_hardly_compile_anew(random_model):

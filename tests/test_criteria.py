@@ -566,6 +566,7 @@ def test_predictions_are_shown_in_one_line():
     assert repr(jm.Predictions(np.array([True, False, True, True]))) == "Predictions(4 prompts, accuracy 0.750)"
     many = jm.Predictions(np.eye(2, 4, dtype=bool), np.zeros((2, 4, 9)), np.zeros((2, 4)))
     assert repr(many) == "Predictions(2 x 4 prompts, accuracies 0.250 to 0.250, logits, measured)"
+    assert many == many and many != jm.Predictions(many.correct), "compared as objects, not array by array"
 
 
 # Errors.

@@ -1,5 +1,6 @@
 """Patching across prompts and models, and knockouts: equal to full forward passes, with their identities."""
 
+import weakref
 from importlib import import_module
 
 import full_forward
@@ -11,6 +12,7 @@ from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 
 import jaxmech as jm
 from jaxmech import batches, compat
+from jaxmech.metrics import METRICS
 
 # The functions jm.cmap and jm.knockout have the names of their modules.
 CMAP, KNOCKOUT = (import_module(f"jaxmech.{name}") for name in ("cmap", "knockout"))
@@ -195,6 +197,18 @@ def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, com
     assert len(np.unique(found.accuracy)) > 1, "accuracies of 0, or of 1, would all be alike"
 
 
+def test_sweeps_and_collected_values_are_shown_in_one_line(random_model, random_pairs):
+    scores = jm.PathScores(np.zeros((2, 3, 4), np.float32), np.ones(4, np.float32))
+    sweep = jm.HeadSweep(np.arange(6).reshape(2, 3) / 8, scores, 0.5)
+    shown = "HeadSweep(accuracies 0.000 to 0.625, 0.500 without a patch, PathScores([L, N, B] = [2, 3, 4], probability"
+    assert repr(sweep) == f"{shown}, means 0 to 0))"
+    model = random_model()
+    kept = jm.collect(model, random_pairs(model), ["last", "early"], ("k", "v"))
+    assert repr(kept) == "HeadValues(k, v at last, early, [L, B, R, N, H] = [4, 5, 2, 4, 8])"
+    assert sweep != jm.HeadSweep(sweep.accuracy, scores, 0.5), "compared as objects, not array by array"
+    assert kept != jm.HeadValues(dict(kept.values), kept.roles, kept.prompts)
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_sweeps_over_heads_in_other_metrics_equal_full_forwards(models, pairs, batch_size):
     base, tuned = models
@@ -216,7 +230,96 @@ def test_sweeps_over_heads_in_other_metrics_equal_full_forwards(models, pairs, b
         squares = patched[rows, labels] ** 2 - clean[rows, labels] ** 2
         assert_close(by_function.scores.per_example[head], squares, TOLERANCES.cone)
     helps = by_function.scores.mean
+    assert by_function.top(3) == by_function.scores.top(3, largest=True)
     assert by_function.top(1) == [tuple(map(int, np.unravel_index(helps.argmax(), helps.shape)))]
+
+
+def run_methods(models, pairs, **options) -> dict[str, jm.Predictions]:
+    """The methods that return `Predictions` of patches."""
+    base, tuned = models
+    return {
+        "patch_activations": jm.patch_activations(base, pairs, HEADS, **options),
+        "cmap": jm.cmap(base, tuned, pairs, HEADS, **options),
+        "paper cmap": jm.cmap(base, tuned, pairs, HEADS, compat="paper", **options),
+        "knockout": jm.knockout(base, pairs, "last", "early", **options),
+    }
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_metrics_of_patches_are_those_of_their_logits(random_model, random_pairs, batch_size, monkeypatch):
+    monkeypatch.setattr(KNOCKOUT, "TOKENS_PER_CALL", 10)  # several calls
+    models = random_model(4), random_model(5)
+    pairs = random_pairs(models[0], unequal=False)
+    rows, labels, wrong = np.arange(len(pairs)), pairs.labels, (pairs.labels + 1) % models[0].config.vocab_size
+
+    def squared_logit(logits, rows):
+        """Of the label, which is looked up by row."""
+        assert logits.shape == (len(rows), models[0].config.vocab_size)
+        return logits[jnp.arange(len(rows)), jnp.asarray(labels)[rows]] ** 2
+
+    def expected(metric, logits):
+        if metric == "logit_difference":
+            return logits[..., rows, labels] - logits[..., rows, wrong]
+        if metric is squared_logit:
+            return logits[..., rows, labels] ** 2
+        probability = jax.nn.softmax(logits)[..., rows, labels]
+        return probability if metric == "probability" else np.log(probability)
+
+    plain = run_methods(models, pairs, batch_size=batch_size)
+    for metric in (*METRICS, squared_logit):
+        options = {"wrong_labels": wrong} if metric == "logit_difference" else {}
+        found = run_methods(models, pairs, metric=metric, batch_size=batch_size, keep_logits=False, **options)
+        for method, predictions in found.items():
+            by_hand = expected(metric, plain[method].logits)
+            assert_close(predictions.per_example, by_hand, TOLERANCES.recompiled)
+            assert_close(predictions.mean, by_hand.mean(-1), TOLERANCES.recompiled)
+            np.testing.assert_array_equal(predictions.correct, plain[method].correct)
+            assert predictions.logits is None and plain[method].measured is None
+
+
+def test_logits_that_are_not_kept_stay_on_the_device(random_model, random_pairs, monkeypatch):
+    models = random_model(4), random_model(5)
+    pairs = random_pairs(models[0], unequal=False)
+    fetched, device_get = [], jax.device_get
+
+    def recorded(x):
+        fetched.extend(np.shape(leaf)[-1:] for leaf in jax.tree.leaves(x))
+        return device_get(x)
+
+    monkeypatch.setattr(jax, "device_get", recorded)
+    vocabulary = (models[0].config.vocab_size,)
+    for options in ({}, {"metric": "probability"}):
+        found = [*run_methods(models, pairs, keep_logits=False, **options).values()]
+        found.append(jm.predict(models[0], pairs, keep_logits=False, **options))
+        assert all(x.logits is None for x in found)
+    jm.accuracy(models[0], pairs)
+    assert fetched and vocabulary not in fetched
+    assert jm.predict(models[0], pairs).logits is not None and vocabulary in fetched
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "compiled"),
+    [
+        (lambda base, tuned, pairs: jm.cmap_heads(base, tuned, pairs, batch_size=2), CMAP, "_prepare"),
+        (lambda base, tuned, pairs: jm.knockout(base, pairs, target="early", batch_size=2), KNOCKOUT, "_clean_cache"),
+    ],
+    ids=["cmap_heads", "knockout"],
+)
+def test_the_cache_of_a_batch_goes_before_the_next_one_comes(
+    random_model, random_pairs, monkeypatch, method, module, compiled
+):
+    base, tuned = random_model(4), random_model(5)
+    made, alive, prepare = [], [], getattr(module, compiled)
+
+    def watched(*arguments):
+        alive.append(sum(array() is not None for array in made))
+        found = prepare(*arguments)
+        made.extend(weakref.ref(array) for array in jax.tree.leaves(getattr(found, "clean", found)))
+        return found
+
+    monkeypatch.setattr(module, compiled, watched)
+    method(base, tuned, random_pairs(base, count=6))
+    assert made and alive == [0, 0, 0]
 
 
 def test_heads_whose_change_cannot_reach_the_last_token_have_no_effect(models, pairs):
@@ -342,6 +445,9 @@ def test_a_fine_tune_can_be_given_the_output_projections_of_its_base(models):
         (lambda m, p: jm.knockout(m, p, "last", np.zeros(3, int)), r"target has shape \(3,\)"),
         (lambda m, p: jm.knockout(m, p, "last", np.full(5, -1)), "target holds the position -1"),
         (lambda m, p: jm.knockout(m, p, batch_size=0), "batch_size=0"),
+        (lambda m, p: jm.knockout(m, p, metric="loss"), "metric='loss'; expected one of accuracy, probability"),
+        (lambda m, p: jm.patch_activations(m, p, HEADS, metric="logit_difference"), "needs wrong_labels"),
+        (lambda m, p: jm.cmap(m, m, p, HEADS, wrong_labels=p.labels), "metric='accuracy' has no use for them"),
         (lambda m, p: jm.random_target(p, "first"), "Unknown role"),
     ],
 )

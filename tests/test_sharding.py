@@ -1,6 +1,7 @@
 """Eight devices equal one: parameters split over a mesh, and every method on them, with heads that divide and not."""
 
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -313,3 +314,21 @@ def test_the_device_with_the_least_free_memory_counts(one, monkeypatch):
 
     monkeypatch.setattr(memory, "devices_of", lambda weights: [Device(20), Device(60)])
     assert memory.budget(on.weights) == int(memory.DEVICE_FRACTION * 40)
+
+
+def test_an_accelerator_that_does_not_report_its_memory_is_warned_of_once(one, monkeypatch):
+    class Device:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return None  # as with XLA_PYTHON_CLIENT_ALLOCATOR=platform
+
+    memory._warn_of_no_limit.cache_clear()
+    monkeypatch.setattr(memory, "devices_of", lambda weights: [Device(), Device()])
+    with pytest.warns(UserWarning, match="gpu does not report .* 1 GiB of activations .* Give batch_size") as caught:
+        assert [memory.budget(one.weights) for _ in range(2)] == [memory.CPU_BUDGET] * 2
+    assert len(caught) == 1
+    monkeypatch.undo()
+    with warnings.catch_warnings(action="error"):
+        memory._warn_of_no_limit.cache_clear()
+        assert memory.budget(one.weights) == memory.CPU_BUDGET, "a CPU need not report any"

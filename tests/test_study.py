@@ -158,6 +158,34 @@ def test_results_are_those_of_the_methods(results, models, pairs):
     assert results["cmap"]["tuned"]["groups"]["q+k+v"]["value_fetcher"]["accuracy"] == pytest.approx(found)
 
 
+def test_stages_leave_logits_on_the_device(monkeypatch):
+    settings = dataclasses.replace(SETTINGS, compat="paper", scenes=2, contexts=8, patched=4, components=("z",))
+    stages, dcm_stages = (import_module(f"jaxmech.study.{name}") for name in ("stages", "dcm_stages"))
+    logits = []
+
+    def watched(method):
+        def call(*arguments, **options):
+            found = method(*arguments, **options)
+            logits.append(found.logits)
+            return found
+
+        return call
+
+    for module, name in ((stages, "predict"), (stages, "cmap"), (dcm_stages, "patch_activations")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    sweep = jm.HeadSweep(np.ones((1, 1)), jm.PathScores(np.ones((1, 1, 1)), np.ones(1)), 1.0)
+    monkeypatch.setattr(stages, "cmap_heads", lambda *arguments, **options: sweep)
+    study, heads = Study(settings, {}), [(0, 1), (1, 2)]
+    monkeypatch.setattr(study, "circuit", lambda name: jm.Circuit({"value_fetcher": heads}, {"value_fetcher": "last"}))
+    for stage in ("accuracy", "cmap"):
+        STAGES[stage].run(study, "tuned", lambda done, total: None)
+    chosen = {("positional", "last"): {("tuned", "value_fetcher"): heads}}
+    pairs = {"positional": study.patching("positional", 0)}
+    dcm_stages._patched_accuracies(settings, study.model("base"), pairs, chosen)
+    assert len(logits) == 4, "predict, cmap of a group and of the circuit, and patch_activations"
+    assert all(x is None for x in logits)
+
+
 def test_circuits_are_those_that_minimality_leaves_and_are_saved(results, done):
     for name in ("base", "tuned"):
         found = results["minimality"][name]

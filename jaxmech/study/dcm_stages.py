@@ -141,7 +141,7 @@ def _patched_accuracies(
 ) -> dict[tuple[str, str], dict[Any, float]]:
     """Accuracy on each desideratum with each set of heads patched at a role; `chosen` is of `selected_heads`."""
     if settings.compat:
-        options = {"batch_size": settings.batch_size, "compat": settings.compat}
+        options = {"batch_size": settings.batch_size, "compat": settings.compat, "keep_logits": False}
         return {
             (name, role): {
                 key: float(patch_activations(model, pairs[name], {role: heads}, **options).accuracy)

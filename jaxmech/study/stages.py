@@ -56,7 +56,7 @@ class StudyStage:
 
 def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
     pairs = study.data.pairs
-    found = _with_interval(predict(study.model(part), pairs, batch_size=study.settings.batch_size or 64))
+    found = _with_interval(predict(study.model(part), pairs, batch_size=study.settings.batch_size, keep_logits=False))
     if warning := doubt(part, found["accuracy"], study.data.chance):
         warnings.warn(warning, stacklevel=2)
     return found
@@ -187,7 +187,7 @@ def _cmap(study: Study, part: str, progress: Progress) -> JSON:
     nothing: dict[str, list[Head]] = {role: [] for role in roles}  # all sets have all roles, so that they compile once
     sets = {group: nothing | {circuit.roles[group]: heads} for group, heads in circuit.groups.items() if heads}
     sets["whole circuit"] = nothing | circuit.heads_by_role
-    options = {"batch_size": settings.batch_size, "compat": settings.compat}
+    options = {"batch_size": settings.batch_size, "compat": settings.compat, "keep_logits": False}
     done, steps = 0, len(settings.components) * len(sets)
     groups: dict[str, dict[str, JSON]] = {}
     for components in settings.components:
