@@ -177,7 +177,8 @@ def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[in
                     f"Interventions.{site}.{name} begins with the axes {shape}, and there are as many positions as "
                     "layers. Write [L, 1, 1, N] for a number of each head, or [1, 1, P, N] for one of each position."
                 )
-    if _concrete(patch.weight) and not np.any(patch.weight):
+    # NumPy's: an operator of JAX's would be traced where an array is closed over inside jit.
+    if _concrete(patch.weight) and not np.asarray(patch.weight).any():
         raise ValueError(f"Interventions.{site}: every weight is 0, so nothing is patched. Leave the site out.")
 
 

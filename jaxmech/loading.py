@@ -106,7 +106,8 @@ def _check_positions(name: str, positions: Any, tokens_shape: tuple[int, ...], a
         raise ValueError(f"{name} has shape {shape} and dtype {dtype}; expected {expected}.")
     if isinstance(positions, Tracer):
         return
-    least, most = np.min(positions), np.max(positions)
+    positions = np.asarray(positions)  # an operator of JAX's would be traced where one is closed over inside jit
+    least, most = positions.min(), positions.max()
     if least < 0 or most >= length:
         raise ValueError(f"{name} reaches from {least} to {most}; the prompts have positions 0..{length - 1}.")
 
