@@ -30,7 +30,7 @@ Subset = Mapping[str, Sequence[Head]]  # group -> some of its heads
 EQUAL_DROPS = {True: 9, False: 5}  # decimals to which drops are compared: of accuracies, and of sums of float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Faithfulness:
     """How much of what a model does its circuit alone does.
 
@@ -156,7 +156,7 @@ def random_circuit(
     return Circuit({group: drawn[group] for group in circuit.groups}, circuit.roles)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Completeness:
     """Whether circuit and model lose the same by the same knockouts.
 
@@ -233,7 +233,7 @@ def completeness(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Minimality:
     """What every head of a circuit is good for.
 

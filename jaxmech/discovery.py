@@ -32,7 +32,7 @@ LEAST_PROBABILITY = 1e-30
 
 @dataclass(frozen=True, repr=False)
 class Circuit:
-    """Groups of heads, each acting at one role.
+    """Groups of heads, each acting at one role. Circuits are equal if their groups and roles are.
 
     Attributes:
       groups: group name -> [(layer, head)], strongest first; sequences and arrays of whole numbers are taken as well.
@@ -46,8 +46,8 @@ class Circuit:
 
     groups: dict[str, list[Head]]
     roles: dict[str, str]
-    scores: dict[str, PathScores] = field(default_factory=dict)
-    stopped: str = ""
+    scores: dict[str, PathScores] = field(default_factory=dict, compare=False)
+    stopped: str = field(default="", compare=False)
 
     def __post_init__(self):
         if missing := [group for group in self.groups if group not in self.roles]:

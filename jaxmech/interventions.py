@@ -20,7 +20,7 @@ SITES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "m
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """x <- (1 - weight) * x + weight * value, or x <- x + weight * value with `add`, at `positions`.
 
@@ -44,7 +44,7 @@ class Patch:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Interventions:
     """One optional `Patch` per site and an attention knockout. A site that is None costs nothing.
 

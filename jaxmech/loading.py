@@ -19,7 +19,7 @@ from jaxmech.pairs import Pairs
 from jaxmech.sharding import parameter_shardings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A decoder with its parameters and tokenizer.
 

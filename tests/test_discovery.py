@@ -452,3 +452,32 @@ def test_a_bad_circuit_file_is_named(tmp_path, text, message):
     (tmp_path / "circuit.json").write_text(text)
     with pytest.raises(ValueError, match=f"circuit.json.*{message}"):
         jm.Circuit.load(tmp_path / "circuit.json")
+
+
+def test_circuits_are_equal_if_their_groups_and_roles_are(two_heads, tmp_path):
+    circuit = jm.discover(*two_heads, chain=CHAIN[:2])
+    circuit.save(tmp_path / "circuit.json", roles=True)
+    loaded = jm.Circuit.load(tmp_path / "circuit.json")
+    assert loaded == circuit == replace(circuit, stopped="Stage 'x' found no head.") and not loaded.scores
+    assert circuit != circuit.without({"readers": circuit.groups["readers"][:1]})
+    assert circuit != jm.Circuit(circuit.groups, {**circuit.roles, "readers": "early"})
+
+
+def test_results_with_arrays_are_compared_as_objects(two_heads):
+    model, pairs = two_heads
+    chosen = jm.Circuit({"all": [(2, 0), (2, 1)]}, {"all": "last"})
+    means = jm.mean_activations(model, pairs)
+    patch = jm.Patch(np.ones(1), np.ones(1))
+    makers = [
+        lambda: jm.path_patch(model, pairs),
+        lambda: jm.faithfulness(model, pairs, chosen, means, random=1),
+        lambda: jm.completeness(model, pairs, chosen, means, random=1),
+        lambda: jm.minimality(model, pairs, chosen, means),
+        lambda: jm.dcm.train(model, pairs, [(2, 0), (2, 1)], batch_size=5, epochs=1),
+        lambda: jm.Model(model.config, model.params),
+        lambda: replace(patch),
+        lambda: jm.Interventions(z=patch),
+    ]
+    for make in makers:
+        one, other = make(), make()
+        assert one == one and one != other and len({one, other}) == 2

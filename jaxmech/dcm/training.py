@@ -43,7 +43,7 @@ class History(NamedTuple):
     rows: np.ndarray  # [steps, E] the examples of the step; -1 where its batch is shorter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A trained mask.
 
