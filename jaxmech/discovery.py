@@ -206,7 +206,8 @@ def discover(
       k: {group: number of heads}, in place of the chain's own numbers; groups left out keep theirs.
       chain: the stages, or the TOML file of a chain; the paper's four by default.
       min_effect: the smallest mean loss that counts, in units of `metric`: of the probability, a fraction.
-      metric: what scores are, and `wrong_labels` [B] for "logit_difference"; see `path_patch`.
+      metric: what scores are, and `wrong_labels` [B] for "logit_difference"; see `path_patch`. A function must fall
+        where the model gets worse: of one that rises, such as a divergence, give the negative.
       batch_size: see `path_patch`.
       done: {group: scores} of sweeps finished by an earlier call with the same arguments; they are not run again. That
         they are of this model, these pairs and this metric is checked by one forward pass of the clean prompts; of
@@ -303,8 +304,11 @@ def _add_group(circuit: Circuit, stage: Stage, heads: list[Head]) -> Circuit:
 
 
 def _nothing_found(stage: Stage, scores: PathScores, min_effect: float) -> str:
+    least, most = scores.mean.min(), scores.mean.max()
     why = f"above -min_effect = -{min_effect:g}" if min_effect else "and no head lowers the metric"
+    if scores.metric.endswith("()") and most > 0 and most >= min_effect:  # a function
+        why += f", the largest {most:.2g}: is {scores.metric} larger where the model is worse? Then score its negative"
     return (
         f"Stage {stage.group!r} (sender at {stage.sender}, reading {stage.reads}) found no head: the strongest mean "
-        f"effect is {scores.mean.min():.2g}, {why}. The chain ends here."
+        f"effect is {least:.2g}, {why}. The chain ends here."
     )

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
@@ -185,6 +187,34 @@ def test_a_stage_that_finds_nothing_says_why(two_heads, fake_scores, scores, min
     with pytest.warns(UserWarning, match=words):
         circuit = jm.discover(*two_heads, chain=CHAIN, done=done, min_effect=min_effect)
     assert circuit.groups == {} and words in circuit.stopped
+
+
+def test_a_function_that_rises_where_the_model_is_worse_is_asked_about(two_heads):
+    model, pairs = two_heads
+
+    def loss(logits, rows):
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(rows)), jnp.asarray(pairs.labels)[rows]]
+
+    alone = jm.Stage("all", "last", k=1)
+    scores = jm.path_patch(model, pairs, metric=loss)
+    falling = replace(scores, per_example=-np.abs(scores.per_example))
+    rising = replace(scores, per_example=np.abs(scores.per_example))
+    hint = r"the largest .*: is loss\(\) larger where the model is worse\? Then score its negative\."
+    with pytest.warns(UserWarning, match=hint):
+        circuit = jm.discover(model, pairs, chain=[alone], metric=loss, done={"all": rising})
+    assert "score its negative" in circuit.stopped
+    assert jm.discover(model, pairs, chain=[alone], metric=loss, done={"all": falling}).groups["all"]
+    for other, min_effect in ((rising, 1e3), (falling, 1e3)):
+        circuit = warned(model, pairs, chain=[alone], metric=loss, done={"all": other}, min_effect=min_effect)
+        assert circuit.stopped and "negative" not in circuit.stopped
+    named = {"all": replace(rising, metric="log_probability")}
+    assert "negative" not in warned(model, pairs, chain=[alone], metric="log_probability", done=named).stopped
+
+
+def warned(*args, **options) -> jm.Circuit:
+    """The circuit of a discovery that ends early."""
+    with pytest.warns(UserWarning, match="found no head"):
+        return jm.discover(*args, **options)
 
 
 def test_scores_in_bfloat16_are_taken_for_done_whatever_their_batch_size(random_model, random_pairs):
