@@ -16,8 +16,9 @@ from jaxmech.tokenized import (
     read_prompts,
     right_padded,
     role_positions,
-    roles_by_characters,
+    roles_by_numbers,
     text_reader,
+    warn_of_unknown_words,
 )
 
 
@@ -83,16 +84,21 @@ class Pairs:
           clean: B prompts.
           corrupt: their counterparts, or None where a method needs none.
           answers: the correct continuation of each clean prompt, one token where it stands.
-          roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, or (start, end)
-            among its characters. The position is that of the place's last token. One place stands for all prompts;
-            `last` is found by itself.
+          roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, (start, end) among
+            its characters, or the index of a token, counted from 0, BOS included. The position is that of the place's
+            last token. One place stands for all prompts; `last` is found by itself. A tuple of two numbers is (start,
+            end); indices for two prompts are a list or an array.
           corrupt_roles: the same for the corrupt prompts; None: the pieces of `roles` are looked for in them, too.
-          between: stands between a prompt and its answer, unless the answer begins with a space of its own.
+          between: stands between a prompt and its answer, unless the answer begins with a space of its own; in either
+            case, the prompt does not end in white space.
           add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
 
+        A warning says of how many prompts the tokenizer does not know all words.
+
         Raises:
-          ValueError: an answer that is not one token, a place that is not in its prompt or twice, numbers of prompts
-            that differ, or a tokenizer without offsets; the prompt is named.
+          TypeError: an answer that is no text.
+          ValueError: an answer that is not one token, white space twice before it, a place that is not in its prompt or
+            twice, numbers of prompts that differ, or a tokenizer without offsets; the prompt is named.
         """
         read = text_reader(tokenizer, add_bos)
         prompts = read_prompts(read, clean, "clean")
@@ -104,16 +110,19 @@ class Pairs:
         if corrupt is None:
             if corrupt_roles:
                 raise ValueError("corrupt_roles given without corrupt prompts.")
+            warn_of_unknown_words(prompts)
             return cls(right_padded(prompts), None, labels, positions)
         others = read_prompts(read, corrupt, "corrupt")
         if corrupt_roles is not None:
             theirs = role_positions(others, corrupt_roles, "corrupt_roles")
-        elif spans := roles_by_characters(roles or {}):
+        elif numbers := roles_by_numbers(roles or {}):
             raise ValueError(
-                f"roles gives {spans} by characters of the clean prompts; give corrupt_roles for the corrupt ones."
+                f"roles gives {numbers} by characters or tokens of the clean prompts; give corrupt_roles for the "
+                "corrupt ones."
             )
         else:
             theirs = role_positions(others, roles or {}, "without corrupt_roles, roles hold for corrupt prompts: roles")
+        warn_of_unknown_words([*prompts, *others])
         return cls(right_padded(prompts), right_padded(others), labels, positions, theirs)
 
     def __repr__(self) -> str:
