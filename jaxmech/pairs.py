@@ -4,6 +4,7 @@ Owns the container and its checks. It knows nothing of boxes, and any token ids 
 texts (`jaxmech.tokenized`).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ class Pairs:
 
     Prompts are right-padded with any token id: attention is causal, so what stands behind the last
     token of a prompt cannot change it. A *role* is a named token position, one per example; `last` must
-    be among them and is each prompt's true last token.
+    be among them and is each prompt's true last token. A warning says if prompts seem to be padded on the left.
 
     Attributes:
       clean: token ids of the prompts, int32 [B, T].
@@ -55,6 +56,7 @@ class Pairs:
         if len(self.labels) != len(self.clean):
             raise ValueError(f"Pairs: labels has {len(self.labels)} examples, clean has {len(self.clean)}.")
         set_field("positions", _roles("positions", self.positions, self.clean))
+        _warn_of_left_padding("clean", self.clean, self.positions["last"])
         if self.corrupt is None:
             if self.corrupt_positions:
                 raise ValueError("Pairs: corrupt_positions given without corrupt prompts.")
@@ -63,6 +65,7 @@ class Pairs:
         if len(self.corrupt) != len(self.clean):
             raise ValueError(f"Pairs: corrupt has {len(self.corrupt)} examples, clean has {len(self.clean)}.")
         set_field("corrupt_positions", _roles("corrupt_positions", self.corrupt_positions, self.corrupt))
+        _warn_of_left_padding("corrupt", self.corrupt, self.corrupt_positions["last"])
 
     @classmethod
     def from_text(
@@ -209,6 +212,19 @@ def _roles(name: str, roles: Mapping, tokens: np.ndarray) -> dict[str, np.ndarra
                 "from the start."
             )
     return {role: value.astype(np.int32) for role, value in checked.items()}
+
+
+def _warn_of_left_padding(name: str, tokens: np.ndarray, last: np.ndarray) -> None:
+    """Warns if some prompts, but not all, begin with one same token twice. Those of one token are none of them."""
+    first, second = tokens[:, 0], tokens[:, min(1, tokens.shape[1] - 1)]
+    twice = (first == second) & (last > 0)
+    if not twice.any() or twice.all() or len(ids := np.unique(first[twice])) > 1:
+        return
+    warnings.warn(
+        f"Pairs: {twice.sum()} of {len(tokens)} {name} prompts begin with token {ids[0]} twice or more, the others do "
+        "not. This looks like padding on the left, which the model would read; pad prompts on the right.",
+        stacklevel=4,
+    )
 
 
 def _role(roles: Mapping[str, np.ndarray], role: str, name: str) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxmech as jm
-from jaxmech import Interventions, Patch
+from jaxmech import Interventions, Patch, Rope
+from jaxmech.loading import _warn_of_length
 
 B, T, L, N, H, D = 2, 6, 4, 4, 8, 24
 TOKENS = np.arange(B * T).reshape(B, T)
@@ -162,3 +163,24 @@ def test_weights_closed_over_inside_jit_are_those_of_apply_too(model):
         return model.module.apply(model.params, TOKENS, Interventions(z=Patch(weight, value)))[0]
 
     np.testing.assert_allclose(jax.jit(run)(Z), run(Z), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_beyond_the_context_are_warned_of_once(random_model):
+    model = random_model(max_positions=T - 1)
+    words = "prompts have 6 tokens, more than the context of 5 .*shorten the prompts"
+    _warn_of_length.cache_clear()
+    with pytest.warns(UserWarning, match=words) as found:
+        for _ in range(2):
+            model(TOKENS)
+    assert len(found) == 1 and found[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_prompts_within_the_context_and_inside_jit_are_not_warned_of(random_model):
+    _warn_of_length.cache_clear()
+    random_model(max_positions=T)(TOKENS)
+    short = random_model(max_positions=T - 1)
+    jax.jit(lambda tokens: short(tokens)[0])(TOKENS)
+    for kind in ("linear", "yarn"):  # configs that state the context before it is scaled
+        rope = Rope(kind=kind, factor=2.0, original_max_positions=T - 1)
+        random_model(max_positions=T - 1, rope=rope)(TOKENS)
