@@ -102,7 +102,8 @@ class Circuit:
     ) -> "Circuit":
         """Reads a file of either form that `save` writes.
 
-        The paper's form does not say where a group acts: `roles` does, or `chain`, the paper's four stages by default.
+        The paper's form, which `jaxmech discover` writes, does not say where a group acts: `roles` does, or `chain`,
+        the paper's four stages by default.
 
         Args:
           path: the file.
@@ -126,9 +127,11 @@ class Circuit:
         if own is None:
             known = given or {stage.group: stage.sender for stage in PAPER_CHAIN}
             if unknown := [group for group in groups if group not in known]:
+                all_known = _roles_beside(path) | dict(known)
+                example = {group: all_known.get(group, "...") for group in groups}
                 raise ValueError(
                     f"{path} has groups {unknown}, but roles are known of {list(known)}; give the chain that found "
-                    "them, or roles={group: role}."
+                    f"them, stages or a TOML file, or the roles: Circuit.load({str(path)!r}, roles={example})."
                 )
             own = {group: known[group] for group in groups}
         elif given and (other := {group: given.get(group) for group in own if given.get(group) != own[group]}):
@@ -146,6 +149,15 @@ def _read(found: Any) -> tuple[dict[str, list[Head]], dict[str, str] | None]:
         if set(found) != set(roles) or not all(isinstance(role, str) for role in roles.values()):
             raise ValueError(f"roles is {roles}; expected one for each of {list(found)}")
     return {group: _heads(group, heads) for group, heads in found.items()}, roles
+
+
+def _roles_beside(path: Path) -> dict[str, str]:
+    """{group: role} by the settings of the run that wrote `path`, which `jaxmech discover` keeps beside it, if any."""
+    try:
+        stages = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["stages"]
+        return {stage["group"]: stage["sender"] for stage in stages}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _given_roles(chain: Sequence[Stage] | str | Path | None, roles: Mapping[str, str] | None) -> Mapping[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -454,6 +455,21 @@ def test_a_circuit_file_can_say_where_its_groups_act(tmp_path):
         jm.Circuit.load(tmp_path / "paper.json", chain, roles=circuit.roles)
     with pytest.raises(ValueError, match=r"roles are known of \['movers'\]"):
         jm.Circuit.load(tmp_path / "paper.json", roles={"movers": "last"})
+
+
+def test_the_error_says_how_to_load_the_circuit_of_another_chain(tmp_path):
+    circuit = jm.Circuit({"readers": [(3, 1)], "early": [(2, 0)]}, {"readers": "last", "early": "early"})
+    run = RunFolder.open(tmp_path, {"stages": [dataclasses.asdict(stage) for stage in CHAIN]})
+    run.begin()
+    circuit.save(tmp_path / "circuit.json")
+    with pytest.raises(ValueError, match="roles are known of .*give the chain that found them") as error:
+        jm.Circuit.load(tmp_path / "circuit.json")
+    code = re.search(r"Circuit\.load\(.*\)", str(error.value))
+    assert code and eval(f"jm.{code.group()}") == circuit
+    for damaged in ("", "[]", '{"stages": 3}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"roles=\{'readers': '\.\.\.', 'early': '\.\.\.'\}\)"):
+            jm.Circuit.load(tmp_path / "circuit.json")
 
 
 def test_groups_of_a_paper_file_can_have_any_name(tmp_path):
