@@ -208,9 +208,10 @@ def discover(
     """Runs the chain of sweeps and keeps the top heads of each.
 
     A head is never selected if its mean score is above -min_effect, or 0. A head that is selected again by a later
-    stage at the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. A stage that
-    finds no head ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is
-    issued.
+    stage at the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. Such a group
+    has fewer heads than k; `circuit.scores[group].top(k, min_effect)` are all that its stage selected, and the receivers
+    of later stages. A stage that finds no head ends the chain: the circuit holds the groups found so far, `stopped` says
+    why, and a warning is issued.
 
     Args:
       model: the model whose heads are swept.
@@ -232,8 +233,10 @@ def discover(
         pairs lack a role, a stage without receivers is not at the last token, min_effect is out of range, scores are
         not finite, or those of `done` are of another shape, metric, model or other prompts.
     """
+    default = chain is None
     chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
     chain = with_k(chain, k or {})
+    _check_roles(pairs, chain, default)
     check_number_of_heads(chain, model.config)
     if not min_effect >= 0 or (metric == "probability" and min_effect > 1):
         raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1, or in other metrics at least 0.")
@@ -241,14 +244,6 @@ def discover(
     if unknown := [group for group in done if group not in [stage.group for stage in chain]]:
         raise ValueError(f"done has the groups {unknown}; the chain has {[stage.group for stage in chain]}.")
     options = {"metric": metric, "wrong_labels": wrong_labels, "batch_size": batch_size}
-    for stage in chain:
-        at_last = (pairs.position(stage.sender) == pairs.position("last")).all()
-        pairs.corrupt_position(stage.sender)
-        if stage.receivers is None and not at_last:
-            raise ValueError(
-                f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the last token has a direct "
-                "path to the logits. Name receivers and via."
-            )
     if done:
         _check_done(model, pairs, done, metric, batch_size)
     found: dict[str, list[Head]] = {}
@@ -268,6 +263,27 @@ def discover(
         found[stage.group] = heads
         circuit = _add_group(circuit, stage, heads)
     return circuit
+
+
+def _check_roles(pairs: Pairs, chain: Sequence[Stage], default: bool) -> None:
+    """ValueError if the pairs lack a role of the chain, or a stage without receivers is not at the last token.
+
+    Args:
+      default: the caller named no chain, so that roles of the paper's say nothing to them.
+    """
+    if default and (missing := [stage.sender for stage in chain if stage.sender not in pairs.positions]):
+        raise ValueError(
+            f"These pairs lack the roles {missing} of the default chain, the paper's for entity tracking; they have "
+            f"{sorted(pairs.positions)}. Give the chain of your task, chain=[jm.Stage(group, role), ...]."
+        )
+    for stage in chain:
+        at_last = (pairs.position(stage.sender) == pairs.position("last")).all()
+        pairs.corrupt_position(stage.sender)
+        if stage.receivers is None and not at_last:
+            raise ValueError(
+                f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the last token has a direct "
+                "path to the logits. Name receivers and via."
+            )
 
 
 def _check_done(

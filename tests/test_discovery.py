@@ -334,6 +334,8 @@ def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
     with pytest.raises(ValueError, match="Unknown role 'prev_query_box'"):
         chain = (jm.Stage("readers", "last", k=3), jm.Stage("senders", "prev_query_box", "readers", "v", k=3))
         jm.discover(*two_heads, chain=chain, on_stage=lambda *_: pytest.fail("a sweep was run"))
+    with pytest.raises(ValueError, match=r"roles \['prev_query_box'\] of the default chain.*chain=\[jm.Stage"):
+        jm.discover(*two_heads, on_stage=lambda *_: pytest.fail("a sweep was run"))
 
 
 @pytest.mark.parametrize(
