@@ -36,6 +36,7 @@ class Circuit:
 
     Attributes:
       groups: group name -> [(layer, head)], strongest first; sequences and arrays of whole numbers are taken as well.
+        `discover` puts a head that it finds several times at one role into the last group alone.
       roles: group name -> role.
       scores: group name -> the sweep that found it; empty for a circuit that was read from a file.
       stopped: why the chain ended early, or "".
@@ -208,10 +209,10 @@ def discover(
     """Runs the chain of sweeps and keeps the top heads of each.
 
     A head is never selected if its mean score is above -min_effect, or 0. A head that is selected again by a later
-    stage at the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. Such a group
-    has fewer heads than k; `circuit.scores[group].top(k, min_effect)` are all that its stage selected, and the receivers
-    of later stages. A stage that finds no head ends the chain: the circuit holds the groups found so far, `stopped` says
-    why, and a warning is issued.
+    stage at the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. So a group
+    may have fewer heads than k: all that its stage selected, and that later stages take for receivers, are
+    `circuit.scores[group].top(k, min_effect)`. A stage that finds no head ends the chain: the circuit holds the groups
+    found so far, `stopped` says why, and a warning is issued.
 
     Args:
       model: the model whose heads are swept.

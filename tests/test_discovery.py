@@ -66,6 +66,7 @@ def test_a_head_chosen_again_at_the_same_role_leaves_the_earlier_group(two_heads
     circuit = jm.discover(*two_heads, chain=CHAIN, done=done)
     assert circuit.groups["readers"] == [(2, 0)]
     assert circuit.groups["senders"] == [(0, 1), (1, 0)]
+    assert circuit.scores["readers"].top(3, 1e-3) == [(2, 0), (1, 0), (0, 1)], "all that the stage selected"
     assert circuit.groups["early"] == [(0, 1)], "it acts at another role, so it stays in both groups"
     assert circuit.stopped == ""
 
