@@ -30,7 +30,7 @@ Subset = Mapping[str, Sequence[Head]]  # group -> some of its heads
 EQUAL_DROPS = {True: 9, False: 5}  # decimals to which drops are compared: of accuracies, and of sums of float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness:
     """How much of what a model does its circuit alone does.
 
@@ -49,6 +49,9 @@ class Faithfulness:
     random_circuits: list[Circuit]
     rounded: bool = False
     metric: str = ACCURACY
+
+    def __repr__(self) -> str:
+        return f"Faithfulness({self.metric}: ratio {self.ratio:.3f}, random circuits {_span(self.random_ratios)})"
 
     @property
     def ratio(self) -> float:
@@ -156,7 +159,7 @@ def random_circuit(
     return Circuit({group: drawn[group] for group in circuit.groups}, circuit.roles)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Completeness:
     """Whether circuit and model lose the same by the same knockouts.
 
@@ -173,6 +176,9 @@ class Completeness:
     circuit: Predictions
     model: Predictions
     metric: str = ACCURACY
+
+    def __repr__(self) -> str:
+        return f"Completeness({self.metric}: gap {_span(self.gap)}, {len(self.names)} subsets)"
 
     @property
     def gap(self) -> np.ndarray:
@@ -233,7 +239,7 @@ def completeness(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Minimality:
     """What every head of a circuit is good for.
 
@@ -254,6 +260,11 @@ class Minimality:
     threshold: float
     circuit: Circuit
     metric: str = ACCURACY
+
+    def __repr__(self) -> str:
+        left, every = (sum(map(len, x)) for x in (self.circuit.groups.values(), self.scores.values()))
+        scores = _span(np.concatenate([np.zeros(0), *self.scores.values()]))
+        return f"Minimality({self.metric}: {left} of {every} heads stay, scores {scores})"
 
     @property
     def scores(self) -> dict[str, np.ndarray]:
@@ -364,6 +375,10 @@ def _paper(compat: str | None, metric: str | Function) -> bool:
 def _f(metric: str | Function, mean: np.ndarray) -> np.ndarray:
     """F by the mean of a metric over prompts."""
     return np.exp(mean) if metric == "log_probability" else mean
+
+
+def _span(values: np.ndarray) -> str:
+    return f"{values.min():.3f} to {values.max():.3f}" if values.size else "none"
 
 
 def _without_logits(found: Predictions, which: int | slice | EllipsisType = ...) -> Predictions:

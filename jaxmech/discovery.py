@@ -32,10 +32,11 @@ LEAST_PROBABILITY = 1e-30
 
 @dataclass(frozen=True, repr=False)
 class Circuit:
-    """Groups of heads, each acting at one role.
+    """Groups of heads, each acting at one role. Circuits are equal if their groups and roles are.
 
     Attributes:
       groups: group name -> [(layer, head)], strongest first; sequences and arrays of whole numbers are taken as well.
+        `discover` puts a head that it finds several times at one role into the last group alone.
       roles: group name -> role.
       scores: group name -> the sweep that found it; empty for a circuit that was read from a file.
       stopped: why the chain ended early, or "".
@@ -46,8 +47,8 @@ class Circuit:
 
     groups: dict[str, list[Head]]
     roles: dict[str, str]
-    scores: dict[str, PathScores] = field(default_factory=dict)
-    stopped: str = ""
+    scores: dict[str, PathScores] = field(default_factory=dict, compare=False)
+    stopped: str = field(default="", compare=False)
 
     def __post_init__(self):
         if missing := [group for group in self.groups if group not in self.roles]:
@@ -102,7 +103,8 @@ class Circuit:
     ) -> "Circuit":
         """Reads a file of either form that `save` writes.
 
-        The paper's form does not say where a group acts: `roles` does, or `chain`, the paper's four stages by default.
+        The paper's form, which `jaxmech discover` writes, does not say where a group acts: `roles` does, or `chain`,
+        the paper's four stages by default.
 
         Args:
           path: the file.
@@ -126,9 +128,11 @@ class Circuit:
         if own is None:
             known = given or {stage.group: stage.sender for stage in PAPER_CHAIN}
             if unknown := [group for group in groups if group not in known]:
+                all_known = _roles_beside(path) | dict(known)
+                example = {group: all_known.get(group, "...") for group in groups}
                 raise ValueError(
                     f"{path} has groups {unknown}, but roles are known of {list(known)}; give the chain that found "
-                    "them, or roles={group: role}."
+                    f"them, stages or a TOML file, or the roles: Circuit.load({str(path)!r}, roles={example})."
                 )
             own = {group: known[group] for group in groups}
         elif given and (other := {group: given.get(group) for group in own if given.get(group) != own[group]}):
@@ -146,6 +150,15 @@ def _read(found: Any) -> tuple[dict[str, list[Head]], dict[str, str] | None]:
         if set(found) != set(roles) or not all(isinstance(role, str) for role in roles.values()):
             raise ValueError(f"roles is {roles}; expected one for each of {list(found)}")
     return {group: _heads(group, heads) for group, heads in found.items()}, roles
+
+
+def _roles_beside(path: Path) -> dict[str, str]:
+    """{group: role} by the settings of the run that wrote `path`, which `jaxmech discover` keeps beside it, if any."""
+    try:
+        stages = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["stages"]
+        return {stage["group"]: stage["sender"] for stage in stages}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _given_roles(chain: Sequence[Stage] | str | Path | None, roles: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -196,9 +209,10 @@ def discover(
     """Runs the chain of sweeps and keeps the top heads of each.
 
     A head is never selected if its mean score is above -min_effect, or 0. A head that is selected again by a later
-    stage at the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. A stage that
-    finds no head ends the chain: the circuit holds the groups found so far, `stopped` says why, and a warning is
-    issued.
+    stage at the same role leaves the earlier group, as in the paper, where heads of stage 2 leave group 1. So a group
+    may have fewer heads than k: all that its stage selected, and that later stages take for receivers, are
+    `circuit.scores[group].top(k, min_effect)`. A stage that finds no head ends the chain: the circuit holds the groups
+    found so far, `stopped` says why, and a warning is issued.
 
     Args:
       model: the model whose heads are swept.
@@ -206,7 +220,8 @@ def discover(
       k: {group: number of heads}, in place of the chain's own numbers; groups left out keep theirs.
       chain: the stages, or the TOML file of a chain; the paper's four by default.
       min_effect: the smallest mean loss that counts, in units of `metric`: of the probability, a fraction.
-      metric: what scores are, and `wrong_labels` [B] for "logit_difference"; see `path_patch`.
+      metric: what scores are, and `wrong_labels` [B] for "logit_difference"; see `path_patch`. A function must fall
+        where the model gets worse: of one that rises, such as a divergence, give the negative.
       batch_size: see `path_patch`.
       done: {group: scores} of sweeps finished by an earlier call with the same arguments; they are not run again. That
         they are of this model, these pairs and this metric is checked by one forward pass of the clean prompts; of
@@ -219,8 +234,10 @@ def discover(
         pairs lack a role, a stage without receivers is not at the last token, min_effect is out of range, scores are
         not finite, or those of `done` are of another shape, metric, model or other prompts.
     """
+    default = chain is None
     chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
     chain = with_k(chain, k or {})
+    _check_roles(pairs, chain, default)
     check_number_of_heads(chain, model.config)
     if not min_effect >= 0 or (metric == "probability" and min_effect > 1):
         raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1, or in other metrics at least 0.")
@@ -228,14 +245,6 @@ def discover(
     if unknown := [group for group in done if group not in [stage.group for stage in chain]]:
         raise ValueError(f"done has the groups {unknown}; the chain has {[stage.group for stage in chain]}.")
     options = {"metric": metric, "wrong_labels": wrong_labels, "batch_size": batch_size}
-    for stage in chain:
-        at_last = (pairs.position(stage.sender) == pairs.position("last")).all()
-        pairs.corrupt_position(stage.sender)
-        if stage.receivers is None and not at_last:
-            raise ValueError(
-                f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the last token has a direct "
-                "path to the logits. Name receivers and via."
-            )
     if done:
         _check_done(model, pairs, done, metric, batch_size)
     found: dict[str, list[Head]] = {}
@@ -255,6 +264,27 @@ def discover(
         found[stage.group] = heads
         circuit = _add_group(circuit, stage, heads)
     return circuit
+
+
+def _check_roles(pairs: Pairs, chain: Sequence[Stage], default: bool) -> None:
+    """ValueError if the pairs lack a role of the chain, or a stage without receivers is not at the last token.
+
+    Args:
+      default: the caller named no chain, so that roles of the paper's say nothing to them.
+    """
+    if default and (missing := [stage.sender for stage in chain if stage.sender not in pairs.positions]):
+        raise ValueError(
+            f"These pairs lack the roles {missing} of the default chain, the paper's for entity tracking; they have "
+            f"{sorted(pairs.positions)}. Give the chain of your task, chain=[jm.Stage(group, role), ...]."
+        )
+    for stage in chain:
+        at_last = (pairs.position(stage.sender) == pairs.position("last")).all()
+        pairs.corrupt_position(stage.sender)
+        if stage.receivers is None and not at_last:
+            raise ValueError(
+                f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the last token has a direct "
+                "path to the logits. Name receivers and via."
+            )
 
 
 def _check_done(
@@ -303,8 +333,11 @@ def _add_group(circuit: Circuit, stage: Stage, heads: list[Head]) -> Circuit:
 
 
 def _nothing_found(stage: Stage, scores: PathScores, min_effect: float) -> str:
+    least, most = scores.mean.min(), scores.mean.max()
     why = f"above -min_effect = -{min_effect:g}" if min_effect else "and no head lowers the metric"
+    if scores.metric.endswith("()") and most > 0 and most >= min_effect:  # a function
+        why += f", the largest {most:.2g}: is {scores.metric} larger where the model is worse? Then score its negative"
     return (
         f"Stage {stage.group!r} (sender at {stage.sender}, reading {stage.reads}) found no head: the strongest mean "
-        f"effect is {scores.mean.min():.2g}, {why}. The chain ends here."
+        f"effect is {least:.2g}, {why}. The chain ends here."
     )

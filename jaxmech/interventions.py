@@ -20,7 +20,7 @@ SITES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "m
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """x <- (1 - weight) * x + weight * value, or x <- x + weight * value with `add`, at `positions`.
 
@@ -44,7 +44,7 @@ class Patch:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Interventions:
     """One optional `Patch` per site and an attention knockout. A site that is None costs nothing.
 
@@ -177,7 +177,8 @@ def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[in
                     f"Interventions.{site}.{name} begins with the axes {shape}, and there are as many positions as "
                     "layers. Write [L, 1, 1, N] for a number of each head, or [1, 1, P, N] for one of each position."
                 )
-    if _concrete(patch.weight) and not np.any(patch.weight):
+    # NumPy's: an operator of JAX's would be traced where an array is closed over inside jit.
+    if _concrete(patch.weight) and not np.asarray(patch.weight).any():
         raise ValueError(f"Interventions.{site}: every weight is 0, so nothing is patched. Leave the site out.")
 
 

@@ -1,8 +1,9 @@
 """`Model`, the bundle of config, parameters and tokenizer that every method takes, and `load`, which makes one."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxmech.pairs import Pairs
 from jaxmech.sharding import parameter_shardings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A decoder with its parameters and tokenizer.
 
@@ -106,13 +107,14 @@ def _check_positions(name: str, positions: Any, tokens_shape: tuple[int, ...], a
         raise ValueError(f"{name} has shape {shape} and dtype {dtype}; expected {expected}.")
     if isinstance(positions, Tracer):
         return
-    least, most = np.min(positions), np.max(positions)
+    positions = np.asarray(positions)  # an operator of JAX's would be traced where one is closed over inside jit
+    least, most = positions.min(), positions.max()
     if least < 0 or most >= length:
         raise ValueError(f"{name} reaches from {least} to {most}; the prompts have positions 0..{length - 1}.")
 
 
 def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: bool = False) -> Any:
-    """Token ids [B, T] as int32.
+    """Token ids [B, T] as int32. Warns once of prompts longer than the context that the model's config states.
 
     Args:
       any_length: allow prompts so long that their RoPE frequencies depend on their length ("dynamic", "longrope"); the
@@ -135,7 +137,25 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: 
             f"The prompts have {tokens.shape[1]} tokens. This model's RoPE ({config.rope.kind}) depends on the length "
             f"of prompts over {config.rope.longest} tokens, and the methods do not support that; shorten the prompts."
         )
+    if not traced and tokens.shape[1] > (context := _context(config)):
+        _warn_of_length(tokens.shape[1], context)
     return tokens.astype(np.int32)
+
+
+def _context(config: Config) -> int:
+    """Context length in tokens. Of a scaled RoPE, checkpoints state it with or without the scaling: the longer one."""
+    rope = config.rope
+    before = config.max_positions if rope.kind in ("linear", "dynamic") else rope.original_max_positions
+    return max(config.max_positions, int(rope.factor * before) if rope.kind != "default" else 0)
+
+
+@lru_cache  # one sweep checks its prompts many times
+def _warn_of_length(length: int, context: int) -> None:
+    warnings.warn(
+        f"The prompts have {length} tokens, more than the context of {context} that this model's config states "
+        "(max_positions). Unless it was trained on as many, what it says of them means little; shorten the prompts.",
+        stacklevel=4,
+    )
 
 
 def check_prompts(config: Config, pairs: Pairs) -> np.ndarray:

@@ -4,6 +4,7 @@ Owns the container and its checks. It knows nothing of boxes, and any token ids 
 texts (`jaxmech.tokenized`).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,9 @@ from jaxmech.tokenized import (
     read_prompts,
     right_padded,
     role_positions,
-    roles_by_characters,
+    roles_by_numbers,
     text_reader,
+    warn_of_unknown_words,
 )
 
 
@@ -27,7 +29,7 @@ class Pairs:
 
     Prompts are right-padded with any token id: attention is causal, so what stands behind the last
     token of a prompt cannot change it. A *role* is a named token position, one per example; `last` must
-    be among them and is each prompt's true last token.
+    be among them and is each prompt's true last token. A warning says if prompts seem to be padded on the left.
 
     Attributes:
       clean: token ids of the prompts, int32 [B, T].
@@ -54,6 +56,7 @@ class Pairs:
         if len(self.labels) != len(self.clean):
             raise ValueError(f"Pairs: labels has {len(self.labels)} examples, clean has {len(self.clean)}.")
         set_field("positions", _roles("positions", self.positions, self.clean))
+        _warn_of_left_padding("clean", self.clean, self.positions["last"])
         if self.corrupt is None:
             if self.corrupt_positions:
                 raise ValueError("Pairs: corrupt_positions given without corrupt prompts.")
@@ -62,6 +65,7 @@ class Pairs:
         if len(self.corrupt) != len(self.clean):
             raise ValueError(f"Pairs: corrupt has {len(self.corrupt)} examples, clean has {len(self.clean)}.")
         set_field("corrupt_positions", _roles("corrupt_positions", self.corrupt_positions, self.corrupt))
+        _warn_of_left_padding("corrupt", self.corrupt, self.corrupt_positions["last"])
 
     @classmethod
     def from_text(
@@ -83,16 +87,21 @@ class Pairs:
           clean: B prompts.
           corrupt: their counterparts, or None where a method needs none.
           answers: the correct continuation of each clean prompt, one token where it stands.
-          roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, or (start, end)
-            among its characters. The position is that of the place's last token. One place stands for all prompts;
-            `last` is found by itself.
+          roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, (start, end) among
+            its characters, or the index of a token, counted from 0, BOS included. The position is that of the place's
+            last token. One place stands for all prompts; `last` is found by itself. A tuple of two numbers is (start,
+            end); indices for two prompts are a list or an array.
           corrupt_roles: the same for the corrupt prompts; None: the pieces of `roles` are looked for in them, too.
-          between: stands between a prompt and its answer, unless the answer begins with a space of its own.
+          between: stands between a prompt and its answer, unless the answer begins with a space of its own; in either
+            case, the prompt does not end in white space.
           add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
 
+        A warning says of how many prompts the tokenizer does not know all words.
+
         Raises:
-          ValueError: an answer that is not one token, a place that is not in its prompt or twice, numbers of prompts
-            that differ, or a tokenizer without offsets; the prompt is named.
+          TypeError: an answer that is no text.
+          ValueError: an answer that is not one token, white space twice before it, a place that is not in its prompt or
+            twice, numbers of prompts that differ, or a tokenizer without offsets; the prompt is named.
         """
         read = text_reader(tokenizer, add_bos)
         prompts = read_prompts(read, clean, "clean")
@@ -104,16 +113,19 @@ class Pairs:
         if corrupt is None:
             if corrupt_roles:
                 raise ValueError("corrupt_roles given without corrupt prompts.")
+            warn_of_unknown_words(prompts)
             return cls(right_padded(prompts), None, labels, positions)
         others = read_prompts(read, corrupt, "corrupt")
         if corrupt_roles is not None:
             theirs = role_positions(others, corrupt_roles, "corrupt_roles")
-        elif spans := roles_by_characters(roles or {}):
+        elif numbers := roles_by_numbers(roles or {}):
             raise ValueError(
-                f"roles gives {spans} by characters of the clean prompts; give corrupt_roles for the corrupt ones."
+                f"roles gives {numbers} by characters or tokens of the clean prompts; give corrupt_roles for the "
+                "corrupt ones."
             )
         else:
             theirs = role_positions(others, roles or {}, "without corrupt_roles, roles hold for corrupt prompts: roles")
+        warn_of_unknown_words([*prompts, *others])
         return cls(right_padded(prompts), right_padded(others), labels, positions, theirs)
 
     def __repr__(self) -> str:
@@ -200,6 +212,19 @@ def _roles(name: str, roles: Mapping, tokens: np.ndarray) -> dict[str, np.ndarra
                 "from the start."
             )
     return {role: value.astype(np.int32) for role, value in checked.items()}
+
+
+def _warn_of_left_padding(name: str, tokens: np.ndarray, last: np.ndarray) -> None:
+    """Warns if some prompts, but not all, begin with one same token twice. Those of one token are none of them."""
+    first, second = tokens[:, 0], tokens[:, min(1, tokens.shape[1] - 1)]
+    twice = (first == second) & (last > 0)
+    if not twice.any() or twice.all() or len(ids := np.unique(first[twice])) > 1:
+        return
+    warnings.warn(
+        f"Pairs: {twice.sum()} of {len(tokens)} {name} prompts begin with token {ids[0]} twice or more, the others do "
+        "not. This looks like padding on the left, which the model would read; pad prompts on the right.",
+        stacklevel=4,
+    )
 
 
 def _role(roles: Mapping[str, np.ndarray], role: str, name: str) -> np.ndarray:

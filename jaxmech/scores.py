@@ -14,7 +14,7 @@ from jaxmech.files import replacing
 from jaxmech.metrics import METRICS
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PathScores:
     """Effect of patching each head's path, most negative where the head matters most.
 

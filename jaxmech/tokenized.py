@@ -3,13 +3,15 @@
 Owns what every task written as text needs. It knows no task; that of the paper is `jaxmech.boxes`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
 
-Place = str | tuple[int, int]  # a piece of a prompt, or the characters from start to before end
+Place = str | tuple[int, int] | int  # a piece of a prompt, the characters from start to before end, or a token
 
 
 class HasTokens(Protocol):
@@ -53,9 +55,11 @@ def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], 
     bos = [tokenizer.bos_token_id] if add_bos else []
 
     def read(text: str) -> Text:
+        # One that is written out is meant, and so is BOS, which is the same token for some tokenizers.
+        known = lambda i, span: i != tokenizer.unk_token_id or text[slice(*span)] in ("", tokenizer.unk_token)  # noqa: E731
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
         ids, spans = bos + encoding.input_ids, [(0, 0)] * len(bos) + list(map(tuple, encoding.offset_mapping))
-        return Text(text, ids, spans, [i != tokenizer.unk_token_id for i in ids])
+        return Text(text, ids, spans, [known(*token) for token in zip(ids, spans, strict=True)])
 
     return read
 
@@ -89,10 +93,23 @@ def read_prompts(read: Callable[[str], Text], texts: Sequence[str], name: str) -
 def answer_tokens(
     read: Callable[[str], Text], prompts: Sequence[Text], answers: Sequence[str], between: str
 ) -> np.ndarray:
-    """The token of each answer where it stands, int [B]. ValueError names the prompt if it is not one known token."""
+    """The token of each answer where it stands, int [B].
+
+    Raises:
+      TypeError: an answer that is no text.
+      ValueError: an answer that is not one known token, or white space twice before it; the prompt is named.
+    """
     found = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if not isinstance(answer, str):
+            raise TypeError(f"answers[{i}] is {answer!r}; expected a text, the continuation of {prompt.text!r}.")
         text = answer if answer[:1].isspace() else between + answer
+        indented = text is answer and prompt.text.endswith("\n")
+        if text[:1].isspace() and prompt.text[-1:].isspace() and not indented:
+            raise ValueError(
+                f"answers[{i}]: the prompt {prompt.text!r} ends in white space, and {text!r} begins with it. End the "
+                "prompt before it, or give between=''."
+            )
         try:
             found.append(continued(read, prompt, text))
         except ValueError as error:
@@ -108,7 +125,7 @@ def role_positions(
     """Positions of the roles, [B] each, `last` among them.
 
     Args:
-      roles: where each role is in each prompt; one place may stand for all prompts.
+      roles: where each role is in each prompt; one place may stand for all prompts, and arrays are lists of tokens.
 
     Raises:
       ValueError: a number of places that is not that of the prompts, or a place that is not in its prompt or twice.
@@ -117,7 +134,7 @@ def role_positions(
         raise ValueError(f"{name} names 'last', which is the last token of each prompt; leave it out.")
     found = {"last": np.array([len(prompt.ids) - 1 for prompt in prompts])}
     for role, given in roles.items():
-        places: Any = [given] * len(prompts) if isinstance(given, str) or _is_span(given) else given
+        places = _places(given, len(prompts))
         if len(places) != len(prompts):
             raise ValueError(f"{name}[{role!r}] has {len(places)} places; expected one for each of {len(prompts)}.")
         names = [f"{name}[{role!r}] of example {i}" for i in range(len(prompts))]
@@ -125,22 +142,45 @@ def role_positions(
     return found
 
 
-def roles_by_characters(roles: Mapping[str, Place | Sequence[Place]]) -> list[str]:
-    """The roles that give (start, end) for some prompt."""
-    return [
-        role
-        for role, given in roles.items()
-        if _is_span(given) or (not isinstance(given, str) and any(_is_span(place) for place in given))
-    ]
+def roles_by_numbers(roles: Mapping[str, Place | Sequence[Place]]) -> list[str]:
+    """The roles that give (start, end), or the index of a token, for some prompt."""
+    by_number = lambda place: _is_span(place) or _is_index(place)  # noqa: E731
+    return [role for role, given in roles.items() if any(map(by_number, _places(given, 1)))]
+
+
+def warn_of_unknown_words(prompts: Sequence[Text]) -> None:
+    """Warns the caller's caller if the tokenizer does not know what stands in some prompts."""
+    if not (partly := [prompt for prompt in prompts if not all(prompt.known)]):
+        return
+    first = partly[0]
+    start, end = first.spans[first.known.index(False)]
+    warnings.warn(
+        f"The tokenizer does not know all words of {len(partly)} of the {len(prompts)} prompts, first "
+        f"{first.text[start:end]!r} in {first.text!r}. To the model they are all the same token.",
+        stacklevel=3,
+    )
+
+
+def _places(given: Any, count: int) -> Any:
+    """What is given for a role as one place for each of `count` prompts."""
+    given = given.tolist() if hasattr(given, "tolist") else given  # an array, or one of its numbers
+    one = isinstance(given, str) or not hasattr(given, "__len__") or _is_span(given)
+    return [given] * count if one else given
+
+
+def _is_index(place: Any) -> bool:
+    return isinstance(place, Integral) and not isinstance(place, bool)
 
 
 def _is_span(place: Any) -> bool:
     return isinstance(place, tuple) and len(place) == 2 and all(isinstance(x, int | np.integer) for x in place)
 
 
-def _position(prompt: Text, place: Place, name: str) -> int:
+def _position(prompt: Text, place: Any, name: str) -> int:
     """The last token of a place: that of its last character, or the last of several that have it in parts."""
-    text = prompt.text
+    text, tokens = prompt.text, len(prompt.ids)
+    if _is_index(place) and 0 <= place < tokens:
+        return int(place)
     if isinstance(place, str):
         if not place or (count := text.count(place)) == 0:
             raise ValueError(f"{name}: {place!r} is not in {text!r}.")
@@ -151,7 +191,8 @@ def _position(prompt: Text, place: Place, name: str) -> int:
         place = text.index(place), text.index(place) + len(place)
     elif not _is_span(place) or not 0 <= place[0] < place[1] <= len(text):
         raise ValueError(
-            f"{name}: {place!r}; expected a piece of {text!r}, or (start, end) of its {len(text)} characters."
+            f"{name}: {place!r}; expected a piece of {text!r}, (start, end) of its {len(text)} characters, or the "
+            f"index of one of its tokens, 0..{tokens - 1}."
         )
     last = place[1] - 1
     there = [i for i, (start, end) in enumerate(prompt.spans) if start <= last < end]

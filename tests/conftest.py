@@ -44,6 +44,11 @@ NEEDS_TORCH = (
 collect_ignore = [] if find_spec("torch") else list(NEEDS_TORCH)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Random prompts may begin with a token twice."""
+    config.addinivalue_line("filterwarnings", "ignore:.*This looks like padding on the left")
+
+
 def pytest_report_header() -> str:
     """Says which tests are left out where PyTorch is not installed."""
     return f"PyTorch is not installed; left out: {', '.join(NEEDS_TORCH)}" if collect_ignore else "with PyTorch"

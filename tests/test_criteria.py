@@ -25,6 +25,7 @@ GROUPS = {
 }
 ROLES = {"readers": "last", "movers": "last", "binders": "query_box", "nobody": "early"}
 CIRCUIT = jm.Circuit(GROUPS, ROLES)
+EMPTY = jm.Circuit({"nobody": []}, {"nobody": "early"})
 EVERY_HEAD = [(layer, head) for layer in range(4) for head in range(4)]
 
 Heads = Mapping[str, Sequence[tuple[int, int]]]  # by role
@@ -567,6 +568,19 @@ def test_predictions_are_shown_in_one_line():
     many = jm.Predictions(np.eye(2, 4, dtype=bool), np.zeros((2, 4, 9)), np.zeros((2, 4)))
     assert repr(many) == "Predictions(2 x 4 prompts, accuracies 0.250 to 0.250, logits, measured)"
     assert many == many and many != jm.Predictions(many.correct), "compared as objects, not array by array"
+
+
+def test_results_are_shown_in_one_line(case):
+    arguments = case.model, case.pairs, CIRCUIT, case.means
+    faith, complete = jm.faithfulness(*arguments, random=2), jm.completeness(*arguments, random=1)
+    minimal, nothing = jm.minimality(*arguments), jm.minimality(*arguments[:2], EMPTY, case.means)
+    span = lambda x: f"{x.min():.3f} to {x.max():.3f}"  # noqa: E731
+    shown = f"Faithfulness(accuracy: ratio {faith.ratio:.3f}, random circuits {span(faith.random_ratios)})"
+    assert repr(faith) == shown
+    assert repr(complete) == f"Completeness(accuracy: gap {span(complete.gap)}, 5 subsets)"
+    scores, left = np.concatenate(list(minimal.scores.values())), sum(map(len, minimal.circuit.groups.values()))
+    assert repr(minimal) == f"Minimality(accuracy: {left} of 12 heads stay, scores {span(scores)})"
+    assert repr(nothing) == "Minimality(accuracy: 0 of 0 heads stay, scores none)"
 
 
 # Errors.

@@ -253,6 +253,16 @@ def run_with(masks) -> dcm.Run:
     return dcm.Run(HEADS, masks[-1], dcm.History(np.zeros(len(masks)), masks, rows), len(masks))
 
 
+def test_runs_are_shown_in_one_line():
+    run = run_with(np.ones((3, 4)) * [1, 1, 0.4, 0])
+    assert repr(run) == "Run(2 of 4 heads selected, step 3)"
+    chosen = dataclasses.replace(run, step=2, validation_accuracy=0.5)
+    assert repr(chosen) == "Run(2 of 4 heads selected, step 2, validation accuracy 0.500)"
+    history = run.history._replace(loss=np.array([2.5, 1, 0.25]))
+    assert repr(history) == "History(3 steps, loss 2.5 to 0.25)"
+    assert repr(history._replace(loss=np.zeros(0))) == "History(0 steps)"
+
+
 def test_ties_of_validation_go_to_fewer_heads_and_those_of_the_paper_to_more(model, pairs, monkeypatch):
 
     def half(model, pairs, masks):

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
@@ -63,6 +66,7 @@ def test_a_head_chosen_again_at_the_same_role_leaves_the_earlier_group(two_heads
     circuit = jm.discover(*two_heads, chain=CHAIN, done=done)
     assert circuit.groups["readers"] == [(2, 0)]
     assert circuit.groups["senders"] == [(0, 1), (1, 0)]
+    assert circuit.scores["readers"].top(3, 1e-3) == [(2, 0), (1, 0), (0, 1)], "all that the stage selected"
     assert circuit.groups["early"] == [(0, 1)], "it acts at another role, so it stays in both groups"
     assert circuit.stopped == ""
 
@@ -187,6 +191,34 @@ def test_a_stage_that_finds_nothing_says_why(two_heads, fake_scores, scores, min
     assert circuit.groups == {} and words in circuit.stopped
 
 
+def test_a_function_that_rises_where_the_model_is_worse_is_asked_about(two_heads):
+    model, pairs = two_heads
+
+    def loss(logits, rows):
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(rows)), jnp.asarray(pairs.labels)[rows]]
+
+    alone = jm.Stage("all", "last", k=1)
+    scores = jm.path_patch(model, pairs, metric=loss)
+    falling = replace(scores, per_example=-np.abs(scores.per_example))
+    rising = replace(scores, per_example=np.abs(scores.per_example))
+    hint = r"the largest .*: is loss\(\) larger where the model is worse\? Then score its negative\."
+    with pytest.warns(UserWarning, match=hint):
+        circuit = jm.discover(model, pairs, chain=[alone], metric=loss, done={"all": rising})
+    assert "score its negative" in circuit.stopped
+    assert jm.discover(model, pairs, chain=[alone], metric=loss, done={"all": falling}).groups["all"]
+    for other, min_effect in ((rising, 1e3), (falling, 1e3)):
+        circuit = warned(model, pairs, chain=[alone], metric=loss, done={"all": other}, min_effect=min_effect)
+        assert circuit.stopped and "negative" not in circuit.stopped
+    named = {"all": replace(rising, metric="log_probability")}
+    assert "negative" not in warned(model, pairs, chain=[alone], metric="log_probability", done=named).stopped
+
+
+def warned(*args, **options) -> jm.Circuit:
+    """The circuit of a discovery that ends early."""
+    with pytest.warns(UserWarning, match="found no head"):
+        return jm.discover(*args, **options)
+
+
 def test_scores_in_bfloat16_are_taken_for_done_whatever_their_batch_size(random_model, random_pairs):
     model = random_model(dtype="bfloat16")
     pairs = random_pairs(model, count=9)
@@ -303,6 +335,8 @@ def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
     with pytest.raises(ValueError, match="Unknown role 'prev_query_box'"):
         chain = (jm.Stage("readers", "last", k=3), jm.Stage("senders", "prev_query_box", "readers", "v", k=3))
         jm.discover(*two_heads, chain=chain, on_stage=lambda *_: pytest.fail("a sweep was run"))
+    with pytest.raises(ValueError, match=r"roles \['prev_query_box'\] of the default chain.*chain=\[jm.Stage"):
+        jm.discover(*two_heads, on_stage=lambda *_: pytest.fail("a sweep was run"))
 
 
 @pytest.mark.parametrize(
@@ -426,6 +460,21 @@ def test_a_circuit_file_can_say_where_its_groups_act(tmp_path):
         jm.Circuit.load(tmp_path / "paper.json", roles={"movers": "last"})
 
 
+def test_the_error_says_how_to_load_the_circuit_of_another_chain(tmp_path):
+    circuit = jm.Circuit({"readers": [(3, 1)], "early": [(2, 0)]}, {"readers": "last", "early": "early"})
+    run = RunFolder.open(tmp_path, {"stages": [dataclasses.asdict(stage) for stage in CHAIN]})
+    run.begin()
+    circuit.save(tmp_path / "circuit.json")
+    with pytest.raises(ValueError, match="roles are known of .*give the chain that found them") as error:
+        jm.Circuit.load(tmp_path / "circuit.json")
+    code = re.search(r"Circuit\.load\(.*\)", str(error.value))
+    assert code and eval(f"jm.{code.group()}") == circuit
+    for damaged in ("", "[]", '{"stages": 3}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"roles=\{'readers': '\.\.\.', 'early': '\.\.\.'\}\)"):
+            jm.Circuit.load(tmp_path / "circuit.json")
+
+
 def test_groups_of_a_paper_file_can_have_any_name(tmp_path):
     circuit = jm.Circuit({"groups": [(3, 1)], "roles": [(2, 0)]}, {"groups": "last", "roles": "last"})
     circuit.save(tmp_path / "circuit.json")
@@ -452,3 +501,32 @@ def test_a_bad_circuit_file_is_named(tmp_path, text, message):
     (tmp_path / "circuit.json").write_text(text)
     with pytest.raises(ValueError, match=f"circuit.json.*{message}"):
         jm.Circuit.load(tmp_path / "circuit.json")
+
+
+def test_circuits_are_equal_if_their_groups_and_roles_are(two_heads, tmp_path):
+    circuit = jm.discover(*two_heads, chain=CHAIN[:2])
+    circuit.save(tmp_path / "circuit.json", roles=True)
+    loaded = jm.Circuit.load(tmp_path / "circuit.json")
+    assert loaded == circuit == replace(circuit, stopped="Stage 'x' found no head.") and not loaded.scores
+    assert circuit != circuit.without({"readers": circuit.groups["readers"][:1]})
+    assert circuit != jm.Circuit(circuit.groups, {**circuit.roles, "readers": "early"})
+
+
+def test_results_with_arrays_are_compared_as_objects(two_heads):
+    model, pairs = two_heads
+    chosen = jm.Circuit({"all": [(2, 0), (2, 1)]}, {"all": "last"})
+    means = jm.mean_activations(model, pairs)
+    patch = jm.Patch(np.ones(1), np.ones(1))
+    makers = [
+        lambda: jm.path_patch(model, pairs),
+        lambda: jm.faithfulness(model, pairs, chosen, means, random=1),
+        lambda: jm.completeness(model, pairs, chosen, means, random=1),
+        lambda: jm.minimality(model, pairs, chosen, means),
+        lambda: jm.dcm.train(model, pairs, [(2, 0), (2, 1)], batch_size=5, epochs=1),
+        lambda: jm.Model(model.config, model.params),
+        lambda: replace(patch),
+        lambda: jm.Interventions(z=patch),
+    ]
+    for make in makers:
+        one, other = make(), make()
+        assert one == one and one != other and len({one, other}) == 2

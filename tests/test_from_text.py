@@ -1,5 +1,6 @@
 """Pairs from texts: positions by pieces and characters, and every prompt that cannot be meant is named."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_boxes import TOKENIZERS
@@ -108,7 +109,30 @@ def test_bos_and_the_space_before_an_answer_can_be_chosen():
         ({"roles": {"last": "the"}}, "roles names 'last', which is the last token of each prompt"),
         ({"corrupt": CORRUPT}, r"without corrupt_roles, .*roles\['object'\] of example 0: 'fig' is not in 'The radio"),
         ({"corrupt": CORRUPT, "corrupt_roles": {"x": "Y"}}, r"^corrupt_roles\['x'\] of example 0: 'Y' is not in"),
-        ({"corrupt": CORRUPT, "roles": {"a": (0, 3)}}, r"roles gives \['a'\] by characters of the clean prompts; give"),
+        (
+            {"corrupt": CORRUPT, "roles": {"a": (0, 3)}},
+            r"roles gives \['a'\] by characters or tokens of the clean prompts; give",
+        ),
+        ({"corrupt": CORRUPT, "roles": {"a": 3}}, r"roles gives \['a'\] by characters or tokens"),
+        ({"corrupt": CORRUPT, "roles": {"a": np.array([3, 4])}}, r"roles gives \['a'\] by characters or tokens"),
+        (
+            {"roles": {"a": -1}},
+            r"roles\['a'\] of example 0: -1; expected .*, or the index of one of its tokens, 0\.\.\d\d\.",
+        ),
+        (
+            {"roles": {"a": [3, 15]}},
+            r"example 1: 15; expected a piece of 'The radio.*of one of its tokens, 0\.\.\d\d\.",
+        ),
+        ({"roles": {"a": [3]}}, r"roles\['a'\] has 1 places; expected one for each of 2"),
+        ({"roles": {"a": [3, True]}}, "example 1: True; expected a piece"),
+        ({"roles": {"a": np.array([[3, 4], [5, 6]])}}, r"example 0: \[3, 4\]; expected a piece"),
+        ({"roles": {"a": None}}, "example 0: None; expected a piece"),
+        (
+            {"clean": [CLEAN[0] + " ", CLEAN[1]]},
+            r"answers\[0\]: the prompt 'The fig.* the ' ends in white space, and ' fig'",
+        ),
+        ({"clean": [CLEAN[0], CLEAN[1] + "\n"]}, r"answers\[1\]: the prompt .* ends in white .*, or give between=''"),
+        ({"clean": [CLEAN[0] + " ", CLEAN[1]], "between": "", "answers": [" fig", " radio"]}, "ends in white space"),
         ({"corrupt": CORRUPT, "roles": {"a": ["The", (0, 3)]}}, r"roles gives \['a'\] by characters"),
         ({"corrupt_roles": {"x": "."}}, "corrupt_roles given without corrupt prompts"),
         ({"tokenizer": object()}, "object gives no character offsets"),
@@ -118,3 +142,43 @@ def test_what_cannot_be_meant_is_named(change, message):
     given = {"tokenizer": TOKENIZERS["word-level"](), "clean": CLEAN, "corrupt": None, "answers": ANSWERS}
     with pytest.raises(ValueError, match=message):
         jm.Pairs.from_text(**{**given, "roles": {"object": ROLES["object"]}, **change})
+
+
+def test_answers_that_are_no_text_are_named():
+    with pytest.raises(TypeError, match=r"answers\[1\] is 3; expected a text, the continuation of 'The radio"):
+        jm.Pairs.from_text(TOKENIZERS["word-level"](), CLEAN, None, ["fig", 3])
+
+
+def test_an_answer_that_brings_its_indentation_stands_after_a_line_break():
+    found = jm.Pairs.from_text(TOKENIZERS["word-level"](), [f"{CLEAN[0]}\n"], None, [" fig"])
+    assert found.labels == jm.Pairs.from_text(TOKENIZERS["word-level"](), CLEAN[:1], None, ["fig"]).labels
+
+
+def test_roles_are_tokens_by_their_index(tokenizer):
+    pieces = jm.Pairs.from_text(tokenizer, CLEAN, CORRUPT, ANSWERS, {"a": "The"}, {"a": "The", "b": "."})
+    first, stops = pieces.position("a"), pieces.corrupt_position("b")
+    for given in (int(first[0]), first[0], first, list(first), jnp.asarray(first)):
+        found = jm.Pairs.from_text(tokenizer, CLEAN, CORRUPT, ANSWERS, {"a": given}, {"b": stops})
+        np.testing.assert_array_equal(found.position("a"), first)
+        np.testing.assert_array_equal(found.corrupt_position("b"), stops)
+    mixed = jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS, {"a": ["The", int(pieces.position("last")[1])]})
+    assert mixed.position("a").tolist() == [first[0], pieces.position("last")[1]]
+
+
+def test_prompts_with_words_that_the_tokenizer_does_not_know_are_warned_of():
+    tokenizer, unknown = TOKENIZERS["word-level"](), CLEAN[1].replace("radio", "zebra")
+    words = "not know all words of 2 of the 4 prompts, first 'zebra' in 'The zebra is in Box A"
+    with pytest.warns(UserWarning, match=words) as found:
+        jm.Pairs.from_text(tokenizer, [CLEAN[0], unknown], [*CORRUPT[:1], unknown], ANSWERS)
+    assert len(found) == 1 and found[0].filename == __file__
+    with pytest.warns(UserWarning, match="1 of the 1 prompts"):
+        jm.Pairs.from_text(tokenizer, [unknown], None, ANSWERS[1:])
+
+
+@pytest.mark.filterwarnings("error")
+def test_unknown_tokens_that_are_meant_are_not_warned_of(tokenizer):
+    jm.Pairs.from_text(tokenizer, CLEAN, CORRUPT, ANSWERS)
+    known = TOKENIZERS["sentencepiece-like"]()
+    jm.Pairs.from_text(known, ["The <unk> is in Box X"], None, [","], between="")
+    known.unk_token = "<s>"  # as GPT-2's, whose only special token it is
+    jm.Pairs.from_text(known, CLEAN, None, ANSWERS)

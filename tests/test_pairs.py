@@ -79,3 +79,30 @@ def test_unknown_roles_are_named():
         pairs.position("first")
     with pytest.raises(ValueError, match="no corrupt prompts"):
         jm.Pairs(GOOD["clean"], None, GOOD["labels"], GOOD["positions"]).corrupt_position("last")
+
+
+LEFT = [[0, 0, 5, 6], [0, 3, 4, 5], [3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("name", ["clean", "corrupt"])
+def test_prompts_that_seem_to_be_padded_on_the_left_are_warned_of(name):
+    last = {"last": [3, 3, 3]}
+    given = {"clean": [[3, 4, 5, 6]] * 3, "corrupt": [[3, 4, 5, 6]] * 3, name: LEFT}
+    words = f"1 of 3 {name} prompts begin with token 0 twice or more, the others do not.*pad prompts on the right"
+    with pytest.warns(UserWarning, match=words) as found:
+        jm.Pairs(**given, labels=[1, 2, 3], positions=last, corrupt_positions=last)
+    assert len(found) == 1 and found[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("tokens", "last"),
+    [
+        ([[0, 0, 5], [0, 0, 6]], [2, 2]),  # all of them
+        ([[0, 0, 5], [1, 1, 6], [2, 3, 4]], [2, 2, 2]),  # words that are said twice
+        ([[7, 7, 7], [7, 3, 4]], [0, 2]),  # a prompt of one token, padded by itself
+        ([[7], [8]], [0, 0]),
+    ],
+)
+def test_prompts_that_begin_with_a_token_twice_may_be_meant(tokens, last):
+    jm.Pairs(tokens, tokens, [1] * len(tokens), {"last": last}, {"last": last})

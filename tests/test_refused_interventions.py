@@ -1,17 +1,21 @@
 """Interventions, captures and tokens that cannot be meant are refused, and the message says what is wrong."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxmech as jm
-from jaxmech import Interventions, Patch
+from jaxmech import Interventions, Patch, Rope
+from jaxmech.loading import _warn_of_length
 
 B, T, L, N, H, D = 2, 6, 4, 4, 8, 24
 TOKENS = np.arange(B * T).reshape(B, T)
 Z = np.ones((L, B, T, N, H), np.float32)
 TWO = Z[:, :, :2]
+VALUE = Z[:, :, :1]  # of any number of positions
 NOTHING = np.zeros((L, 1, 1, N), np.float32)
 FUTURE = np.triu(np.ones((T, T), bool), 1)[:, None]  # [T, 1, S]
 
@@ -122,3 +126,61 @@ def test_a_bare_patch_is_no_interventions(model):
 
 def test_a_model_is_called_inside_jit_too(model):
     np.testing.assert_allclose(jax.jit(lambda tokens: model(tokens)[0])(TOKENS), model(TOKENS)[0], rtol=1e-4, atol=1e-5)
+
+
+CLOSED_OVER = {
+    "logits_at": ([5, 4], [5, 6]),
+    "capture_at": ([[5], [4]], [[5], [-1]]),
+    "weight": (np.ones((L, 1, 1, N)), np.zeros((L, 1, 1, N))),
+    "positions": ([[0, 5], [2, 1]], [[0, 6], [2, 1]]),
+    "knockout": (np.ones((T, 1, T), bool), np.zeros((T, 1, T), bool)),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED_OVER)
+def test_arrays_closed_over_inside_jit_are_checked_and_used(model, name):
+    right, wrong = map(jnp.asarray, CLOSED_OVER[name])
+
+    def run(given, tokens):
+        if name in ("logits_at", "capture_at"):
+            return model(tokens, capture=("z",), **{name: given})
+        if name == "knockout":
+            return model(tokens, Interventions(knockout=given))
+        return model(tokens, Interventions(z=Patch(**{"weight": np.float32(1), "value": VALUE, name: given})))
+
+    for found, expected in zip(
+        *map(jax.tree.leaves, (jax.jit(partial(run, right))(TOKENS), run(right, TOKENS))), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="from|every weight is 0|forbids nothing"):
+        jax.jit(partial(run, wrong))(TOKENS)
+
+
+def test_weights_closed_over_inside_jit_are_those_of_apply_too(model):
+    weight = jnp.ones((L, 1, 1, N))
+
+    def run(value):
+        return model.module.apply(model.params, TOKENS, Interventions(z=Patch(weight, value)))[0]
+
+    np.testing.assert_allclose(jax.jit(run)(Z), run(Z), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_beyond_the_context_are_warned_of_once(random_model):
+    model = random_model(max_positions=T - 1)
+    words = "prompts have 6 tokens, more than the context of 5 .*shorten the prompts"
+    _warn_of_length.cache_clear()
+    with pytest.warns(UserWarning, match=words) as found:
+        for _ in range(2):
+            model(TOKENS)
+    assert len(found) == 1 and found[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_prompts_within_the_context_and_inside_jit_are_not_warned_of(random_model):
+    _warn_of_length.cache_clear()
+    random_model(max_positions=T)(TOKENS)
+    short = random_model(max_positions=T - 1)
+    jax.jit(lambda tokens: short(tokens)[0])(TOKENS)
+    for kind in ("linear", "yarn"):  # configs that state the context before it is scaled
+        rope = Rope(kind=kind, factor=2.0, original_max_positions=T - 1)
+        random_model(max_positions=T - 1, rope=rope)(TOKENS)

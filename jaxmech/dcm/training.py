@@ -42,8 +42,12 @@ class History(NamedTuple):
     mask: np.ndarray  # [steps, n] after it
     rows: np.ndarray  # [steps, E] the examples of the step; -1 where its batch is shorter
 
+    def __repr__(self) -> str:
+        losses = f", loss {self.loss[0]:.4g} to {self.loss[-1]:.4g}" if len(self.loss) else ""
+        return f"History({len(self.loss)} steps{losses})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A trained mask.
 
@@ -60,6 +64,11 @@ class Run:
     history: History
     step: int
     validation_accuracy: float | None = None
+
+    def __repr__(self) -> str:
+        accuracy = self.validation_accuracy
+        validation = "" if accuracy is None else f", validation accuracy {accuracy:.3f}"
+        return f"Run({len(self.selected)} of {len(self.heads)} heads selected, step {self.step}{validation})"
 
     @property
     def selected(self) -> list[tuple[int, int]]:
