@@ -107,7 +107,8 @@ def _max_positions(fields: Mapping[str, Any]) -> int:
     """Context length, which params.json does not say, by the RoPE of the releases; where in doubt, the shorter one.
 
     131072 of Llama 3.1 and later, 16384 of Code Llama (theta 1e6), 8192 of Llama 3 (theta 5e5), 2048 of Llama 1; of
-    Llama 2 it is 4096, but its fields are the same. Nothing is computed from it: an export states it.
+    Llama 2 it is 4096, but its fields are the same. Nothing is computed from it: longer prompts are warned of, and an
+    export states it.
     """
     if fields.get("use_scaled_rope", False):
         return 131072

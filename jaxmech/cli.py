@@ -179,7 +179,7 @@ def run_discover(options: Discover) -> None:
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
     name = (options.adapter or options.model).resolve().name
-    correct = jm.predict(model, pairs).correct
+    correct = jm.predict(model, pairs, keep_logits=False).correct
     console.print(accuracy_table({name: correct.mean()}, len(pairs)))
     if options.correct_only:
         pairs = _right(pairs, correct, name)
@@ -239,7 +239,7 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
                 look |= {"label": "change of log p(correct)", "unit": 1}
             figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}", **look)
             save_figure(figure, run.path / f"{stage.group}.png")
-    console.print(circuit_table(chain, circuit))
+    console.print(circuit_table(chain, circuit, moved))
     console.print(f"Results are in {run.path}: circuit.json, scores.npz, config.json and a heat map (PNG) per stage.")
 
 

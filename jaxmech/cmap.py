@@ -5,20 +5,25 @@ patches every single head in turn, on the causal cone of its role.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxmech import cone, memory
 from jaxmech.accuracy import Gathered, examples_per_call
 from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
 from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
+from jaxmech.files import replacing
 from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import ACCURACY, Function, Outcome, check_metric, effect, function_of, name_of, outcome
@@ -60,6 +65,29 @@ class HeadValues:
     def __repr__(self) -> str:
         shape = list(next(iter(self.values.values())).shape)
         return f"HeadValues({', '.join(self.values)} at {', '.join(self.roles)}, [L, B, R, N, H] = {shape})"
+
+    def save(self, path: str | Path) -> None:
+        """Writes safetensors to `path`, for another process to load; it is replaced only when it is whole."""
+        metadata = {"roles": json.dumps(self.roles), "prompts": self.prompts}
+        with replacing(path) as temporary:
+            save_file({site: np.ascontiguousarray(x) for site, x in self.values.items()}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "HeadValues":
+        """Reads what `save` wrote to `path`.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: it is damaged, or holds something else.
+        """
+        try:
+            with safe_open(path, "np") as file:
+                values, metadata = {site: file.get_tensor(site) for site in file.keys()}, file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file ({error}).") from error
+        if not {"roles", "prompts"} <= metadata.keys() or set(values) - set(COMPONENTS):
+            raise ValueError(f"{path} holds {sorted(values)}; expected what HeadValues.save wrote: {COMPONENTS}.")
+        return cls(values, tuple(json.loads(metadata["roles"])), metadata["prompts"])
 
 
 def collect(

@@ -100,7 +100,7 @@ class Config:
       pre_norm: attention and MLP read the norm of the residual stream, not the stream itself.
       post_norm: what they put out is normed before it is added to the stream (Gemma 2, OLMo 2).
       qk_norm: norm of q and k before RoPE: "none", of each "head" (Qwen3), or of "all" heads together (OLMo 2).
-      max_positions: context length that the checkpoint states, in tokens; no limit here, only written back on export.
+      max_positions: context length that the checkpoint states, in tokens; longer prompts are warned of.
       rope: rotary embedding.
       window: a query attends to this many tokens at most, itself included; 0: to all.
       full_layers: layers that have no window.

@@ -4,14 +4,16 @@ The criteria are those of Wang et al. 2022 (arXiv:2211.00593) in the form of Pra
 appendix. F, what a circuit or a model does, is its accuracy; or, where the right answer is rarely the most probable of
 all tokens, another metric of `jaxmech.metrics`: the mean over prompts of the label's probability, of its logit
 difference from a wrong answer, or of a function of the logits. Log-probabilities are negative, so that their ratio
-would say nothing: F is exp of their mean, the geometric mean of the probability. Nothing is rounded. Results keep what
-was measured of each prompt, so that intervals are bootstrapped over prompts, the same ones for both sides of a ratio.
+would say nothing: F is exp of their mean, the geometric mean of the probability. Logit differences and functions may be
+negative, too: faithfulness has `recovered` for them, and minimality takes differences. Nothing is rounded. Results keep
+what was measured of each prompt, so that intervals are bootstrapped over prompts, the same ones for both sides of a
+ratio.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import EllipsisType
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
 
 Subset = Mapping[str, Sequence[Head]]  # group -> some of its heads
+POSITIVE = (ACCURACY, "probability", "log_probability")  # metrics whose F is not negative
 EQUAL_DROPS = {True: 9, False: 5}  # decimals to which drops are compared: of accuracies, and of sums of float32
 
 
@@ -37,6 +40,7 @@ class Faithfulness:
     Attributes:
       model: the model's own answers, `per_example` [B].
       circuit: the circuit's.
+      empty: those of a circuit without heads: everything is ablated.
       random: those of random circuits of the same size, `per_example` [R, B].
       random_circuits: what these are.
       rounded: ratios are taken of accuracies rounded to 0.01, as the published code does (compat="paper").
@@ -45,6 +49,7 @@ class Faithfulness:
 
     model: Predictions
     circuit: Predictions
+    empty: Predictions
     random: Predictions
     random_circuits: list[Circuit]
     rounded: bool = False
@@ -62,6 +67,16 @@ class Faithfulness:
     def random_ratios(self) -> np.ndarray:
         """The same of every random circuit, float [R]."""
         return _ratio(_f(self.metric, self.random.mean), _f(self.metric, self.model.mean), self.rounded)
+
+    @property
+    def recovered(self) -> float:
+        """(F of the circuit - F without any heads) / (F of the model - F without any heads).
+
+        For metrics that are not near 0 where everything is ablated, such as logit differences. nan if ablation of
+        everything takes nothing away.
+        """
+        part, none, whole = (_f(self.metric, x.mean) for x in (self.circuit, self.empty, self.model))
+        return float(_ratio(part - none, whole - none))
 
     def confidence_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Lower and upper bound of `ratio`, bootstrapped over prompts.
@@ -120,12 +135,15 @@ def faithfulness(
     rng, paper = np.random.default_rng(seed), _paper(compat, metric)
     others = [random_circuit(model.config, circuit, rng, compat=compat) for _ in range(random)]
     options = {"metric": metric, "wrong_labels": wrong_labels}
-    found = evaluate(model, pairs, [circuit, *others], means, batch_size=batch_size, keep_logits=False, **options)
-    whole = predict(model, pairs, batch_size=64 if batch_size is None else batch_size, **options)
+    empty = {role: [] for role in circuit.roles.values()}
+    tried = [circuit, empty, *others]
+    found = evaluate(model, pairs, tried, means, batch_size=batch_size, keep_logits=False, **options)
+    whole = predict(model, pairs, batch_size=batch_size, keep_logits=False, **options)
     return Faithfulness(
-        model=_without_logits(whole),
-        circuit=_without_logits(found, 0),
-        random=_without_logits(found, slice(1, None)),
+        model=whole,
+        circuit=_of_circuits(found, 0),
+        empty=_of_circuits(found, 1),
+        random=_of_circuits(found, slice(2, None)),
         random_circuits=others,
         rounded=paper,
         metric=name_of(metric),
@@ -248,6 +266,7 @@ class Minimality:
       partners: group -> for each head, the other heads that were taken away with it.
       before: group -> for each head, F without its partners, float [n].
       after: group -> without its partners and itself, float [n].
+      whole: F of the whole circuit.
       threshold: the least score of a head that stays.
       circuit: the circuit of the heads that stay.
       metric: what was measured.
@@ -257,6 +276,7 @@ class Minimality:
     partners: dict[str, list[list[Head]]]
     before: dict[str, np.ndarray]
     after: dict[str, np.ndarray]
+    whole: float
     threshold: float
     circuit: Circuit
     metric: str = ACCURACY
@@ -271,9 +291,11 @@ class Minimality:
         """before / after - 1 of every head, by group, float [n].
 
         inf where F is positive before and not after: nothing is right without it. 0 where it is not positive before:
-        without its partners the circuit does nothing that the head could be needed for.
+        without its partners the circuit does nothing that the head could be needed for. Of logit differences and
+        functions of the logits, which may be negative, (before - after) / |whole|.
         """
-        return {group: _significance(self.before[group], self.after[group]) for group in self.before}
+        scores = partial(_significance, self.metric, self.whole)
+        return {group: scores(self.before[group], self.after[group]) for group in self.before}
 
 
 def minimality(
@@ -293,7 +315,8 @@ def minimality(
 
     Within each group, the circuit is run without every pair of heads. A head's partners are the heads of its group
     without which it matters most: the up to ceil(fraction n) others j with the largest F(C - j) - F(C - i - j), if that
-    is positive. Its score is F(C - partners) / F(C - partners - i) - 1; heads that score less than `threshold` leave.
+    is positive. Its score is F(C - partners) / F(C - partners - i) - 1, or, of a metric that may be negative,
+    (F(C - partners) - F(C - partners - i)) / |F(C)|; heads that score less than `threshold` leave.
 
     Args:
       model: the model that is run.
@@ -328,7 +351,8 @@ def minimality(
 
     together = {group: [(i, j) for i in range(len(h)) for j in range(i, len(h))] for group, h in groups.items()}
     subsets = [{g: _pair(groups[g][i], groups[g][j], paper)} for g, both in together.items() for i, j in both]
-    found = iter(measured(subsets))
+    whole, *found = measured([{}, *subsets])
+    found = iter(found)
     without = {group: _symmetric(len(groups[group]), both, found) for group, both in together.items()}
     partners = {
         g: [_partners(hs, i, without[g], fraction, decimals) for i in range(len(hs))] for g, hs in groups.items()
@@ -337,9 +361,10 @@ def minimality(
     found = iter(measured([subset for step in steps for subset in step]).reshape(-1, 2))
     both = {group: np.array([next(found) for _ in heads]) for group, heads in groups.items()}
     before, after = ({group: x[:, i] for group, x in both.items()} for i in (0, 1))
-    scores = {group: _significance(before[group], after[group]) for group in groups}
+    result = Minimality(without, partners, before, after, float(whole), threshold, circuit, name_of(metric))
+    scores = result.scores
     drop = {g: [h for h, score in zip(groups[g], scores[g], strict=True) if score < threshold] for g in groups}
-    return Minimality(without, partners, before, after, threshold, circuit.without(drop), name_of(metric))
+    return replace(result, circuit=circuit.without(drop))
 
 
 def overlap(circuit: Circuit, reference: Circuit) -> dict[str, tuple[float, float]]:
@@ -381,7 +406,7 @@ def _span(values: np.ndarray) -> str:
     return f"{values.min():.3f} to {values.max():.3f}" if values.size else "none"
 
 
-def _without_logits(found: Predictions, which: int | slice | EllipsisType = ...) -> Predictions:
+def _of_circuits(found: Predictions, which: int | slice) -> Predictions:
     """Some of the circuits of `found`."""
     return Predictions(found.correct[which], measured=None if found.measured is None else found.measured[which])
 
@@ -393,8 +418,10 @@ def _ratio(part: np.ndarray, whole: np.ndarray, rounded: bool = False) -> np.nda
         return np.where(whole > 0, part / whole, np.nan)
 
 
-def _significance(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def _significance(metric: str, whole: float, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
+        if metric not in POSITIVE:
+            return (before - after) / abs(whole)
         return np.where(after > 0, before / after - 1, np.where(before > 0, np.inf, 0.0))
 
 

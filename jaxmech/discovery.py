@@ -18,7 +18,7 @@ from jaxmech.accuracy import predict
 from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
 from jaxmech.files import write_text
 from jaxmech.loading import Model
-from jaxmech.metrics import Function, measure, name_of
+from jaxmech.metrics import Function, name_of
 from jaxmech.pairs import Pairs
 from jaxmech.path_patching import path_patch
 from jaxmech.scores import PathScores
@@ -301,8 +301,7 @@ def _check_done(
             )
         if scores.metric != name_of(metric):
             raise ValueError(f"done[{group!r}] has scores of metric={scores.metric!r}; expected {name_of(metric)!r}.")
-    logits = predict(model, pairs, batch_size=batch_size or 64).logits
-    now = np.asarray(measure("probability", logits, pairs.labels, pairs.labels, np.arange(len(pairs))))
+    now = predict(model, pairs, batch_size=batch_size, metric="probability", keep_logits=False).per_example
     for group, scores in done.items():
         before, after = (np.log(np.maximum(x, LEAST_PROBABILITY)) for x in (scores.probability, now))
         if not (agree := np.abs(after - before) <= SAME_PROBABILITY[config.coarse]).all():

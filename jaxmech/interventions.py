@@ -179,7 +179,10 @@ def _check_patch(config: Config, site: str, patch: Patch, tokens_shape: tuple[in
                 )
     # NumPy's: an operator of JAX's would be traced where an array is closed over inside jit.
     if _concrete(patch.weight) and not np.asarray(patch.weight).any():
-        raise ValueError(f"Interventions.{site}: every weight is 0, so nothing is patched. Leave the site out.")
+        raise ValueError(
+            f"Interventions.{site}: every weight is 0, so nothing is patched. Leave the site out. (Of a function under "
+            "jax.jit, weights that are arguments may be 0.)"
+        )
 
 
 def _check_positions(site: str, positions: jax.Array, tokens_shape: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -15,7 +16,7 @@ import convert
 from jaxmech import checkpoint
 from jaxmech.config import Config
 from jaxmech.interventions import Interventions
-from jaxmech.model import Llama, Params, check_capture, check_params, forward
+from jaxmech.model import Llama, Params, check_capture, check_params, forward, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.sharding import parameter_shardings
 
@@ -25,7 +26,7 @@ class Model:
     """A decoder with its parameters and tokenizer.
 
     `params` is {"params": tree}, what `module.init` would return, for users of jit, vmap and grad:
-    `model.module.apply(model.params, tokens, interventions, capture)`.
+    `model.module.apply(model.params, tokens, interventions, capture)`. NumPy arrays in it are put on the device.
     """
 
     config: Config
@@ -38,6 +39,8 @@ class Model:
             found = list(self.params) if isinstance(self.params, Mapping) else type(self.params).__name__
             raise ValueError(f"Model: params is {found}; expected {{'params': tree}}, as module.init returns it.")
         check_params(self.config, self.params, dtypes=False)
+        on_device = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, self.params)
+        object.__setattr__(self, "params", on_device)
 
     def __repr__(self) -> str:
         c = self.config
@@ -89,11 +92,21 @@ class Model:
         _check_positions("logits_at", logits_at, tokens.shape, axes=1)
         return _apply(self.config, self.weights, tokens, interventions, capture_at, logits_at, capture=capture)
 
+    def unembed(self, resid: jax.Array | np.ndarray) -> jax.Array:
+        """Logits, float32 [..., V], of a residual stream `resid` [..., D], as if it were the last: the logit lens.
+
+        Includes the final norm. For what a part of the stream adds to them, take the difference of two streams' logits.
+        """
+        return _unembed(self.config, self.weights, jnp.asarray(resid, self.config.compute_dtype))
+
 
 @partial(jax.jit, static_argnames=("config", "capture"))
 def _apply(config: Config, weights: Params, tokens, interventions, capture_at, logits_at, capture):
     options = {"capture": capture, "capture_at": capture_at, "logits_at": logits_at}
     return forward(config, weights, tokens, interventions, **options)
+
+
+_unembed = partial(jax.jit, static_argnames="config")(unembed)
 
 
 def _check_positions(name: str, positions: Any, tokens_shape: tuple[int, ...], axes: int) -> None:

@@ -60,7 +60,8 @@ def path_patch(
         the named query heads alone, also under grouped-query attention.
       metric: what a score is, see `jaxmech.metrics`: "probability" (the paper's), "log_probability" or
         "logit_difference"; or a function (logits [B, V], rows [B]) -> [B] that jit can trace, rows being which of the
-        pairs these are, so that it can look up what it needs of them. The score is its change; each new function
+        pairs these are, so that it can look up what it needs of them. The score is its change, which `top` and
+        `discover` take for important where it is negative; so it must fall where the model is worse. Each new function
         compiles anew.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
       batch_size: examples in one call; None picks as many as fit a memory budget.

@@ -54,12 +54,16 @@ def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], 
         raise ValueError("add_bos=True, but the tokenizer has no BOS token.")
     bos = [tokenizer.bos_token_id] if add_bos else []
 
-    def read(text: str) -> Text:
+    def known(token: int, piece: str) -> bool:
         # One that is written out is meant, and so is BOS, which is the same token for some tokenizers.
-        known = lambda i, span: i != tokenizer.unk_token_id or text[slice(*span)] in ("", tokenizer.unk_token)  # noqa: E731
+        return token != tokenizer.unk_token_id or piece in ("", tokenizer.unk_token)
+
+    def read(text: str) -> Text:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
         ids, spans = bos + encoding.input_ids, [(0, 0)] * len(bos) + list(map(tuple, encoding.offset_mapping))
-        return Text(text, ids, spans, [known(*token) for token in zip(ids, spans, strict=True)])
+        return Text(
+            text, ids, spans, [known(token, text[slice(*span)]) for token, span in zip(ids, spans, strict=True)]
+        )
 
     return read
 
@@ -144,8 +148,9 @@ def role_positions(
 
 def roles_by_numbers(roles: Mapping[str, Place | Sequence[Place]]) -> list[str]:
     """The roles that give (start, end), or the index of a token, for some prompt."""
-    by_number = lambda place: _is_span(place) or _is_index(place)  # noqa: E731
-    return [role for role, given in roles.items() if any(map(by_number, _places(given, 1)))]
+    return [
+        role for role, given in roles.items() if any(_is_span(place) or _is_index(place) for place in _places(given, 1))
+    ]
 
 
 def warn_of_unknown_words(prompts: Sequence[Text]) -> None:

@@ -152,11 +152,11 @@ def test_a_circuit_without_heads_has_nothing_to_lose(case, groups):
 
 def test_samples_in_which_the_model_is_always_wrong_say_nothing_of_the_ratio():
     few = jm.Predictions(np.arange(10) < 1)
-    found = jm.Faithfulness(few, few, few, [])
+    found = jm.Faithfulness(few, few, few, few, [])
     assert (np.random.default_rng(0).multinomial(10, np.full(10, 0.1), size=1000)[:, 0] == 0).any()
     assert found.confidence_interval() == (1.0, 1.0)
     never = jm.Predictions(np.zeros(10, bool))
-    assert np.isnan(jm.Faithfulness(never, few, few, []).confidence_interval()).all()
+    assert np.isnan(jm.Faithfulness(never, few, few, few, []).confidence_interval()).all()
 
 
 def test_random_circuits_depend_on_the_seed_alone(case):
@@ -416,6 +416,10 @@ def test_faithfulness_in_other_metrics_is_that_of_full_forwards(case, measured, 
     assert found.ratio == pytest.approx(f(metric, circuit) / f(metric, model), rel=1e-4)
     np.testing.assert_allclose(found.random_ratios, f(metric, others) / f(metric, model), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.circuit.correct, case.correct(left(CIRCUIT, {})))
+    nothing = values(dict.fromkeys(ROLES.values(), ()))
+    assert_close(found.empty.per_example, nothing, TOLERANCES.cone)
+    model, circuit, nothing = (f(metric, x) for x in (model, circuit, nothing))
+    assert found.recovered == pytest.approx((circuit - nothing) / (model - nothing), rel=1e-3)
     low, high = found.confidence_interval()
     assert low < found.ratio < high and found.circuit.logits is None
     assert found.metric == ("squared_logit()" if metric == "function" else metric)
@@ -445,6 +449,7 @@ def test_minimality_in_other_metrics_equals_loops_over_full_forwards(case, measu
     )
     whole = lambda group, gone: f(metric, values(left(small, {group: gone})))  # noqa: E731
     found = jm.minimality(case.model, case.pairs, small, case.means, fraction=0.3, **options)
+    assert found.whole == pytest.approx(whole("readers", []), rel=1e-4)
     for group, heads in small.groups.items():
         without = np.array([[whole(group, [i, j]) for j in heads] for i in heads])
         assert_close(found.pairs[group], without, TOLERANCES.cone)
@@ -456,8 +461,17 @@ def test_minimality_in_other_metrics_equals_loops_over_full_forwards(case, measu
             before, after = whole(group, partners), whole(group, [*partners, head])
             assert found.before[group][i] == pytest.approx(before, rel=1e-4)
             assert found.after[group][i] == pytest.approx(after, rel=1e-4)
+            signed = metric in ("logit_difference", "function")
+            score = (before - after) / abs(found.whole) if signed else before / after - 1
+            assert found.scores[group][i] == pytest.approx(score, abs=1e-3)
         kept = [head for head, score in zip(heads, found.scores[group], strict=True) if score >= 0.01]
         assert found.circuit.groups[group] == kept
+
+
+def test_heads_that_make_a_negative_logit_difference_less_negative_stay():
+    """Its ratio would say nothing of them, or the opposite."""
+    scores = jm.Minimality({}, {}, {"g": np.array([-0.14])}, {"g": np.array([-0.76])}, -0.1, 0.01, CIRCUIT, "function")
+    assert scores.scores["g"] == pytest.approx([6.2])
 
 
 def test_where_the_label_is_never_the_most_probable_token_another_metric_tells_circuits_apart(case):

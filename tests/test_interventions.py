@@ -187,6 +187,24 @@ def test_attention_to_few_keys_is_a_product_on_tpus(random_model, platform, prod
     assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) == products
 
 
+def test_a_residual_stream_is_unembedded_as_the_model_does_it(model, runs):
+    (tokens, _, _), _ = runs
+    logits, captured = model(tokens, capture=("resid_post",))
+    lens = model.unembed(captured["resid_post"])
+    assert lens.shape == (LAYERS, *logits.shape) and lens.dtype == np.float32
+    assert_close(lens[-1], logits, TOLERANCES.recompiled)
+    assert np.abs(lens[0] - logits).max() > 0.1
+
+
+def test_numpy_parameters_are_put_on_the_device_once(model, runs):
+    (tokens, expected, _), _ = runs
+    host = jax.tree.map(np.asarray, model.params)
+    found = jm.Model(model.config, host)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found.params))
+    assert jm.Model(model.config, model.params).params["params"]["embed"] is model.params["params"]["embed"]
+    assert_close(found(tokens)[0], model(tokens)[0], TOLERANCES.recompiled)
+
+
 def test_the_linen_module_applied_to_params_is_the_model(model, runs):
     (tokens, _, _), (_, other, _) = runs
     interventions = patched("z", jm.head_weights(model.config, [(1, 0)]), other["z"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
+from safetensors.numpy import save_file
 
 import jaxmech as jm
 from jaxmech import batches, compat
@@ -195,6 +196,32 @@ def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, com
         np.testing.assert_allclose(found.scores.per_example[head], effect, atol=1e-4 * max(1, np.abs(effect).max()))
         assert found.accuracy[head] == pytest.approx((logits.argmax(-1) == pairs.labels).mean())
     assert len(np.unique(found.accuracy)) > 1, "accuracies of 0, or of 1, would all be alike"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_collected_values_are_loaded_as_they_were_saved(random_model, random_pairs, tmp_path, dtype):
+    base, tuned = random_model(dtype=dtype), random_model(dtype=dtype, seed=1)
+    pairs, components = random_pairs(base), ("k", "v")
+    kept = jm.collect(tuned, pairs, HEADS, components)
+    kept.save(tmp_path / "new" / "kept.safetensors")
+    found = jm.HeadValues.load(tmp_path / "new" / "kept.safetensors")
+    assert (found.roles, found.prompts, set(found.values)) == (kept.roles, kept.prompts, set(components))
+    for site in components:
+        assert found.values[site].dtype == kept.values[site].dtype
+        np.testing.assert_array_equal(found.values[site], kept.values[site])
+    expected = jm.cmap(base, tuned, pairs, HEADS, components)
+    np.testing.assert_array_equal(jm.cmap(base, found, pairs, HEADS, components).logits, expected.logits)
+
+
+def test_files_that_hold_no_collected_values_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        jm.HeadValues.load(tmp_path / "none")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match="text is damaged, or no safetensors file"):
+        jm.HeadValues.load(tmp_path / "text")
+    save_file({"z": np.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other holds \['z'\]; expected what HeadValues.save wrote"):
+        jm.HeadValues.load(tmp_path / "other")
 
 
 def test_sweeps_and_collected_values_are_shown_in_one_line(random_model, random_pairs):

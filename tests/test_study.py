@@ -1,6 +1,7 @@
 """The study: its parts are what the methods say, and a run that is cut off ends with the same bytes."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
 from jaxmech import dcm
 from jaxmech.discovery import with_k
+from jaxmech.report.tables import circuit_table
 from jaxmech.scores import PathScores
 from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
@@ -729,6 +732,12 @@ def test_heads_that_a_later_stage_took_are_named_with_their_group(models, pairs)
         "value_fetcher": [{"head": list(head), "to": "and_again"} for head in top[:2]],
         "again": [{"head": list(top[0]), "to": "and_again"}],
     }
+    console = Console(width=200, file=io.StringIO())
+    console.print(circuit_table(again, circuit, moved))
+    mean = circuit.scores["value_fetcher"].mean
+    names = [f"{layer}.{head} ({100 * mean[layer, head]:+.1f})" for layer, head in top]
+    shown = console.file.getvalue()
+    assert f"{names[2]} " in shown and f"now in and_again: {names[0]}  {names[1]} " in shown
 
 
 def test_accuracies_without_a_patch_are_the_models_own(results, models):

@@ -17,14 +17,7 @@ import optax
 
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
-from jaxmech.dcm.prompts import (
-    Base,
-    BasePrompts,
-    base_key,
-    cut,
-    examples_at_a_time,
-    runs_at_a_time,
-)
+from jaxmech.dcm.prompts import Base, BasePrompts, base_key, cut, examples_at_a_time, runs_at_a_time
 from jaxmech.dcm.stream import Batch, Heads, check_heads, first_layer, members, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.loading import Model

@@ -1,6 +1,7 @@
 """Tables for the terminal (rich). Functions return them; the commands print."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -21,8 +22,19 @@ def accuracy_table(accuracies: Mapping[str, float], count: int) -> Table:
     return table
 
 
-def circuit_table(chain: Sequence[Stage], circuit: Circuit, most: int = 8) -> Table:
-    """The first `most` heads of every stage that was run, with the mean change of p(correct) or its logarithm."""
+def circuit_table(
+    chain: Sequence[Stage],
+    circuit: Circuit,
+    moved: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+    most: int = 8,
+) -> Table:
+    """The first `most` heads of every stage that was run, with the mean change of p(correct) or its logarithm.
+
+    Args:
+      chain: the stages.
+      circuit: what `discover` found.
+      moved: heads that a later stage took into its own group, see `jaxmech.study.chains.moved_heads`.
+    """
     relative = all(scores.metric == "probability" for scores in circuit.scores.values())
     table = Table(title=f"Circuit: heads by group, mean change of {'' if relative else 'log '}p(correct)")
     unit, change = (100, "{:+.1f}") if relative else (1, "{:+.3f}")
@@ -32,11 +44,16 @@ def circuit_table(chain: Sequence[Stage], circuit: Circuit, most: int = 8) -> Ta
         if stage.group not in circuit.scores:
             continue
         mean, heads = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
-        named = (f"{layer}.{head} ({change.format(unit * mean[layer, head])})" for layer, head in heads[:most])
-        shown = "  ".join(named)
-        more = f"  and {len(heads) - most} more" if len(heads) > most else ""
+
+        def named(heads: Sequence[Sequence[int]], mean: Any = mean) -> str:
+            shown = (f"{layer}.{head} ({change.format(unit * mean[layer, head])})" for layer, head in heads[:most])
+            return "  ".join(shown) + (f"  and {len(heads) - most} more" if len(heads) > most else "")
+
+        lines = [named(heads)] if heads else []
+        for group in dict.fromkeys(one["to"] for one in moved.get(stage.group, ())):
+            lines.append(f"now in {group}: {named([one['head'] for one in moved[stage.group] if one['to'] == group])}")
         receivers = "logits" if stage.receivers is None else f"{receivers_text(stage.receivers)}, {stage.via}"
-        table.add_row(stage.group, stage.sender, receivers, shown + more or "none")
+        table.add_row(stage.group, stage.sender, receivers, "\n".join(lines) or "none")
     return table
 
 
