@@ -56,6 +56,7 @@ import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching  # noqa: E402
 from jaxmech.sharding import over_rows  # noqa: E402
 
+ALLOWED = 1e-4  # of the largest score
 PARTS = ("check", "stages", "profile", "circuits", "DCM", "knockout", "CMAP")
 HOW_LONG = ("shapes", "parts", "out", "minutes")  # options that change which rows there are, not what they say
 Row = dict[str, Any]
@@ -192,7 +193,10 @@ def in_torch(model: jm.Model) -> Any:
 
 
 def check(shape: shapes.Shape) -> Row:
-    """Scores of four layers of the shape in float32 against full forward passes: the largest difference, relative."""
+    """Scores of four layers of the shape in float32 against full forward passes: the largest difference, relative.
+
+    RuntimeError if one is larger than ALLOWED.
+    """
     from full_forward import path_patch
 
     config = shape.config.replace(
@@ -206,6 +210,8 @@ def check(shape: shapes.Shape) -> Row:
         expected = path_patch(model, pairs, sender, chosen, via)
         found = jm.path_patch(model, pairs, sender, chosen, via).per_example
         differences[f"{sender} {via or 'logits'}"] = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if max(differences.values()) > ALLOWED:
+        raise RuntimeError(f"scores differ from full forward passes: {differences}")
     return {"largest_relative_difference": differences}
 
 
