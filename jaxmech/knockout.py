@@ -145,6 +145,11 @@ def _answers(
 
 def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
     if isinstance(target, str):
+        if target not in pairs.positions:
+            raise ValueError(
+                f"Unknown target {target!r}; name a role of these pairs ({', '.join(sorted(pairs.positions))}), or give "
+                "positions [B]. The default, 'query_box', is a role of the boxes task."
+            )
         return pairs.position(target)
     target = np.asarray(target)
     if target.shape != (len(pairs),) or not np.issubdtype(target.dtype, np.integer):

@@ -476,6 +476,7 @@ def test_a_fine_tune_can_be_given_the_output_projections_of_its_base(models):
         (lambda m, p: jm.patch_activations(m, p, HEADS, metric="logit_difference"), "needs wrong_labels"),
         (lambda m, p: jm.cmap(m, m, p, HEADS, wrong_labels=p.labels), "metric='accuracy' has no use for them"),
         (lambda m, p: jm.random_target(p, "first"), "Unknown role"),
+        (lambda m, p: jm.knockout(m, p, target="first"), r"Unknown target 'first'; .*\(early, last, query_box\)"),
     ],
 )
 def test_bad_arguments_are_named(random_model, random_pairs, call, message):
