@@ -146,9 +146,10 @@ def _answers(
 def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
     if isinstance(target, str):
         if target not in pairs.positions:
+            roles = ", ".join(sorted(pairs.positions))
             raise ValueError(
-                f"Unknown target {target!r}; name a role of these pairs ({', '.join(sorted(pairs.positions))}), or give "
-                "positions [B]. The default, 'query_box', is a role of the boxes task."
+                f"Unknown target {target!r}; name a role of these pairs ({roles}), or give positions [B]. The default, "
+                "'query_box', is a role of the boxes task."
             )
         return pairs.position(target)
     target = np.asarray(target)
