@@ -1,11 +1,15 @@
-"""Imports go one way, the README runs as written, and nothing loads code it should not."""
+"""Imports go one way, README and recipes run as written, and nothing loads code it should not."""
 
 import ast
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from conftest import NEEDS_TORCH
+
+import jaxmech as jm
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,12 +94,40 @@ def test_every_module_says_what_it_owns():
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_the_examples_of_the_readme_run_as_written(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3 and sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 10
+def code_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def run(blocks: list[str]) -> dict:
+    """The names that the blocks define, each with those of the ones before."""
     names: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "a page", "exec"), names)
+    return names
+
+
+def test_the_recipes_run_as_written_and_find_what_the_methods_find():
+    found = run(code_blocks("docs/recipes.md"))
+    model, pairs = found["model"], found["pairs"]
+    assert found["grid"].shape == (4, 8) and (found["grid"] - found["outcome"]()).min() < -5
+    assert (found["lens"].argmax(-1)[-1] == pairs.labels).all(), "the prompts that the model answers right"
+    assert np.corrcoef(found["estimate"].ravel(), found["exact"].ravel())[0, 1] > 0.4
+    # A head of the last layer has no path but that to the logits.
+    direct = jm.path_patch(model, pairs, "last", metric="log_probability").mean
+    np.testing.assert_allclose(found["exact"][-1], direct[-1], atol=1e-4)
+    # Nor has its MLP, whose output is added to the stream.
+    last, rows = pairs.positions["last"][:, None], np.arange(len(pairs))
+    stream = model(pairs.clean, capture=("resid_mid",), capture_at=last)[1]["resid_mid"][-1]
+    logits = model.unembed(stream + found["corrupt"]["mlp_out"][-1])[:, 0]
+    expected = jax.nn.log_softmax(logits)[rows, pairs.labels].mean() - found["outcome"]()
+    assert found["direct"][-1] == pytest.approx(float(expected), abs=1e-4) and expected < -1
+    assert ((found["attention"] >= 0) & (found["attention"] <= 1)).all()
+
+
+def test_the_examples_of_the_readme_run_as_written(capsys):
+    blocks = code_blocks("README.md")
+    assert len(blocks) == 3 and sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 10
+    names = run(blocks)
     printed = capsys.readouterr().out
     assert re.match(r"accuracy 0\.\d\d\n\[\[", printed)
     assert names["lookup"].mean.min() < -0.5
