@@ -556,6 +556,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_nothing_is_removed_if_the_model_cannot_be_read(copied, monkeypatch):
+    before = contents(copied)
+
+    def damaged(*_, **__):
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(import_module("jaxmech.study.study"), "load", damaged)
+    with pytest.raises(ValueError, match="damaged"):
+        run(SETTINGS, StudyFolder.open(copied, SETTINGS), start="accuracy")
+    assert contents(copied) == before
+
+
 @pytest.fixture
 def copied(done, tmp_path) -> Path:
     """A copy of the finished study."""

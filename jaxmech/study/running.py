@@ -167,6 +167,9 @@ def run(
     _check_prompts(study, chosen)
     whole = [name for name in chosen if only and _complete(folder.parts, name, settings)]
     anew = list(STAGES)[list(STAGES).index(start) :] if start else whole
+    kept = {name: () if name in anew else folder.parts.get(name, ()) for name in chosen}
+    if parts := [part for name in chosen for part in STAGES[name].parts(settings) if part not in kept[name]]:
+        study.model(parts[0])  # if it cannot be read, nothing is removed
     for name in chosen:
         if name in anew:
             folder.forget(name, STAGES[name].parts(settings))
