@@ -35,7 +35,7 @@ Array = Any  # NumPy on the host, jax.Array inside jit
 class Targets(NamedTuple):
     """What a desideratum says about the base prompts."""
 
-    z: Array  # [B, L, N, H], of the counterfactual prompts at the role; 0 above the last layer that was asked for
+    z: Array  # [B, L, N, H], of the counterfactual prompts at the role; layers above those asked for may be 0
     labels: Array  # [B]
 
     def at(self, role: int, first: int) -> "Targets":
