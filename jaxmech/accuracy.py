@@ -1,11 +1,6 @@
-"""How well a model does the task: its logits at the last token of every clean prompt, and its answers.
+"""How well a model does the task: its logits at the last token of every clean prompt, and its answers."""
 
-Owns as well how the methods gather the answers of one call after another.
-"""
-
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,11 +8,12 @@ import numpy as np
 from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
+from jaxmech.gathered import Gathered
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, Function, check_measure, measure
+from jaxmech.metrics import ACCURACY, Function
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
-from jaxmech.predictions import Predictions, answers, is_correct
+from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import over_rows, row_devices
 
 
@@ -74,77 +70,6 @@ def examples_per_call(model: Model, pairs: Pairs) -> int:
     """Examples whose activations in one layer and logits fit the memory budget."""
     forward = memory.of_forward(model.config, pairs.clean.shape[1])
     return memory.fitting(model.weights, forward + memory.of_logits(model.config))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Gathered:
-    """Answers of one call after another, under one or many interventions, on the leading axes, to B prompts.
-
-    Attributes:
-      metric: what is measured beside whether answers are right, on the device where their logits are.
-      labels: int [B].
-      wrong_labels: int [B], any where the metric does not need them.
-      answered: int32 [..., B].
-      logits: float32 [..., B, V], or None where they stay on the device.
-      measured: float32 [..., B], or None if the metric is "accuracy".
-    """
-
-    metric: str | Function
-    labels: np.ndarray  # [B]
-    wrong_labels: np.ndarray  # [B]
-    answered: np.ndarray  # [..., B]
-    logits: np.ndarray | None  # [..., B, V]
-    measured: np.ndarray | None  # [..., B]
-
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        pairs: Pairs,
-        *axes: int,
-        metric: str | Function,
-        wrong_labels: np.ndarray | None,
-        keep_logits: bool,
-    ) -> "Gathered":
-        """Nothing yet; `axes` are the sizes of the leading axes. ValueError as `predict`."""
-        shape = *axes, len(pairs)
-        return cls(
-            metric=metric,
-            labels=pairs.labels,
-            wrong_labels=check_measure(metric, wrong_labels, pairs.labels, config.vocab_size),
-            answered=np.empty(shape, np.int32),
-            logits=np.empty((*shape, config.vocab_size), np.float32) if keep_logits else None,
-            measured=None if metric == ACCURACY else np.empty(shape, np.float32),
-        )
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether `add` makes use of logits."""
-        return self.logits is not None or self.measured is not None
-
-    def add(
-        self, rows: np.ndarray, answered: jax.Array, logits: jax.Array | None, *, at: np.ndarray | None = None
-    ) -> None:
-        """Adds what a call found of the prompts `rows`, int [b].
-
-        Args:
-          rows: which of the pairs they are.
-          answered: [b], or [R, b] with `at`.
-          logits: [b, V], or [R, b, V]; may be None where none are needed.
-          at: int [R], which interventions these are.
-        """
-        place: Any = rows if at is None else np.ix_(at, rows)
-        measured = None
-        if self.measured is not None:
-            measured = measure(self.metric, logits, self.labels[rows], self.wrong_labels[rows], rows)
-        answered, measured, logits = jax.device_get((answered, measured, logits if self.logits is not None else None))
-        for kept, found in ((self.answered, answered), (self.measured, measured), (self.logits, logits)):
-            if kept is not None:
-                kept[place] = found
-
-    def predictions(self) -> Predictions:
-        """What was gathered, once all prompts were added. ValueError where logits are not finite."""
-        return Predictions(is_correct(self.answered, self.labels), self.logits, self.measured)
 
 
 @partial(jax.jit, static_argnames="config")

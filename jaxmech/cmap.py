@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmech import cone, memory
-from jaxmech.accuracy import Gathered, examples_per_call
+from jaxmech.accuracy import examples_per_call
 from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
 from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
 from jaxmech.files import replacing
+from jaxmech.gathered import Gathered
 from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import ACCURACY, Function, Outcome, check_metric, effect, function_of, name_of, outcome
@@ -85,7 +86,7 @@ class HeadValues:
                 values, metadata = {site: file.get_tensor(site) for site in file.keys()}, file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged, or no safetensors file ({error}).") from error
-        if not {"roles", "prompts"} <= metadata.keys() or set(values) - set(COMPONENTS):
+        if not (values and {"roles", "prompts"} <= metadata.keys()) or set(values) - set(COMPONENTS):
             raise ValueError(f"{path} holds {sorted(values)}; expected what HeadValues.save wrote: {COMPONENTS}.")
         return cls(values, tuple(json.loads(metadata["roles"])), metadata["prompts"])
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import cone, memory
-from jaxmech.accuracy import Gathered
 from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.config import Config
+from jaxmech.gathered import Gathered
 from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import ACCURACY, Function
 from jaxmech.model import Params, unembed

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech.accuracy import Gathered, examples_per_call
+from jaxmech.accuracy import examples_per_call
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat, last_column, same_positions
 from jaxmech.config import Config
+from jaxmech.gathered import Gathered
 from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import ACCURACY, Function

@@ -26,6 +26,7 @@ ROWS = (
     ("jaxmech.path_patching", "jaxmech.circuits", "jaxmech.dcm", "jaxmech.cmap", "jaxmech.knockout"),
     ("jaxmech.patching", "jaxmech.accuracy", "jaxmech.ablation"),
     ("jaxmech.boxes",),
+    ("jaxmech.gathered",),
     ("jaxmech.cone", "jaxmech.batches", "jaxmech.metrics", "jaxmech.scores", "jaxmech.memory", "jaxmech.compat"),
     ("jaxmech.predictions", "jaxmech.bootstrap", "jaxmech.shared_prefix", "jaxmech.prompt_trees", "jaxmech.suffixes"),
     ("jaxmech.verify",),
