@@ -96,7 +96,12 @@ class Model:
         """Logits, float32 [..., V], of a residual stream `resid` [..., D], as if it were the last: the logit lens.
 
         Includes the final norm. For what a part of the stream adds to them, take the difference of two streams' logits.
+
+        Raises:
+          ValueError: the last axis is not that of a stream.
         """
+        if np.shape(resid)[-1:] != (self.config.width,):
+            raise ValueError(f"resid has shape {np.shape(resid)}; expected [..., D] with D = {self.config.width}.")
         return _unembed(self.config, self.weights, jnp.asarray(resid, self.config.compute_dtype))
 
 

@@ -123,11 +123,16 @@ def test_other_draws_of_a_desideratum_hardly_compile_anew(random_model):
     assert prompts._run_base._cache_size() - before <= 2 < len(scenes)
 
 
-def test_counterfactual_prompts_of_similar_lengths_compile_once(random_model, random_pairs):
-    """Also for heads in other layers."""
-    model = random_model(vocab_size=62)
+@pytest.mark.parametrize("rope", [{}, {"kind": "dynamic", "original_max_positions": 15, "factor": 2.0}], ids=str)
+def test_counterfactual_prompts_of_similar_lengths_compile_once(random_model, random_pairs, rope):
+    """Also for heads in other layers, and where what fills them up is over the length from which RoPE changes."""
+    model = random_model(vocab_size=62 + len(rope), rope=jm.Rope(**rope))
     before = head_values._cache_size()
     for length, last in ((9, 0), (10, 1), (12, 2), (13, 3)):  # the counterfactual prompts have two tokens more
         desiderata = [random_pairs(model, length=length - i, seed=i) for i in range(2)]
-        targets.collect_targets(model, desiderata, ["last"], [last] * 2)
+        collected = targets.collect_targets(model, desiderata, ["last"], [last] * 2)
+        for pairs, found in zip(desiderata, collected, strict=True):
+            z = model(pairs.corrupt, capture=("z",), capture_at=pairs.corrupt_position("last")[:, None])[1]["z"]
+            expected = np.moveaxis(np.asarray(z), 0, 1)[:, : last + 1]
+            assert_close(found.z[:, : last + 1], expected, TOLERANCES.recompiled)
     assert head_values._cache_size() - before == 1

@@ -468,10 +468,13 @@ def test_minimality_in_other_metrics_equals_loops_over_full_forwards(case, measu
         assert found.circuit.groups[group] == kept
 
 
-def test_heads_that_make_a_negative_logit_difference_less_negative_stay():
-    """Its ratio would say nothing of them, or the opposite."""
-    scores = jm.Minimality({}, {}, {"g": np.array([-0.14])}, {"g": np.array([-0.76])}, -0.1, 0.01, CIRCUIT, "function")
-    assert scores.scores["g"] == pytest.approx([6.2])
+@pytest.mark.parametrize("metric", ["logit_difference", "anything()"])
+def test_a_head_without_which_a_negative_value_is_more_negative_scores_high(metric):
+    """Its ratio would say that the head is good for nothing."""
+    before, after = {"g": np.array([-0.14])}, {"g": np.array([-0.76])}
+    found = jm.Minimality({}, {}, before, after, -0.1, 0.01, CIRCUIT, metric)
+    assert found.scores["g"] == pytest.approx([6.2])
+    assert jm.Minimality({}, {}, before, after, -0.1, 0.01, CIRCUIT, "probability").scores["g"] == [0]
 
 
 def test_where_the_label_is_never_the_most_probable_token_another_metric_tells_circuits_apart(case):
@@ -588,7 +591,10 @@ def test_results_are_shown_in_one_line(case):
     arguments = case.model, case.pairs, CIRCUIT, case.means
     faith, complete = jm.faithfulness(*arguments, random=2), jm.completeness(*arguments, random=1)
     minimal, nothing = jm.minimality(*arguments), jm.minimality(*arguments[:2], EMPTY, case.means)
-    span = lambda x: f"{x.min():.3f} to {x.max():.3f}"  # noqa: E731
+
+    def span(values: np.ndarray) -> str:
+        return f"{values.min():.3f} to {values.max():.3f}"
+
     shown = f"Faithfulness(accuracy: ratio {faith.ratio:.3f}, random circuits {span(faith.random_ratios)})"
     assert repr(faith) == shown
     assert repr(complete) == f"Completeness(accuracy: gap {span(complete.gap)}, 5 subsets)"

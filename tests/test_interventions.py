@@ -194,6 +194,8 @@ def test_a_residual_stream_is_unembedded_as_the_model_does_it(model, runs):
     assert lens.shape == (LAYERS, *logits.shape) and lens.dtype == np.float32
     assert_close(lens[-1], logits, TOLERANCES.recompiled)
     assert np.abs(lens[0] - logits).max() > 0.1
+    with pytest.raises(ValueError, match=r"resid has shape \(3, 7\); expected \[\.\.\., D\] with D = \d+"):
+        model.unembed(np.zeros((3, 7)))
 
 
 def test_numpy_parameters_are_put_on_the_device_once(model, runs):

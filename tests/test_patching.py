@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 import jaxmech as jm
 from jaxmech import batches, compat
@@ -219,6 +219,10 @@ def test_files_that_hold_no_collected_values_are_refused(tmp_path):
     (tmp_path / "text").write_text("text")
     with pytest.raises(ValueError, match="text is damaged, or no safetensors file"):
         jm.HeadValues.load(tmp_path / "text")
+    (tmp_path / "whole").write_bytes(save({"z": np.zeros(100)}, {"roles": "[]", "prompts": ""}))
+    (tmp_path / "cut off").write_bytes((tmp_path / "whole").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cut off is damaged"):
+        jm.HeadValues.load(tmp_path / "cut off")
     save_file({"z": np.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other holds \['z'\]; expected what HeadValues.save wrote"):
         jm.HeadValues.load(tmp_path / "other")

@@ -87,10 +87,10 @@ def _values(model: Model, trees: PromptTrees, layers: Sequence[int], multiple: i
     fitting = memory.fitting(weights, memory.of_forward(config, float(sizes.max())))
     size = min(fitting, math.ceil(TOKENS_PER_CALL / sizes.mean()))
     parts = [order[part] for part, _ in equal_parts(len(order), size, row_devices(weights))]
-    found = []
+    found, route = [], stretches(trees, layers)
     for rows in parts:
         x = z = None
-        for stretch in stretches(trees, layers):
+        for stretch in route:
             width = rounded_up(int(stretch.trees.sizes[rows].max()), multiple)
             here = over_rows(weights, stretch.trees.of(rows, width))
             x, z = head_values(config, weights, stretch._replace(trees=here), x, z)

@@ -84,7 +84,7 @@ def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **
 
 
 def known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> Known:
-    """What is known of the model in the folder `path`, with an adapter or without; arguments and errors as above."""
+    """What is known of the model in the folder `path`, with an adapter or without; see `check_models`."""
     named = path if adapter is None else adapter
     path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
     if checkpoint.is_checkpoint(path):
