@@ -73,10 +73,11 @@ Patches = Mapping[str, HeadPatch]  # by site: q, k, v or z
 
 
 class Knockout(NamedTuple):
-    """Forbids the queries at p to attend to one token of the prefix, from a layer upwards."""
+    """Forbids the queries at p to attend to tokens of the prefix, in the layers from `start` to before `stop`."""
 
-    target: jax.Array  # [B] position of the key
-    start: jax.Array  # [] layer
+    keys: jax.Array  # [B, T] bool, the tokens
+    start: Layer
+    stop: Layer
 
 
 def clean_cache(
@@ -334,7 +335,7 @@ def _attend(
         prefix &= visible(config, i, queries.position, token)
         allowed &= visible(config, i, queries.position, bucket.position[:, None] + jnp.arange(span.width))
     if knockout is not None:
-        target = knockout.target[span.start : span.stop, None, None, None]
-        prefix &= ~((token == target) & queries.at_p & (i >= knockout.start))
+        keys = knockout.keys[span.start : span.stop, None, None, : span.prefix]
+        prefix &= ~(keys & queries.at_p & (i >= knockout.start) & (i < knockout.stop))
     patterns = attention_pattern(config, queries.q, [(prefix_k, prefix), (k[bucket.packed], allowed)])
     return mix_values(config, list(zip(patterns, (prefix_v, v[bucket.packed]), strict=True)))

@@ -1,9 +1,10 @@
-"""Attention knockout (Geva et al. 2023, arXiv:2304.14767): one role may not attend to another, from a layer upwards.
+"""Attention knockout (Geva et al. 2023, arXiv:2304.14767): a role may not attend to others, from a layer upwards.
 
 What the source may not read changes nothing before the source, nor below the first layer that is blocked: every first
 layer costs a forward pass of the tokens from the source on alone (`jaxmech.cone`).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,8 +32,9 @@ def knockout(
     model: Model,
     pairs: Pairs,
     source: str = "last",
-    target: str | np.ndarray = "query_box",
+    target: str | Sequence[str] | np.ndarray = "query_box",
     *,
+    window: int | None = None,
     batch_size: int | None = None,
     keep_logits: bool = True,
     metric: str | Function = ACCURACY,
@@ -44,7 +46,10 @@ def knockout(
       model: the model that is run.
       pairs: prompts and labels; only the clean prompts are run.
       source: role of the query.
-      target: role of the key, or its position in each clean prompt, int [B], see `random_target`; before the source.
+      target: the keys, which are before the source: a role, or several; the position of one in each clean prompt, int
+        [B], see `random_target`; or which tokens of each clean prompt they are, bool [B, T], such as all of a name.
+      window: how many layers are blocked, from l on, or as many as there are; None: all. Geva et al. block windows
+        around a layer: with an odd window, theirs around l + window // 2 is entry l here.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       keep_logits: return the logits, float32 [L, B, V].
       metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
@@ -53,20 +58,20 @@ def knockout(
 
     Returns:
       Predictions with `accuracy` [L], `correct` [L, B], `logits` [L, B, V] and, of another metric, `measured` [L, B];
-      entry l blocks layers >= l.
+      entry l blocks layers >= l, or l to l + window - 1.
 
     Raises:
-      ValueError: an unknown role or metric, or a target that is not before the source in every prompt.
+      ValueError: an unknown role or metric, a window of no layers, or a target that is not before the source in every
+        prompt.
     """
     config, options = model.config, {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(config, pairs, config.num_layers, **options)
-    p, key, last = pairs.position(source), _target(pairs, target), pairs.position("last")
-    if (key >= p).any():
-        row = int((key >= p).argmax())
-        raise ValueError(
-            f"target={target if isinstance(target, str) else 'positions'!r} is at {key[row]} in example {row}, source="
-            f"{source!r} at {p[row]}; a token attends to earlier ones, so the target must be before the source."
-        )
+    window = config.num_layers if window is None else window
+    if window < 1:
+        raise ValueError(f"window={window}; expected at least one layer, or None for all from each on.")
+    p, last = pairs.position(source), pairs.position("last")
+    keys = _keys(pairs, target)
+    _check_before(keys, p, source, target)
     tokens = check_prompts(config, pairs)
     if batch_size is None:
         length = float((last - p + 1).mean())
@@ -80,7 +85,7 @@ def knockout(
         clean = _clean_cache(config, model.weights, batches.prompts(rows), suffixes)
         for starts in calls:
             run = over_rows(model.weights, starts)
-            inputs = _Inputs(clean, suffixes, key[rows])
+            inputs = _Inputs(clean, suffixes, keys[rows], window)
             found = _answers(config, model.weights, inputs, run, keep_logits=gathered.needs_logits)
             gathered.add(rows, *found, at=starts)
 
@@ -119,7 +124,8 @@ class _Inputs(NamedTuple):
 
     clean: cone.CleanCache
     suffixes: Suffixes
-    target: Array  # [B]
+    keys: Array  # [B, T] bool, the tokens that may not be attended to
+    window: Array  # [] how many layers are blocked
 
 
 @partial(jax.jit, static_argnames="config")
@@ -135,7 +141,7 @@ def _answers(
     first = jnp.minimum(starts[0], max(0, config.num_layers - 2))
 
     def one(start):
-        blocked = cone.Knockout(inputs.target, start)
+        blocked = cone.Knockout(inputs.keys, start, start + inputs.window)
         x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, {}, first, knockout=blocked)
         logits = unembed(config, weights, x)
         return answers(logits), logits if keep_logits else None
@@ -143,20 +149,47 @@ def _answers(
     return jax.vmap(one)(starts)
 
 
-def _target(pairs: Pairs, target: str | np.ndarray) -> np.ndarray:
+def _keys(pairs: Pairs, target: str | Sequence[str] | np.ndarray) -> np.ndarray:
+    """The tokens that `target` names, bool [B, T]."""
+    tokens = np.arange(pairs.clean.shape[1])
     if isinstance(target, str):
-        if target not in pairs.positions:
-            roles = ", ".join(sorted(pairs.positions))
-            raise ValueError(
-                f"Unknown target {target!r}; name a role of these pairs ({roles}), or give positions [B]. The default, "
-                "'query_box', is a role of the boxes task."
-            )
-        return pairs.position(target)
+        return tokens == _position(pairs, target)[:, None]
+    if isinstance(target, Sequence) and len(target) and all(isinstance(role, str) for role in target):
+        return np.any([tokens == _position(pairs, role)[:, None] for role in target], axis=0)
     target = np.asarray(target)
+    if target.shape == pairs.clean.shape and target.dtype == bool:
+        return target
     if target.shape != (len(pairs),) or not np.issubdtype(target.dtype, np.integer):
         raise ValueError(
-            f"target has shape {target.shape} and dtype {target.dtype}; expected a role or positions [{len(pairs)}]."
+            f"target has shape {target.shape} and dtype {target.dtype}; expected roles, integer positions "
+            f"[{len(pairs)}], or which tokens, bool {list(pairs.clean.shape)}."
         )
     if target.min() < 0:
         raise ValueError(f"target holds the position {target.min()}; positions are counted from the start, from 0 on.")
-    return target
+    if target.max() >= len(tokens):
+        raise ValueError(f"target holds the position {target.max()}; the prompts have {len(tokens)} tokens.")
+    return tokens == target[:, None]
+
+
+def _position(pairs: Pairs, role: str) -> np.ndarray:
+    if role not in pairs.positions:
+        roles = ", ".join(sorted(pairs.positions))
+        raise ValueError(
+            f"Unknown target {role!r}; name roles of these pairs ({roles}), or give positions [B] or which tokens, "
+            "bool [B, T]. The default, 'query_box', is a role of the boxes task."
+        )
+    return pairs.position(role)
+
+
+def _check_before(keys: np.ndarray, p: np.ndarray, source: str, target: str | Sequence[str] | np.ndarray) -> None:
+    """ValueError unless the `keys` [B, T] of every prompt are some, all before the source's position p [B]."""
+    name = "tokens" if isinstance(target, np.ndarray) else repr(target)
+    if (nothing := ~keys.any(axis=1)).any():
+        raise ValueError(f"target selects no token of example {int(nothing.argmax())}; a knockout blocks some.")
+    furthest = keys.shape[1] - 1 - keys[:, ::-1].argmax(axis=1)
+    if (furthest >= p).any():
+        row = int((furthest >= p).argmax())
+        raise ValueError(
+            f"target={name} is at {furthest[row]} in example {row}, source={source!r} at {p[row]}; a token attends to "
+            "earlier ones, so the target must be before the source."
+        )

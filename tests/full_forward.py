@@ -87,9 +87,11 @@ def from_model(base: jm.Model, tuned: jm.Model, pairs: jm.Pairs, heads: Heads, c
     return last_logits(base, pairs, jm.Interventions(**{site: jm.Patch(weight, theirs[site]) for site in components}))
 
 
-def knocked_out(model: jm.Model, pairs: jm.Pairs, source: np.ndarray, target: np.ndarray, start: int) -> np.ndarray:
-    """Logits [B, V] when `source` [B] may not attend to `target` [B] in layers >= start."""
+def knocked_out(
+    model: jm.Model, pairs: jm.Pairs, source: np.ndarray, keys: np.ndarray, layers: slice | int
+) -> np.ndarray:
+    """Logits [B, V] when `source` [B] may not attend to the tokens `keys`, bool [B, T], in some layers."""
     length = pairs.clean.shape[1]
     mask = np.zeros((model.config.num_layers, len(pairs), length, 1, length), bool)
-    mask[start:, np.arange(len(pairs)), source, 0, target] = True
+    mask[layers, np.arange(len(pairs)), source, 0] = keys
     return last_logits(model, pairs, jm.Interventions(knockout=mask))

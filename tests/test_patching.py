@@ -359,41 +359,9 @@ def test_heads_whose_change_cannot_reach_the_last_token_have_no_effect(models, p
     assert np.abs(found[0]).min() > 1e-5
 
 
-@pytest.mark.parametrize("target", ["early", "random"])
-@pytest.mark.parametrize("source", ["last", "query_box"])
-@pytest.mark.parametrize(("batch_size", "multiple"), [(None, 1), (None, 2), (2, 1)])
-def test_knockouts_equal_full_forwards_with_a_mask(models, pairs, source, target, batch_size, multiple, monkeypatch):
-    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
-    monkeypatch.setattr(KNOCKOUT, "TOKENS_PER_CALL", 10)  # several calls
-    target = jm.random_target(pairs, source) if target == "random" else target
-    at = pairs.position(target) if isinstance(target, str) else target
-    starts = range(models[0].config.num_layers)
-    expected = [full_forward.knocked_out(models[0], pairs, pairs.position(source), at, start) for start in starts]
-    pairs = right_in_turn(pairs, *np.argmax(expected, -1))
-    found = jm.knockout(models[0], pairs, source, target, batch_size=batch_size)
-    assert_close(found.logits, expected, TOLERANCES.cone)
-    assert_correct(found, expected, pairs)
-    clean = full_forward.last_logits(models[0], pairs)
-    assert np.abs(found.logits[0] - clean).max() > 0.01
-    reaches = source == "last"  # in the last layer, what another token reads is lost
-    assert (np.abs(found.logits[-1] - clean).max() > 1e-3) == reaches
-
-
-def test_random_targets_come_before_the_source_and_have_no_role(models, random_pairs):
-    pairs = random_pairs(models[0], count=200)
-    target = jm.random_target(pairs, "query_box", seed=1)
-    assert (target < pairs.position("query_box")).all() and (target > 0).all()
-    assert not any((target == position).any() for position in pairs.positions.values())
-    assert len(set(target)) > 5
-    np.testing.assert_array_equal(target, jm.random_target(pairs, "query_box", seed=1))
-
-
 def test_models_of_one_layer_have_a_cone_too(random_model, random_pairs):
     base, tuned = (random_model(seed, num_layers=1) for seed in (4, 5))
     pairs = random_pairs(base)
-    found = jm.knockout(base, pairs, "last", "query_box").logits
-    expected = full_forward.knocked_out(base, pairs, pairs.position("last"), pairs.position("query_box"), 0)
-    assert_close(found[0], expected, TOLERANCES.cone)
     swept = jm.cmap_heads(base, tuned, pairs, "last").accuracy
     logits = full_forward.from_model(base, tuned, pairs, {"last": [(0, 1)]}, ("z",))
     assert swept[0, 1] == pytest.approx((logits.argmax(-1) == pairs.labels).mean())
@@ -471,16 +439,8 @@ def test_a_fine_tune_can_be_given_the_output_projections_of_its_base(models):
         (lambda m, p: jm.cmap(m, jm.collect(m, p, HEADS), p, HEADS, compat="paper"), "give the tuned model itself"),
         (lambda m, p: jm.cmap_heads(m, m, p, metric="logit_difference"), "needs wrong_labels"),
         (lambda m, p: jm.cmap_heads(m, m, p, metric="accuracy"), "metric='accuracy'; expected one of probability"),
-        (lambda m, p: jm.knockout(m, p, "query_box", "last"), "the target must be before the source"),
-        (lambda m, p: jm.knockout(m, p, "last", "last"), "the target must be before the source"),
-        (lambda m, p: jm.knockout(m, p, "last", np.zeros(3, int)), r"target has shape \(3,\)"),
-        (lambda m, p: jm.knockout(m, p, "last", np.full(5, -1)), "target holds the position -1"),
-        (lambda m, p: jm.knockout(m, p, batch_size=0), "batch_size=0"),
-        (lambda m, p: jm.knockout(m, p, metric="loss"), "metric='loss'; expected one of accuracy, probability"),
         (lambda m, p: jm.patch_activations(m, p, HEADS, metric="logit_difference"), "needs wrong_labels"),
         (lambda m, p: jm.cmap(m, m, p, HEADS, wrong_labels=p.labels), "metric='accuracy' has no use for them"),
-        (lambda m, p: jm.random_target(p, "first"), "Unknown role"),
-        (lambda m, p: jm.knockout(m, p, target="first"), r"Unknown target 'first'; .*\(early, last, query_box\)"),
     ],
 )
 def test_bad_arguments_are_named(random_model, random_pairs, call, message):
