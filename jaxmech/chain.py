@@ -105,7 +105,7 @@ def read_chain(path: str | Path) -> tuple[Stage, ...]:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
         tables, names = table.pop("stage", []), [field.name for field in fields(Stage)]
         if unknown := sorted({key for stage in tables for key in stage} - set(names)):
             raise ValueError(f"unknown keys {unknown} in a [[stage]]; expected {', '.join(names)}")

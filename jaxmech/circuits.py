@@ -23,9 +23,10 @@ import numpy as np
 from jaxmech import memory, rope
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
+from jaxmech.gathered import Gathered
 from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, Function, check_measure, measure
+from jaxmech.metrics import ACCURACY, Function
 from jaxmech.model import (
     Params,
     attention_input,
@@ -41,7 +42,7 @@ from jaxmech.model import (
 )
 from jaxmech.pairs import Pairs
 from jaxmech.patching import as_heads_by_role, at_tokens
-from jaxmech.predictions import Predictions, answers, is_correct
+from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import over_rows, row_devices
 
 Array = Any  # NumPy on the host, jax.Array inside jit
@@ -86,7 +87,6 @@ def evaluate(
     config = model.config
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected at least 1.")
-    wrong_labels = check_measure(metric, wrong_labels, pairs.labels, config.vocab_size)
     roles, keep, named = _circuit_masks(config, circuits)
     prompts = _Prompts(
         tokens=check_prompts(config, pairs),
@@ -94,22 +94,14 @@ def evaluate(
         last=pairs.position("last"),
     )
     values = _ablated_values(config, means, pairs)
+    options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
+    gathered = Gathered.of(config, pairs, len(keep), **options)
     # Circuits that fill up a call are the first again: few numbers of circuits, so few compilations.
     filled = _Circuits(*(np.resize(x, (_filled_up(len(x)), *x.shape[1:])) for x in (keep, named)))
     run = _vital_passes if ablate_elsewhere else _full_passes
-    answered = np.zeros((len(filled.keep), len(pairs)), np.int32)
-    logits = np.zeros((len(keep), len(pairs), config.vocab_size), np.float32) if keep_logits else None
-    measured = None if metric == ACCURACY else np.zeros(answered.shape, np.float32)
-    options = {"batch_size": batch_size, "keep_logits": keep_logits or measured is not None}
-    for chosen, rows, (said, kept) in run(model, prompts, values, filled, **options):
-        answered[np.ix_(chosen, rows)] = said
-        if measured is not None:
-            measured[np.ix_(chosen, rows)] = measure(metric, kept, pairs.labels[rows], wrong_labels[rows], rows)
-        if logits is not None:
-            there = chosen < len(keep)
-            logits[np.ix_(chosen[there], rows)] = jax.device_get(kept)[there]
-    measured = None if measured is None else measured[: len(keep)]
-    return Predictions(is_correct(answered[: len(keep)], pairs.labels), logits, measured)
+    for chosen, rows, found in run(model, prompts, values, filled, batch_size, keep_logits=gathered.needs_logits):
+        gathered.add(rows, *found, at=chosen % len(keep))
+    return gathered.predictions()
 
 
 def _vital_passes(
@@ -117,8 +109,8 @@ def _vital_passes(
     prompts: "_Prompts",
     values: np.ndarray,
     circuits: "_Circuits",
-    *,
     batch_size: int | None,
+    *,
     keep_logits: bool,
 ) -> Passes:
     """Runs the vital tokens of all circuits, every other token ablated; a role that one does not name has no heads."""
@@ -141,8 +133,8 @@ def _full_passes(
     prompts: "_Prompts",
     values: np.ndarray,
     circuits: "_Circuits",
-    *,
     batch_size: int | None,
+    *,
     keep_logits: bool,
 ) -> Passes:
     """Runs full forward passes, one circuit after another, in which tokens without a role are as in the model."""
@@ -152,8 +144,8 @@ def _full_passes(
         batch_size = memory.fitting(weights, memory.of_forward(config, prompts.tokens.shape[1]) + logits)
     size = min(len(prompts.tokens), batch_size)
     per_call = memory.fitting(weights, size * logits)
-    for rows, _ in equal_parts(len(prompts.tokens), size):
-        here = prompts.of(rows)
+    for rows, _ in equal_parts(len(prompts.tokens), size, row_devices(weights)):
+        here = over_rows(weights, prompts.of(rows))
         at_vital = _values_at_vital(here.vital, _by_layer(config, values, rows))
         for chosen, _ in equal_parts(len(circuits.keep), per_call):
             masks = circuits.keep[chosen], circuits.named[chosen]

@@ -114,7 +114,7 @@ def collect(
     components, roles = _check_components(components), tuple(roles)
     source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
     size = examples_per_call(model, pairs) if batch_size is None else batch_size
-    parts = list(equal_parts(len(pairs), size))
+    parts = list(equal_parts(len(pairs), size, row_devices(model.weights)))
     found = [jax.device_get(head_values(model, source, rows, sites=components)) for rows, _ in parts]
     kept = {
         site: np.concatenate([x[site][:, new] for x, (_, new) in zip(found, parts, strict=True)], axis=1)

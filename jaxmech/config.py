@@ -66,6 +66,8 @@ class Rope:
             _check_positive("RoPE", name, getattr(self, name), (int, float))
         for number in (*self.short_factors, *self.long_factors):
             _check_positive("RoPE", "a factor of longrope", number, (int, float))
+        if self.fraction > 1:
+            raise ValueError(f"RoPE: fraction is {self.fraction}; expected at most 1, all of a head.")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"RoPE: high_freq_factor={self.high_freq_factor} must be larger than "
@@ -172,6 +174,8 @@ class Config:
             part = "" if self.rope.fraction == 1 else f", of which {self.rope.rotated(self.head_dim)} are rotated,"
             raise ValueError(f"Config: head_dim={self.head_dim}{part} is odd; RoPE rotates pairs of dimensions.")
         pairs = self.rope.rotated(self.head_dim) // 2
+        if self.rope.kind == "dynamic" and pairs == 1:
+            raise ValueError("Config: dynamic RoPE of one pair of dimensions is not defined; expected more in a head.")
         for name in ("short_factors", "long_factors"):
             if self.rope.kind == "longrope" and len(getattr(self.rope, name)) != pairs:
                 raise ValueError(

@@ -159,8 +159,11 @@ def random_circuit(
     disjoint, as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number
     divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there, and a
     head that is drawn twice for a group counts once.
+
+    Raises:
+      ValueError: the groups of a role have more heads together than `config` has.
     """
-    rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
+    rng = rng if isinstance(rng, np.random.Generator) else np.random.default_rng(rng)
     layers, heads = config.num_layers, config.num_heads
     drawn: dict[str, list[Head]] = {}
     for role in dict.fromkeys(circuit.roles.values()):
@@ -169,6 +172,11 @@ def random_circuit(
             numbers = rng.integers(layers * heads, size=sum(sizes.values()))
             chosen = [(int(n) // layers, int(n) % heads) for n in numbers]
         else:
+            if sum(sizes.values()) > layers * heads:
+                raise ValueError(
+                    f"The groups at {role!r} have {sum(sizes.values())} heads together, the model {layers * heads}; "
+                    "random groups of their sizes cannot be disjoint."
+                )
             numbers = rng.permutation(layers * heads)[: sum(sizes.values())]
             chosen = [(int(n) // heads, int(n) % heads) for n in numbers]
         for group, size in sizes.items():
@@ -183,6 +191,7 @@ class Completeness:
 
     Attributes:
       names: of the S subsets K: "nothing", each group, and "random 1", "random 2", ...
+      kinds: what each is, "nothing", "group" or "random".
       subsets: the K, group -> heads.
       circuit: answers of the circuit without K, `per_example` [S, B].
       model: answers of the model without K, `per_example` [S, B].
@@ -190,6 +199,7 @@ class Completeness:
     """
 
     names: list[str]
+    kinds: list[str]
     subsets: list[dict[str, list[Head]]]
     circuit: Predictions
     model: Predictions
@@ -236,24 +246,30 @@ def completeness(
       metric: what is measured, and `wrong_labels` [B] for "logit_difference"; see `faithfulness`.
 
     Raises:
-      ValueError: see `evaluate`; compat="paper" with another metric than accuracy.
+      ValueError: see `evaluate`; random < 0, or compat="paper" with another metric than accuracy.
     """
     _check_circuit(circuit)
+    if random < 0:
+        raise ValueError(f"random={random}; expected at least 0 random sets.")
     rng, paper = np.random.default_rng(seed), _paper(compat, metric)
-    named: dict[str, dict[str, list[Head]]] = {"nothing": {}}
-    named |= {group: {group: list(heads)} for group, heads in circuit.groups.items() if heads}
+    groups = {group: list(heads) for group, heads in circuit.groups.items()}
+    tried: list[tuple[str, str, dict[str, list[Head]]]] = [("nothing", "nothing", {})]
+    tried += [("group", group, {group: heads}) for group, heads in groups.items() if heads]
     for i in range(random):
-        named[f"random {i + 1}"] = {g: [h for h in heads if rng.random() < 0.5] for g, heads in circuit.groups.items()}
+        half = {group: [head for head in heads if rng.random() < 0.5] for group, heads in groups.items()}
+        tried.append(("random", f"random {i + 1}", half))
+    kinds, names, subsets = (list(column) for column in zip(*tried, strict=True))
     every = [(layer, head) for layer in range(model.config.num_layers) for head in range(model.config.num_heads)]
-    without = [_remove(circuit.heads_by_role, circuit, subset) for subset in named.values()]
-    model_without = [_remove({role: every for role in circuit.heads_by_role}, circuit, k) for k in named.values()]
+    without = [_remove(circuit.heads_by_role, circuit, subset) for subset in subsets]
+    model_without = [_remove({role: every for role in circuit.heads_by_role}, circuit, subset) for subset in subsets]
     options = {"batch_size": batch_size, "keep_logits": False, "metric": metric, "wrong_labels": wrong_labels}
     return Completeness(
-        list(named),
-        list(named.values()),
-        evaluate(model, pairs, without, means, **options),
-        evaluate(model, pairs, model_without, means, ablate_elsewhere=not paper, **options),
-        name_of(metric),
+        names=names,
+        kinds=kinds,
+        subsets=subsets,
+        circuit=evaluate(model, pairs, without, means, **options),
+        model=evaluate(model, pairs, model_without, means, ablate_elsewhere=not paper, **options),
+        metric=name_of(metric),
     )
 
 

@@ -4,6 +4,7 @@ The chain is data, see `jaxmech.chain`; what is found is a `Circuit`.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -239,8 +240,7 @@ def discover(
     chain = with_k(chain, k or {})
     _check_roles(pairs, chain, default)
     check_number_of_heads(chain, model.config)
-    if not min_effect >= 0 or (metric == "probability" and min_effect > 1):
-        raise ValueError(f"min_effect={min_effect}; expected a fraction from 0 to 1, or in other metrics at least 0.")
+    check_min_effect(min_effect, metric)
     done = dict(done or {})
     if unknown := [group for group in done if group not in [stage.group for stage in chain]]:
         raise ValueError(f"done has the groups {unknown}; the chain has {[stage.group for stage in chain]}.")
@@ -264,6 +264,14 @@ def discover(
         found[stage.group] = heads
         circuit = _add_group(circuit, stage, heads)
     return circuit
+
+
+def check_min_effect(min_effect: float, metric: str | Function) -> None:
+    """ValueError if no mean effect in units of `metric` is compared with such a number."""
+    most = 1 if metric == "probability" else math.inf
+    if not (0 <= min_effect <= most and math.isfinite(min_effect)):
+        expected = "a fraction from 0 to 1" if metric == "probability" else "a finite number of at least 0"
+        raise ValueError(f"min_effect={min_effect}; expected {expected}, in units of the metric.")
 
 
 def _check_roles(pairs: Pairs, chain: Sequence[Stage], default: bool) -> None:

@@ -109,10 +109,11 @@ def faithfulness(rng, accuracy, own) -> dict:
 
 def completeness(rng, accuracy) -> list:
     names = ["nothing", *GROUPS, *(f"random {i + 1}" for i in range(20))]
+    kinds = ["nothing", *["group"] * len(GROUPS), *["random"] * 20]
     left = np.array([1, 0.12, 0.1, 0.2, 0.3, *rng.uniform(0.1, 0.9, 20)])
     model, circuit = accuracy * left, accuracy * np.clip(left - rng.uniform(0, 0.1, len(left)), 0, 1)
     return [
-        {"name": name, "size": i, "circuit": float(c), "model": float(m), "gap": float(abs(c - m))}
+        {"name": name, "kind": kinds[i], "size": i, "circuit": float(c), "model": float(m), "gap": float(abs(c - m))}
         for i, (name, c, m) in enumerate(zip(names, circuit, model, strict=True))
     ]
 

@@ -252,6 +252,14 @@ def test_bad_lines_are_named_with_file_and_line(tmp_path, line, message):
         boxes.read(file)
 
 
+def test_lines_end_where_json_lines_do(tmp_path):
+    """Other separators that Unicode has may stand in a string."""
+    file = tmp_path / "separators.jsonl"
+    line = json.dumps({"sentence": PAPER, "note": "one\u2028two\x85three"}, ensure_ascii=False)
+    file.write_bytes(f"{line}\r\n{line}\n".encode())
+    assert [example.sentence for example in boxes.read(file)] == [PAPER, PAPER]
+
+
 def test_an_empty_or_missing_file_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no examples"):

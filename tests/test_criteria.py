@@ -168,18 +168,35 @@ def test_random_circuits_depend_on_the_seed_alone(case):
     assert len({str(circuit.groups) for circuit in first}) == 3
 
 
+def test_random_circuits_need_as_many_heads_as_their_groups_have(random_model):
+    config = random_model(num_layers=1, num_heads=4, num_kv_heads=4).config
+    circuit = jm.Circuit({"a": [(0, i) for i in range(4)], "b": [(0, 0)]}, {"a": "last", "b": "last"})
+    with pytest.raises(ValueError, match="groups at 'last' have 5 heads together, the model 4"):
+        jm.random_circuit(config, circuit, 0)
+    apart = jm.Circuit(circuit.groups, {"a": "last", "b": "query_box"})
+    assert {group: len(heads) for group, heads in jm.random_circuit(config, apart, 0).groups.items()} == {
+        "a": 4,
+        "b": 1,
+    }
+
+
+def test_seeds_of_random_circuits_may_be_numbers_of_numpy(case):
+    drawn = [jm.random_circuit(case.model.config, CIRCUIT, seed) for seed in (3, np.int64(3), np.random.default_rng(3))]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 def test_random_circuits_of_the_paper_are_drawn_with_replacement_and_divided_by_the_layers(random_model):
     config = random_model(num_layers=3, num_heads=6, num_kv_heads=6).config
     numbers = iter([[0, 17, 5, 5, 8, 9, 10, 2], [7, 1, 16, 3], []])  # readers and movers, binders, nobody
 
-    class Drawn:
+    class Drawn(np.random.Generator):
         def integers(self, high: int, size: int) -> np.ndarray:
             assert high == 18
             drawn = next(numbers)
             assert len(drawn) == size
             return np.array(drawn, int)
 
-    found = jm.random_circuit(config, CIRCUIT, Drawn(), compat="paper")  # type: ignore[arg-type]
+    found = jm.random_circuit(config, CIRCUIT, Drawn(np.random.PCG64()), compat="paper")
     # 17 is head 5 of the layer 17 // 3 = 5, which does not exist; so it is with 9, 10 and 16.
     assert found.groups["readers"] == [(0, 0), (1, 5), (2, 2)]  # (1, 5) was drawn twice
     assert found.groups["movers"] == [(0, 2)]
@@ -195,6 +212,7 @@ def test_completeness_takes_the_same_heads_from_circuit_and_model(case, compat):
     found = jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=4, compat=compat)
     named = ["nothing", "readers", "movers", "binders"]
     assert found.names == [*named, "random 1", "random 2", "random 3", "random 4"]
+    assert found.kinds == ["nothing", *["group"] * 3, *["random"] * 4]
     assert found.subsets[:4] == [{}, *({group: GROUPS[group]} for group in named[1:])]
     differ = False
     for i, gone in enumerate(found.subsets):
@@ -214,7 +232,7 @@ def test_completeness_takes_the_same_heads_from_circuit_and_model(case, compat):
 def test_random_subsets_have_each_head_half_of_the_time(case, monkeypatch):
     monkeypatch.setattr(jm.criteria, "evaluate", lambda *arguments, **options: None)
     found = jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=400, seed=2)
-    drawn = [subset for name, subset in zip(found.names, found.subsets, strict=True) if name.startswith("random")]
+    drawn = [subset for kind, subset in zip(found.kinds, found.subsets, strict=True) if kind == "random"]
     for group, heads in GROUPS.items():
         assert all(set(subset[group]) <= set(heads) for subset in drawn)
         for head in heads:
@@ -227,6 +245,14 @@ def test_a_circuit_of_all_heads_at_its_roles_is_complete(case):
     whole = jm.Circuit({"all": EVERY_HEAD, "query": EVERY_HEAD}, {"all": "last", "query": "query_box"})
     found = jm.completeness(case.model, case.pairs, whole, case.means, random=2)
     np.testing.assert_array_equal(found.gap, 0)
+
+
+def test_groups_may_be_named_as_other_sets_are(case):
+    named = jm.Circuit({"nothing": [(0, 0)], "random 1": [(0, 1)]}, {"nothing": "last", "random 1": "last"})
+    found = jm.completeness(case.model, case.pairs, named, case.means, random=1)
+    assert found.names == ["nothing", "nothing", "random 1", "random 1"]
+    assert found.kinds == ["nothing", "group", "group", "random"]
+    assert found.subsets[:3] == [{}, {"nothing": [(0, 0)]}, {"random 1": [(0, 1)]}] and len(found.gap) == 4
 
 
 # Minimality.

@@ -141,6 +141,13 @@ def test_scores_that_are_not_finite_choose_no_heads(two_heads, fake_scores):
         fake_scores([-0.5, np.nan], [0, 0], [0, 0]).top(1)
 
 
+def test_a_smallest_effect_is_checked_before_a_sweep(two_heads, monkeypatch):
+    monkeypatch.setattr(jm.discovery, "path_patch", lambda *arguments, **options: pytest.fail("a sweep was run"))
+    for min_effect in (np.inf, np.nan, -1):
+        with pytest.raises(ValueError, match=r"min_effect=.*; expected a finite number of at least 0"):
+            jm.discover(*two_heads, chain=CHAIN, min_effect=min_effect, metric="log_probability")
+
+
 @pytest.mark.parametrize("options", [{"min_effect": np.nan}, {"min_effect": -1}, {"min_effect": 5}])
 def test_a_smallest_effect_that_is_no_fraction_is_refused(two_heads, options):
     with pytest.raises(ValueError, match="min_effect=.*; expected a fraction from 0 to 1"):

@@ -325,8 +325,9 @@ def test_intervals_are_seen_to_be_some(low, high, words):
 
 def test_the_largest_gap_is_that_of_heads_that_were_taken_away(tmp_path, undrawn):
     results = study()
-    sets = [{"name": "nothing", "size": 0, "circuit": 0.1, "model": 0.6, "gap": 0.5},
-            {"name": "value_fetcher", "size": 4, "circuit": 0.1, "model": 0.3, "gap": 0.2}]  # fmt: skip
+    nothing = {"name": "nothing", "kind": "nothing", "size": 0, "circuit": 0.1, "model": 0.6, "gap": 0.5}
+    group = {"name": "value_fetcher", "kind": "group", "size": 4, "circuit": 0.1, "model": 0.3, "gap": 0.2}
+    sets = [nothing, group]
     results["completeness"]["base"] = sets
     results["completeness"]["tuned"] = [{**one, "circuit": 0.0, "model": 0.0, "gap": 0.0} for one in sets]
     write_report(tmp_path, results, **META)

@@ -154,3 +154,11 @@ def test_methods_refuse_prompts_whose_frequencies_depend_on_their_length(random_
     model(pairs.clean)
     with pytest.raises(ValueError, match=rf"12 tokens.*{kind}.*over 11 tokens.*shorten"):
         jm.path_patch(model, pairs)
+
+
+def test_a_rotated_part_is_at_most_a_head(random_model):
+    with pytest.raises(ValueError, match="fraction is 1.5; expected at most 1"):
+        Rope(fraction=1.5)
+    with pytest.raises(ValueError, match="dynamic RoPE of one pair of dimensions is not defined"):
+        random_model(head_dim=2, rope=Rope(kind="dynamic", factor=2.0))
+    assert random_model(head_dim=4, rope=Rope(kind="dynamic", factor=2.0)).config.rope.kind == "dynamic"

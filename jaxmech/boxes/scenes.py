@@ -138,7 +138,7 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}; expected a JSONL file of examples.")
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}); expected JSONL, one JSON object a line.") from error
 

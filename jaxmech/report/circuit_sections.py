@@ -143,9 +143,7 @@ def completeness(results: Results) -> Section | None:
     row = []
     for model, entries in found.items():
         named = listing(
-            f"{e['name']} {percent(e['model'])} and {percent(e['circuit'])}"
-            for e in entries
-            if not e["name"].startswith("random ")
+            f"{e['name']} {percent(e['model'])} and {percent(e['circuit'])}" for e in entries if e["kind"] != "random"
         )
         alt = f"Scatter of {len(entries)} sets K taken from {model} (first) and from its circuit (second): {named}."
         caption = f"{model}. {_gaps(entries)}"
@@ -232,8 +230,8 @@ def _gaps(entries: Sequence[Mapping[str, Any]]) -> str:
     """The largest gap of sets that are not empty, beside that of circuit and model as they are."""
     if not any(e["model"] or e["circuit"] for e in entries):
         return "Nothing is answered right, with heads taken away or without, so there is nothing to compare."
-    whole = [f"with nothing taken away it is {100 * e['gap']:.1f}" for e in entries if e["name"] == "nothing"]
-    sets = [e for e in entries if e["name"] != "nothing"]
+    whole = [f"with nothing taken away it is {100 * e['gap']:.1f}" for e in entries if e["kind"] == "nothing"]
+    sets = [e for e in entries if e["kind"] != "nothing"]
     if not sets:
         return "There is no head to take away."
     widest = max(sets, key=lambda e: e["gap"])

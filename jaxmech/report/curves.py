@@ -33,16 +33,16 @@ Entry = Mapping[str, Any]
 
 @styled
 def completeness_scatter(entries: Sequence[Entry]) -> Figure:
-    """Accuracy of the circuit without K against the model's without K; entries {"name", "circuit", "model", ...}."""
+    """Accuracy of the circuit without K against the model's without K; entries {"name", "kind", "circuit", "model"}."""
     figure, axes = new_axes(3.3)
     axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
-    random = [entry for entry in entries if entry["name"].startswith("random ")]
+    random = [entry for entry in entries if entry["kind"] == "random"]
     axes.scatter(
         *([100 * entry[side] for entry in random] for side in ("model", "circuit")),
         s=12, color=PALE, edgecolor=MUTED, linewidth=0.5, zorder=2, label="random heads",
     )  # fmt: skip
     for i, entry in enumerate(entry for entry in entries if entry not in random):
-        shade = INK if entry["name"] == "nothing" else other_colour(i - 1)
+        shade = INK if entry["kind"] == "nothing" else other_colour(i - 1)
         look = {"s": 46, "color": shade, "marker": MARKERS[i % len(MARKERS)], "alpha": 0.85, "linewidth": 0}
         axes.scatter(100 * entry["model"], 100 * entry["circuit"], zorder=3, label=wrapped(entry["name"]), **look)
     percent_axis(axes, "x", "model without K: accuracy, %")

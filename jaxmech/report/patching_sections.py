@@ -23,7 +23,8 @@ from jaxmech.report.parts import (
     tint,
     without_heads,
 )
-from jaxmech.report.words import WHOLE, counted, head_name, listing, percent, signed, with_interval
+from jaxmech.report.words import counted, head_name, listing, percent, signed, with_interval
+from jaxmech.study import WHOLE_CIRCUIT
 
 Runs = Mapping[str, Mapping[str, Any]]  # desideratum -> a run of DCM
 
@@ -235,7 +236,7 @@ def _heads_at(results: Results, model: str, role: str) -> list[list[int]]:
 
 
 def _cmap_table(base: str, tuned: str, components: Mapping[str, Mapping[str, Any]]) -> Table:
-    groups = sorted(once_each(components.values()), key=lambda group: group == WHOLE)
+    groups = sorted(once_each(components.values()), key=lambda group: group == WHOLE_CIRCUIT)
     rows = [[g, *(with_interval(by[g]) if g in by else "-" for by in components.values())] for g in groups]
     caption = f"Accuracy of {base} with activations of {tuned}, with 95 % intervals."
     return Table(caption, ["group", *components], rows, range(1, 1 + len(components)))

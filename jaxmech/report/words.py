@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxmech.study import doubt
+from jaxmech.study import WHOLE_CIRCUIT, doubt
 
 SPACE, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
-WHOLE = "whole circuit"  # the name of all groups together in results["cmap"]
 
 
 class Recovery(NamedTuple):
@@ -104,7 +103,7 @@ def _sentences(results: Mapping[str, Any], base: str, tuned: str) -> Iterable[st
     share = f", {100 * best.share:.0f}{SPACE}% of the gain" if after > before else ""
     doubt = "" if best.low > before else f"; the interval of this includes {percent(before)}"
     yield f"{patched} raises {percent(before)} to {percent(best.accuracy)}{share}{doubt}."
-    whole = groups[best.component].get(WHOLE)
+    whole = groups[best.component].get(WHOLE_CIRCUIT)
     if whole and after > before:
         part = f"{100 * (whole['accuracy'] - before) / (after - before):.0f}{SPACE}% of the gain"
         part = part if whole["accuracy"] > before else f"no more than {base} alone"
@@ -119,6 +118,6 @@ def recovery(groups: Mapping[str, Mapping[str, Any]], before: float, after: floa
         )
         for component, entries in groups.items()
         for group, entry in entries.items()
-        if group != WHOLE
+        if group != WHOLE_CIRCUIT
     ]
     return max(found, key=lambda one: one.accuracy, default=None)

@@ -13,7 +13,7 @@ running.py    runs the stages, keeps their results in the folder, and takes up a
 
 from jaxmech.study.doubt import chance, doubt
 from jaxmech.study.running import StudyFolder, run
-from jaxmech.study.settings import EDGES, Settings
+from jaxmech.study.settings import EDGES, WHOLE_CIRCUIT, Settings
 from jaxmech.study.stages import STAGES
 
-__all__ = ["EDGES", "STAGES", "Settings", "StudyFolder", "chance", "doubt", "run"]
+__all__ = ["EDGES", "STAGES", "WHOLE_CIRCUIT", "Settings", "StudyFolder", "chance", "doubt", "run"]

@@ -1,11 +1,10 @@
 """What is checked of a chain of sweeps on the boxes task before it is run, and which heads it moved between groups."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmech.boxes import ROLES
-from jaxmech.discovery import Circuit, Stage, with_k
+from jaxmech.discovery import Circuit, Stage, check_min_effect, with_k
 
 
 def check_boxes_chain(
@@ -33,10 +32,7 @@ def check_boxes_chain(
                 f"Stage {stage.group!r} of the chain has the sender {stage.sender!r} and no receivers; only the token "
                 "`last` has a direct path to the logits. Name receivers and via."
             )
-    most = 1 if metric == "probability" else math.inf
-    if not (0 <= min_effect <= most and math.isfinite(min_effect)):
-        expected = "a fraction from 0 to 1" if metric == "probability" else "a finite number of at least 0"
-        raise ValueError(f"min_effect={min_effect}; expected {expected}.")
+    check_min_effect(min_effect, metric)
 
 
 def moved_heads(circuit: Circuit, chain: Sequence[Stage], min_effect: float) -> dict[str, list[dict[str, Any]]]:

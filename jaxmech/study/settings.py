@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxmech.boxes import ROLES
+from jaxmech.boxes.scenes import MAX_BOXES, MIN_BOXES
+from jaxmech.chain import PAPER_CHAIN, Stage
+from jaxmech.cmap import COMPONENTS
 from jaxmech.compat import check_compat
-from jaxmech.discovery import PAPER_CHAIN, Stage
 from jaxmech.study.chains import check_boxes_chain
 from jaxmech.study.models import model_names
 
@@ -20,6 +23,7 @@ EDGES = (
     ("query_box", "random"),
     ("prev_query_box", "object"),
 )
+WHOLE_CIRCUIT = "whole circuit"  # the name of all groups together in the results of cross-model patching
 # How much is computed or held at a time; results do not depend on it, but for rounding.
 AT_A_TIME = ("batch_size", "copies", "models_in_memory")
 
@@ -100,6 +104,14 @@ class Settings:
         for name in (*counts, "repeats", "patched", "models_in_memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+        if self.random_subsets < 0:
+            raise ValueError(f"random_subsets={self.random_subsets}; expected at least 0.")
+        if not MIN_BOXES <= self.boxes <= MAX_BOXES:
+            raise ValueError(f"boxes={self.boxes}; expected {MIN_BOXES} to {MAX_BOXES} in a scene.")
+        _check_components(self.components)
+        _check_edges(self.edges)
+        if WHOLE_CIRCUIT in [stage.group for stage in self.chain]:
+            raise ValueError(f"A group is named {WHOLE_CIRCUIT!r}, as all groups together are; choose another name.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}; expected at least 1, or None.")
         if not 0 <= self.threshold < math.inf:
@@ -145,3 +157,19 @@ class Settings:
             patched=min(self.patched, 48),
             components=self.components[:2],
         )
+
+
+def _check_components(components: tuple[str, ...]) -> None:
+    for together in components:
+        if unknown := [site for site in together.split("+") if site not in COMPONENTS]:
+            raise ValueError(f"components has {together!r}, but {unknown} are none of {', '.join(COMPONENTS)}.")
+
+
+def _check_edges(edges: tuple[tuple[str, str], ...]) -> None:
+    targets = (*ROLES, "object", "random")
+    for source, target in edges:
+        if source not in ROLES or target not in targets:
+            raise ValueError(
+                f"edges has {(source, target)}; expected a source of {', '.join(ROLES)}, and a target of "
+                f"{', '.join(targets)}."
+            )

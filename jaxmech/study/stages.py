@@ -21,7 +21,7 @@ from jaxmech.predictions import Predictions
 from jaxmech.study.chains import moved_heads
 from jaxmech.study.dcm_stages import Progress, run_activation_patching, run_dcm, step_of
 from jaxmech.study.doubt import doubt
-from jaxmech.study.settings import Settings
+from jaxmech.study.settings import WHOLE_CIRCUIT, Settings
 from jaxmech.study.study import JSON, Study, heads_of
 
 
@@ -170,10 +170,15 @@ def _completeness(study: Study, part: str, progress: Progress) -> JSON:
         compat=settings.compat,
     )
     sizes = [sum(len(heads) for heads in subset.values()) for subset in result.subsets]
-    columns = result.names, sizes, result.circuit.accuracy.tolist(), result.model.accuracy.tolist(), result.gap.tolist()
-    return [
-        dict(zip(("name", "size", "circuit", "model", "gap"), row, strict=True)) for row in zip(*columns, strict=True)
-    ]
+    columns = {
+        "name": result.names,
+        "kind": result.kinds,
+        "size": sizes,
+        "circuit": result.circuit.accuracy.tolist(),
+        "model": result.model.accuracy.tolist(),
+        "gap": result.gap.tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _cmap(study: Study, part: str, progress: Progress) -> JSON:
@@ -182,11 +187,11 @@ def _cmap(study: Study, part: str, progress: Progress) -> JSON:
     tuned: Model | HeadValues = study.model(part)
     if not settings.compat:  # which patches more than `collect` keeps
         sites = {site for components in settings.components for site in ("z", *components.split("+"))}
-        tuned = collect(tuned, pairs, roles, sorted(sites))
+        tuned = collect(tuned, pairs, roles, sorted(sites), batch_size=settings.batch_size)
     base = study.model(settings.names[0])
     nothing: dict[str, list[Head]] = {role: [] for role in roles}  # all sets have all roles, so that they compile once
     sets = {group: nothing | {circuit.roles[group]: heads} for group, heads in circuit.groups.items() if heads}
-    sets["whole circuit"] = nothing | circuit.heads_by_role
+    sets[WHOLE_CIRCUIT] = nothing | circuit.heads_by_role
     options = {"batch_size": settings.batch_size, "compat": settings.compat, "keep_logits": False}
     done, steps = 0, len(settings.components) * len(sets)
     groups: dict[str, dict[str, JSON]] = {}

@@ -77,7 +77,7 @@ class Study:
         return load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self._mesh)
 
     def _means(self, name: str) -> np.ndarray:
-        return mean_activations(self.model(name), self.data.contexts)
+        return mean_activations(self.model(name), self.data.contexts, batch_size=self.settings.batch_size)
 
 
 def heads_of(groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Head]]:
