@@ -41,7 +41,7 @@ from emulation import emulated  # noqa: E402
 from measuring import add_words, machine, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
-from jaxmech.discovery import read_chain  # noqa: E402
+from jaxmech.chain import read_chain  # noqa: E402
 
 PRECISIONS = {
     "float32": {"dtype": "float32", "precision": "highest"},

@@ -4,7 +4,7 @@ from jaxmech import boxes, dcm, demo
 from jaxmech.ablation import mean_activations, resampled_activations
 from jaxmech.accuracy import accuracy, predict
 from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
-from jaxmech.circuits import evaluate
+from jaxmech.circuits import Circuit
 from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
 from jaxmech.config import Config, Rope
 from jaxmech.criteria import (
@@ -17,7 +17,8 @@ from jaxmech.criteria import (
     overlap,
     random_circuit,
 )
-from jaxmech.discovery import Circuit, discover
+from jaxmech.discovery import discover
+from jaxmech.evaluation import evaluate
 from jaxmech.interventions import Interventions, Patch, head_weights
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model, load

@@ -1,377 +1,212 @@
-"""Circuit evaluation: how well a model does when all heads but a circuit's are ablated.
+"""`Circuit`: groups of heads that act at roles, in files and as the masks that kernels take.
 
-As in Prakash et al. 2024, section 3, a circuit's heads act at *vital* positions, the tokens of its roles. Everywhere
-else every head is ablated, and at the vital positions every head that is not in the circuit at that role: its z is
-replaced, by its mean over other prompts at the same position as a rule, or by zero, or by its value on another prompt.
-
-Where all heads are ablated, the residual stream depends on the token and its position alone: there is no attention left
-that could bring in anything else. So it is computed once for every distinct pair of them, whatever the number of
-prompts and circuits, and each circuit costs a forward pass of its vital tokens, which attend to the ablated ones.
-
-Axes as in `jaxmech.model`; R vital tokens of a prompt, C circuits, U distinct tokens, and S sources of ablated values:
-1, or one for each example.
+Every method that patches or ablates heads takes a circuit, or its heads alone: {role: [(layer, head)]}.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import memory, rope
-from jaxmech.batches import equal_parts
+from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
 from jaxmech.config import Config
-from jaxmech.gathered import Gathered
-from jaxmech.interventions import Interventions, Patch, head_mask
-from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, Function
-from jaxmech.model import (
-    Params,
-    attention_input,
-    attention_output,
-    attention_pattern,
-    embed,
-    forward,
-    mix_values,
-    mlp_half,
-    project,
-    unembed,
-    visible,
-)
-from jaxmech.pairs import Pairs
-from jaxmech.patching import as_heads_by_role, at_tokens
-from jaxmech.predictions import Predictions, answers
-from jaxmech.sharding import over_rows, row_devices
+from jaxmech.files import write_text
+from jaxmech.interventions import head_mask
+from jaxmech.scores import PathScores
 
-Array = Any  # NumPy on the host, jax.Array inside jit
-# Indices of circuits and of examples, and their answers [C, B] and logits [C, B, V], None if they are not asked for.
-Passes = Iterator[tuple[np.ndarray, np.ndarray, tuple[jax.Array, jax.Array | None]]]
+Head = tuple[int, int]  # (layer, head)
 
 
-def evaluate(
-    model: Model,
-    pairs: Pairs,
-    circuits: Sequence[Any],
-    means: np.ndarray,
-    ablate_elsewhere: bool = True,
-    *,
-    batch_size: int | None = None,
-    keep_logits: bool = True,
-    metric: str | Function = ACCURACY,
-    wrong_labels: np.ndarray | None = None,
-) -> Predictions:
-    """Runs many circuits at once on the clean prompts.
+@dataclass(frozen=True, repr=False)
+class Circuit:
+    """Groups of heads, each acting at one role. Circuits are equal if their groups and roles are.
 
-    Args:
-      model: the model that is run.
-      pairs: prompts and labels; only the clean prompts are run.
-      circuits: C of them: a `Circuit`, or {role: [(layer, head)]}; a role may have no heads.
-      means: float [T or more, L, N, H], what ablated heads put out, see `mean_activations`;
-        or [B, T or more, L, N, H], values for each example, see `resampled_activations`; or 0, for zero ablation.
-      ablate_elsewhere: ablate all heads at the tokens that are not in a circuit's roles; False leaves these tokens as
-        they are, and runs every circuit in a full forward pass.
-      batch_size: examples in one call; None picks as many as fit the memory budget.
-      keep_logits: return the logits, float32 [C, B, V]; many circuits of a large vocabulary need much memory.
-      metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
-        logits, see `predict`; it is measured whether or not logits are kept.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
-
-    Returns:
-      Predictions with `accuracy` [C], `correct` [C, B], `logits` [C, B, V] and, of another metric, `measured` [C, B].
+    Attributes:
+      groups: group name -> [(layer, head)], strongest first; sequences and arrays of whole numbers are taken as well.
+        `discover` puts a head that it finds several times at one role into the last group alone.
+      roles: group name -> role.
+      scores: group name -> the sweep that found it; empty for a circuit that was read from a file.
+      stopped: why the chain ended early, or "".
 
     Raises:
-      ValueError: no circuits, an unknown role, head or metric, or means that do not fit the model and the prompts.
+      ValueError: groups and roles do not name the same, or something is no head or is twice in a group.
     """
-    config = model.config
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; expected at least 1.")
-    roles, keep, named = _circuit_masks(config, circuits)
-    prompts = _Prompts(
-        tokens=check_prompts(config, pairs),
-        vital=np.stack([pairs.position(role) for role in roles], axis=1),
-        last=pairs.position("last"),
-    )
-    values = _ablated_values(config, means, pairs)
-    options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
-    gathered = Gathered.of(config, pairs, len(keep), **options)
-    # Circuits that fill up a call are the first again: few numbers of circuits, so few compilations.
-    filled = _Circuits(*(np.resize(x, (_filled_up(len(x)), *x.shape[1:])) for x in (keep, named)))
-    run = _vital_passes if ablate_elsewhere else _full_passes
-    for chosen, rows, found in run(model, prompts, values, filled, batch_size, keep_logits=gathered.needs_logits):
-        gathered.add(rows, *found, at=chosen % len(keep))
-    return gathered.predictions()
+
+    groups: dict[str, list[Head]]
+    roles: dict[str, str]
+    scores: dict[str, PathScores] = field(default_factory=dict, compare=False)
+    stopped: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if missing := [group for group in self.groups if group not in self.roles]:
+            raise ValueError(f"Circuit: roles says nothing of the groups {missing}; expected {{group: role}} for each.")
+        if unknown := [group for group in self.roles if group not in self.groups]:
+            raise ValueError(f"Circuit: roles names {unknown}; the groups are {list(self.groups)}. One may be empty.")
+        object.__setattr__(self, "groups", {group: _heads(group, heads) for group, heads in self.groups.items()})
+
+    def __repr__(self) -> str:
+        groups = [f"{group}: {len(heads)} at {self.roles[group]}" for group, heads in self.groups.items()]
+        return f"Circuit({', '.join(groups)}{'; stopped early' if self.stopped else ''})"
+
+    @property
+    def heads_by_role(self) -> dict[str, list[Head]]:
+        """The heads that act at each role, {role: [(layer, head)]}, in the order of the groups."""
+        by_role: dict[str, list[Head]] = {role: [] for role in self.roles.values()}
+        for group, heads in self.groups.items():
+            by_role[self.roles[group]] += [head for head in heads if head not in by_role[self.roles[group]]]
+        return by_role
+
+    def without(self, subset: Mapping[str, Sequence[Head]]) -> "Circuit":
+        """The circuit without the heads of `subset`, {group: heads}; its groups and roles stay, empty or not.
+
+        Raises:
+          ValueError: `subset` names a group that the circuit has not.
+        """
+        if unknown := [group for group in subset if group not in self.groups]:
+            raise ValueError(f"Unknown groups {unknown}; the circuit has {list(self.groups)}.")
+        gone = {group: {tuple(head) for head in heads} for group, heads in subset.items()}
+        left = {
+            group: [head for head in heads if head not in gone.get(group, ())] for group, heads in self.groups.items()
+        }
+        return Circuit(left, self.roles)
+
+    def save(self, path: str | Path, *, roles: bool = False) -> None:
+        """Writes JSON to `path`, which is replaced only when it is whole. `load` reads both forms.
+
+        Args:
+          roles: False writes what the paper's code reads, {group: [[layer, head], ...]}, which does not say where a
+            group acts. True writes {"groups": that, "roles": {group: role}}.
+        """
+        found: dict[str, Any] = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
+        write_text(path, json.dumps({"groups": found, "roles": self.roles} if roles else found) + "\n")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        chain: Sequence[Stage] | str | Path | None = None,
+        *,
+        roles: Mapping[str, str] | None = None,
+    ) -> "Circuit":
+        """Reads a file of either form that `save` writes.
+
+        The paper's form, which `jaxmech discover` writes, does not say where a group acts: `roles` does, or `chain`,
+        the paper's four stages by default.
+
+        Args:
+          path: the file.
+          chain: stages, or the TOML file of a chain (see `read_chain`), whose groups the file has.
+          roles: {group: role}, in place of a chain.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: not JSON of either form, a group of which neither the file nor `roles` or `chain` says where it
+            acts, roles that are not those of the file, or roles as well as a chain.
+        """
+        path = Path(path)
+        try:
+            groups, own = _read(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(
+                f'{path} is not a circuit file, {{group: [[layer, head], ...]}} or {{"groups": that, "roles": {{group: '
+                f"role}}}}: {error}"
+            ) from error
+        given = _given_roles(chain, roles)
+        if own is None:
+            known = given or {stage.group: stage.sender for stage in PAPER_CHAIN}
+            if unknown := [group for group in groups if group not in known]:
+                all_known = _roles_beside(path) | dict(known)
+                example = {group: all_known.get(group, "...") for group in groups}
+                raise ValueError(
+                    f"{path} has groups {unknown}, but roles are known of {list(known)}; give the chain that found "
+                    f"them, stages or a TOML file, or the roles: Circuit.load({str(path)!r}, roles={example})."
+                )
+            own = {group: known[group] for group in groups}
+        elif given and (other := {group: given.get(group) for group in own if given.get(group) != own[group]}):
+            raise ValueError(f"{path} says that groups act at {own}; the roles given differ: {other}.")
+        return cls(groups, own)
 
 
-def _vital_passes(
-    model: Model,
-    prompts: "_Prompts",
-    values: np.ndarray,
-    circuits: "_Circuits",
-    batch_size: int | None,
-    *,
-    keep_logits: bool,
-) -> Passes:
-    """Runs the vital tokens of all circuits, every other token ablated; a role that one does not name has no heads."""
-    config, weights, copies = model.config, model.weights, row_devices(model.weights)
-    per_example = len(values) > 1
-    size, parts = _parts(model, prompts, per_example=per_example, batch_size=batch_size)
-    vital = prompts.vital.shape[1]
-    circuit = memory.of_tokens(config, vital) + memory.of_attention(config, vital, vital + prompts.tokens.shape[1])
-    per_call = memory.fitting(weights, size * (circuit + memory.of_logits(config)))
-    for rows, index, distinct in parts:
-        batch = _Batch(*prompts.of(rows), index)
-        ablated = _ablated_everywhere(config, weights, batch, _by_layer(config, values, rows), distinct)
-        for chosen, _ in equal_parts(len(circuits.keep), per_call, copies):
-            here = over_rows(weights, circuits.keep[chosen])
-            yield chosen, rows, _vital_answers(config, weights, batch, ablated, here, keep_logits=keep_logits)
+HeadsByRole = Circuit | Mapping[str, Iterable[Sequence[int]]]
 
 
-def _full_passes(
-    model: Model,
-    prompts: "_Prompts",
-    values: np.ndarray,
-    circuits: "_Circuits",
-    batch_size: int | None,
-    *,
-    keep_logits: bool,
-) -> Passes:
-    """Runs full forward passes, one circuit after another, in which tokens without a role are as in the model."""
-    config, weights = model.config, model.weights
-    logits = memory.of_logits(config)
-    if batch_size is None:
-        batch_size = memory.fitting(weights, memory.of_forward(config, prompts.tokens.shape[1]) + logits)
-    size = min(len(prompts.tokens), batch_size)
-    per_call = memory.fitting(weights, size * logits)
-    for rows, _ in equal_parts(len(prompts.tokens), size, row_devices(weights)):
-        here = over_rows(weights, prompts.of(rows))
-        at_vital = _values_at_vital(here.vital, _by_layer(config, values, rows))
-        for chosen, _ in equal_parts(len(circuits.keep), per_call):
-            masks = circuits.keep[chosen], circuits.named[chosen]
-            yield chosen, rows, _full_answers(config, weights, here, at_vital, *masks, keep_logits=keep_logits)
+def role_masks(config: Config, heads_by_role: HeadsByRole) -> tuple[list[str], np.ndarray]:
+    """The roles and their heads, bool [L, R, N]; a role may have none.
 
-
-class _Circuits(NamedTuple):
-    """Circuits over all roles."""
-
-    keep: np.ndarray  # [C, L, R, N] bool, their heads
-    named: np.ndarray  # [C, R] bool, the roles that each names
-
-
-class _Prompts(NamedTuple):
-    """Prompts, and where a circuit can have heads."""
-
-    tokens: Array  # [B, T]
-    vital: Array  # [B, R]
-    last: Array  # [B]
-
-    def of(self, rows: np.ndarray) -> "_Prompts":
-        """Those of some examples."""
-        return _Prompts(*(x[rows] for x in self))
-
-
-class _Batch(NamedTuple):
-    """`_Prompts`, and their tokens among the distinct ones."""
-
-    tokens: Array  # [B, T]
-    vital: Array  # [B, R]
-    last: Array  # [B]
-    index: Array  # [B, T] which distinct token each is
-
-
-class _Distinct(NamedTuple):
-    """The distinct combinations of a token, its position and the source of its ablated values."""
-
-    token: Array  # [U]
-    position: Array  # [U]
-    source: Array  # [U]
-
-
-class _Ablated(NamedTuple):
-    """What does not depend on the circuit when all heads are ablated outside the vital positions."""
-
-    k: Array  # [L, U, K, H], rotated
-    v: Array  # [L, U, K, H]
-    z: Array  # [L, B, R, N, H], the ablated values at the vital positions
-
-
-@partial(jax.jit, static_argnames="config")
-def _ablated_everywhere(config: Config, weights: Params, batch: _Batch, values: Array, distinct: _Distinct) -> _Ablated:
-    """Runs the distinct tokens with every head ablated; values [L, S, T, N, H]."""
-    rotation = rope.angles(config, distinct.position)
-
-    def layer(x, weights_and_values):
-        layer_weights, z = weights_and_values
-        normed = attention_input(config, layer_weights, x)
-        k, v = (project(config, layer_weights, site, normed) for site in ("k", "v"))
-        attn_out = attention_output(config, layer_weights, z.astype(x.dtype))  # [S, T, D]
-        x = mlp_half(config, layer_weights, x + attn_out[distinct.source, distinct.position])
-        return x, _Ablated(rope.rotate(k, *rotation), v, _at_vital(batch.vital, z))
-
-    x = embed(config, weights, distinct.token)
-    return jax.lax.scan(layer, x, (weights["blocks"], values))[1]
-
-
-@partial(jax.jit, static_argnames=("config", "keep_logits"))
-def _vital_answers(
-    config: Config, weights: Params, batch: _Batch, ablated: _Ablated, keep: Array, *, keep_logits: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """Answers [C, B] and logits [C, B, V] of circuits keep [C, L, R, N] by forward passes of the vital tokens."""
-    logits = jax.vmap(partial(_circuit_logits, config, weights, batch, ablated))(keep)
-    return answers(logits), logits if keep_logits else None
-
-
-def _circuit_logits(config: Config, weights: Params, batch: _Batch, ablated: _Ablated, keep: jax.Array) -> jax.Array:
-    """Logits [B, V] of one circuit, keep bool [L, R, N]."""
-    vital = batch.vital  # [B, R]
-    same = vital[:, :, None] == vital[:, None, :]  # [B, R, R]: roles that are one token
-    again = (same & jnp.tri(vital.shape[1], k=-1, dtype=bool)).any(-1)  # [B, R]: a token that an earlier role names
-    token = jnp.arange(batch.tokens.shape[1])
-    is_vital = (vital[:, :, None] == token).any(1)  # [B, T]
-    rotation = rope.angles(config, vital)
-
-    def layer(x, inputs):
-        index, layer_weights, constant, kept = inputs
-        normed = attention_input(config, layer_weights, x)
-        q, k, v = (project(config, layer_weights, site, normed) for site in ("q", "k", "v"))
-        q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
-        before = visible(config, index, vital, token) & ~is_vital[:, None, None]  # [B, 1, R, T]
-        own = visible(config, index, vital, vital) & ~again[:, None, None]  # [B, 1, R, R]
-        keys = [(constant.k[batch.index], before), (k, own)]
-        patterns = attention_pattern(config, q, keys)
-        z = mix_values(config, list(zip(patterns, (constant.v[batch.index], v), strict=True)))
-        kept = (same[..., None] & kept).any(2)  # [B, R, N]
-        z = jnp.where(kept[..., None], z, constant.z.astype(z.dtype))
-        return mlp_half(config, layer_weights, x + attention_output(config, layer_weights, z)), None
-
-    example = jnp.arange(len(vital))
-    x = embed(config, weights, batch.tokens[example[:, None], vital])  # [B, R, D]
-    x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), weights["blocks"], ablated, keep))
-    at_last = (vital == batch.last[:, None]).argmax(1)
-    return unembed(config, weights, x[example, at_last])
-
-
-@jax.jit
-def _values_at_vital(vital: Array, values: Array) -> jax.Array:
-    """The ablated values [L, B, R, N, H] at the vital positions [B, R]."""
-    return jax.vmap(partial(_at_vital, vital))(values)
-
-
-def _at_vital(vital: jax.Array, values: jax.Array) -> jax.Array:
-    """One layer's values [S, T, N, H] at the vital positions [B, R]: [B, R, N, H]."""
-    source = jnp.arange(len(vital)) if len(values) > 1 else jnp.zeros(len(vital), jnp.int32)
-    return values[source[:, None], vital]
-
-
-@partial(jax.jit, static_argnames=("config", "keep_logits"))
-def _full_answers(
-    config: Config, weights: Params, prompts: _Prompts, values: Array, keep: Array, named: Array, *, keep_logits: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """Answers [C, B] and logits [C, B, V] of circuits keep [C, L, R, N] by full forward passes, one after another."""
-    same = prompts.vital[:, :, None] == prompts.vital[:, None, :]  # [B, R, R]
-
-    def one(circuit):
-        kept, roles = circuit
-        named = (same & roles).any(-1)[..., None]  # [B, R, 1]; tokens that no role of the circuit names are left alone
-        ablated = named & ~at_tokens(prompts.vital, kept)  # [L, B, R, N]
-        patch = Patch(ablated, values, prompts.vital)
-        logits = forward(config, weights, prompts.tokens, Interventions(z=patch), logits_at=prompts.last)[0]
-        return answers(logits), logits if keep_logits else None
-
-    return jax.lax.map(one, (keep, named))
-
-
-def _circuit_masks(config: Config, circuits: Sequence[Any]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """All roles, `last` the first; the heads of each circuit, bool [C, L, R, N]; the roles it names, bool [C, R]."""
-    if isinstance(circuits, Mapping) or hasattr(circuits, "heads_by_role"):
-        raise TypeError("One circuit given; expected a list of them: evaluate(model, pairs, [circuit], means).")
-    if not len(circuits):
-        raise ValueError("No circuits given; expected a list of circuits or of {role: [(layer, head)]}.")
-    by_role = [{role: list(heads) for role, heads in as_heads_by_role(circuit).items()} for circuit in circuits]
-    roles = list(dict.fromkeys(["last", *(role for heads in by_role for role in heads)]))
-    keep = np.zeros((len(circuits), config.num_layers, len(roles), config.num_heads), bool)
-    for circuit, heads in zip(keep, by_role, strict=True):
-        for role, chosen in heads.items():
-            if chosen:
-                circuit[:, roles.index(role)] = head_mask(config, chosen)
-    return roles, keep, np.array([[role in heads for role in roles] for heads in by_role])
-
-
-def _ablated_values(config: Config, means: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """The ablated values as [S, T, L, N, H]."""
-    length, heads = pairs.clean.shape[1], (config.num_layers, config.num_heads, config.head_dim)
-    means = np.asarray(means)
-    if not means.ndim and means == 0:
-        means = np.zeros((length, *heads), np.float32)
-    values = means[None] if means.ndim == 4 else means
-    if values.ndim != 5 or values.shape[2:] != heads or values.shape[1] < length or len(values) not in (1, len(pairs)):
-        raise ValueError(
-            f"means has shape {means.shape}; this model and these prompts need [{length} or more, L, N, H] with "
-            f"L, N, H = {heads}, or [{len(pairs)}, {length} or more, L, N, H]. Means must come from prompts at least "
-            "as long."
-        )
-    values = values[:, :length]
-    reached = np.arange(length) <= pairs.position("last")[:, None]  # [B, T]
-    missing = ~np.isfinite(values.sum(axis=(2, 3, 4), dtype=np.float64))  # [S, T]
-    if (needed := missing & (reached if len(values) > 1 else reached.any(0))).any():
-        raise ValueError(
-            f"means holds numbers that are not finite at position {int(needed.any(0).argmax())}, which the prompts "
-            "reach. Did none of the prompts that they come from reach it? Else look at the model and its dtype."
-        )
-    return np.where(missing[..., None, None, None], 0, values) if missing.any() else values
-
-
-def _by_layer(config: Config, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The ablated values [S, T, L, N, H] for some examples, as [L, S, T, N, H] in the compute dtype."""
-    here = values[rows] if len(values) > 1 else values
-    return np.moveaxis(here, 2, 0).astype(config.compute_dtype)
-
-
-def _filled_up(circuits: int) -> int:
-    """So many circuits or a few more: a power of two, or a multiple of eight."""
-    return 2 ** (circuits - 1).bit_length() if circuits < 8 else circuits + -circuits % 8
-
-
-def _parts(
-    model: Model, prompts: _Prompts, *, per_example: bool, batch_size: int | None
-) -> tuple[int, list[tuple[np.ndarray, np.ndarray, _Distinct]]]:
-    """The examples in parts that fit the memory budget, and how many each has.
-
-    Of each part: its examples, and what `_distinct_tokens` says of them.
-
-    Args:
-      per_example: every example has ablated values of its own.
+    Raises:
+      ValueError: a head does not exist, or there is none.
     """
-    config, length = model.config, prompts.tokens.shape[1]
-    layers, vital = config.num_layers, prompts.vital.shape[1]
-    distinct = memory.of_keys_and_values(config, 1, layers) + memory.of_tokens(config, 1)  # what such a token takes
-    example = memory.of_heads(config, vital + length * per_example, layers) + memory.of_logits(config)
-    example += memory.of_keys_and_values(config, length, 1) + memory.of_tokens(config, vital)
-    size, budget = len(prompts.tokens) if batch_size is None else batch_size, memory.budget(model.weights)
-    while True:
-        rows = [rows for rows, _ in equal_parts(len(prompts.tokens), size)]
-        found = _distinct_tokens([prompts.tokens[part] for part in rows], per_example=per_example)
-        size, taken = len(rows[0]), len(found[0][1].token) * distinct + len(rows[0]) * example
-        if batch_size is not None or taken <= budget or size == 1:
-            return size, [(part, *which) for part, which in zip(rows, found, strict=True)]
-        size = max(1, min(size - 1, int(size * budget / taken)))  # smaller parts share fewer tokens: look again
+    heads = {role: list(chosen) for role, chosen in as_heads_by_role(heads_by_role).items()}
+    if not any(heads.values()):
+        raise ValueError("heads_by_role names no heads: a patch that selects nothing is an error.")
+    none = np.zeros((config.num_layers, config.num_heads), bool)
+    return list(heads), np.stack([head_mask(config, x) if x else none for x in heads.values()], axis=1)
 
 
-def _distinct_tokens(batches: Sequence[np.ndarray], *, per_example: bool) -> list[tuple[np.ndarray, _Distinct]]:
-    """For each batch of tokens [B, T]: which distinct token each is, int [B, T], and these, equally many in each batch.
+def as_heads_by_role(circuit: HeadsByRole) -> Mapping[str, Iterable[Sequence[int]]]:
+    """{role: heads} of a `Circuit`, or of such a mapping itself.
 
-    Args:
-      per_example: the ablated values are those of each example, so that no two examples share a token.
+    Raises:
+      TypeError: it is neither.
     """
-    found = []
-    for tokens in batches:
-        count, length = tokens.shape
-        source = np.broadcast_to(np.arange(count)[:, None] * per_example, tokens.shape)
-        position = np.broadcast_to(np.arange(length), tokens.shape)
-        rows = np.stack([tokens, position, source], axis=-1).reshape(-1, 3)
-        distinct, index = np.unique(rows, axis=0, return_inverse=True)
-        found.append((index.reshape(tokens.shape), distinct))
-    most = max(len(distinct) for _, distinct in found)
-    padded = [(index, np.pad(distinct, ((0, most - len(distinct)), (0, 0)))) for index, distinct in found]
-    return [(index, _Distinct(*distinct.T)) for index, distinct in padded]
+    if isinstance(circuit, Circuit):
+        return circuit.heads_by_role
+    if not isinstance(circuit, Mapping):
+        raise TypeError(f"Found {circuit!r}; expected a Circuit, or its heads as {{role: [(layer, head)]}}.")
+    return circuit
+
+
+def _read(found: Any) -> tuple[dict[str, list[Head]], dict[str, str] | None]:
+    """Groups and roles, None where the JSON does not say, of either form."""
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}")
+    roles = None
+    if set(found) == {"groups", "roles"} and all(isinstance(value, dict) for value in found.values()):
+        found, roles = found["groups"], found["roles"]
+        if set(found) != set(roles) or not all(isinstance(role, str) for role in roles.values()):
+            raise ValueError(f"roles is {roles}; expected one for each of {list(found)}")
+    return {group: _heads(group, heads) for group, heads in found.items()}, roles
+
+
+def _roles_beside(path: Path) -> dict[str, str]:
+    """{group: role} by the settings of the run that wrote `path`, which `jaxmech discover` keeps beside it, if any."""
+    try:
+        stages = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["stages"]
+        return {stage["group"]: stage["sender"] for stage in stages}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _given_roles(chain: Sequence[Stage] | str | Path | None, roles: Mapping[str, str] | None) -> Mapping[str, str]:
+    """{group: role} by a chain or as they are; empty if neither is given."""
+    if chain is None:
+        return roles or {}
+    if roles is not None:
+        raise ValueError("Circuit.load: chain and roles are given; expected one of them.")
+    chain = read_chain(chain) if isinstance(chain, str | Path) else chain
+    return {stage.group: stage.sender for stage in chain}
+
+
+def _heads(group: str, heads: Any) -> list[Head]:
+    """The heads of a group as tuples of Python's numbers.
+
+    Raises:
+      ValueError: something else than (layer, head), or a head that is there twice.
+    """
+    form = f"Circuit: group {group!r} holds {{}}; expected a list of (layer, head), whole numbers from 0 on."
+    if isinstance(heads, str | Mapping) or not isinstance(heads, Iterable):
+        raise ValueError(form.format(repr(heads)))
+    found: list[Head] = []
+    for value in heads:
+        pair = tuple(value) if isinstance(value, Iterable) else ()
+        whole = [int(x) for x in pair if isinstance(x, Integral) and not isinstance(x, bool)]
+        if len(pair) != 2 or len(whole) != 2 or min(whole) < 0:
+            raise ValueError(form.format(repr(value)))
+        found.append((whole[0], whole[1]))
+    if repeated := sorted({head for head in found if found.count(head) > 1}):
+        raise ValueError(f"Circuit: group {group!r} holds {repeated} more than once; expected each head once.")
+    return found

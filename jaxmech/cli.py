@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import jaxmech as jm
+from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
 from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
-from jaxmech.discovery import PAPER_CHAIN, Stage, check_number_of_heads, discover, read_chain, with_k
+from jaxmech.discovery import discover, moved_heads
 from jaxmech.files import check_file, check_folder, write_text
 from jaxmech.provenance import versions
 from jaxmech.report import (
@@ -35,7 +36,7 @@ from jaxmech.report import (
 from jaxmech.run_folder import RunFolder, earlier_config, fingerprint, text_hash
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, chance, doubt, run
-from jaxmech.study.chains import check_boxes_chain, moved_heads
+from jaxmech.study.chains import check_boxes_chain
 from jaxmech.verify import verify
 
 console = Console()

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from jaxmech import cone, memory
 from jaxmech.accuracy import examples_per_call
 from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
+from jaxmech.circuits import HeadsByRole, role_masks
 from jaxmech.compat import check_compat, last_column
 from jaxmech.config import Config
 from jaxmech.files import replacing
@@ -30,14 +31,7 @@ from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import ACCURACY, Function, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, forward, unembed
 from jaxmech.pairs import Pairs
-from jaxmech.patching import (
-    HeadsByRole,
-    at_tokens,
-    head_values,
-    patched_predictions,
-    positions_of,
-    role_masks,
-)
+from jaxmech.patching import at_tokens, head_values, patched_predictions, positions_of
 from jaxmech.predictions import Predictions, answers, is_correct
 from jaxmech.scores import PathScores
 from jaxmech.sharding import devices_of, on_devices_of, over_rows, row_devices

@@ -19,10 +19,10 @@ import numpy as np
 
 from jaxmech.accuracy import predict
 from jaxmech.bootstrap import bounds, resampled_means
-from jaxmech.circuits import evaluate
+from jaxmech.circuits import Circuit, Head
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
-from jaxmech.discovery import Circuit, Head
+from jaxmech.evaluation import evaluate
 from jaxmech.loading import Model
 from jaxmech.metrics import ACCURACY, Function, name_of
 from jaxmech.pairs import Pairs

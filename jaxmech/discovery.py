@@ -3,13 +3,11 @@
 The chain is data, see `jaxmech.chain`; what is found is a `Circuit`.
 """
 
-import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,180 +15,17 @@ import numpy as np
 
 from jaxmech.accuracy import predict
 from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
-from jaxmech.files import write_text
+from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model
 from jaxmech.metrics import Function, name_of
 from jaxmech.pairs import Pairs
 from jaxmech.path_patching import path_patch
 from jaxmech.scores import PathScores
 
-Head = tuple[int, int]  # (layer, head)
 # Clean probabilities, of one run and of another, may differ by so many nats: float32 by the order of its sums, coarse
 # products by their rounding, which another batch size changes. What is less than the least one counts as that.
 SAME_PROBABILITY = {False: 0.01, True: 1.0}
 LEAST_PROBABILITY = 1e-30
-
-
-@dataclass(frozen=True, repr=False)
-class Circuit:
-    """Groups of heads, each acting at one role. Circuits are equal if their groups and roles are.
-
-    Attributes:
-      groups: group name -> [(layer, head)], strongest first; sequences and arrays of whole numbers are taken as well.
-        `discover` puts a head that it finds several times at one role into the last group alone.
-      roles: group name -> role.
-      scores: group name -> the sweep that found it; empty for a circuit that was read from a file.
-      stopped: why the chain ended early, or "".
-
-    Raises:
-      ValueError: groups and roles do not name the same, or something is no head or is twice in a group.
-    """
-
-    groups: dict[str, list[Head]]
-    roles: dict[str, str]
-    scores: dict[str, PathScores] = field(default_factory=dict, compare=False)
-    stopped: str = field(default="", compare=False)
-
-    def __post_init__(self):
-        if missing := [group for group in self.groups if group not in self.roles]:
-            raise ValueError(f"Circuit: roles says nothing of the groups {missing}; expected {{group: role}} for each.")
-        if unknown := [group for group in self.roles if group not in self.groups]:
-            raise ValueError(f"Circuit: roles names {unknown}; the groups are {list(self.groups)}. One may be empty.")
-        object.__setattr__(self, "groups", {group: _heads(group, heads) for group, heads in self.groups.items()})
-
-    def __repr__(self) -> str:
-        groups = [f"{group}: {len(heads)} at {self.roles[group]}" for group, heads in self.groups.items()]
-        return f"Circuit({', '.join(groups)}{'; stopped early' if self.stopped else ''})"
-
-    @property
-    def heads_by_role(self) -> dict[str, list[Head]]:
-        """The heads that act at each role, {role: [(layer, head)]}, in the order of the groups."""
-        by_role: dict[str, list[Head]] = {role: [] for role in self.roles.values()}
-        for group, heads in self.groups.items():
-            by_role[self.roles[group]] += [head for head in heads if head not in by_role[self.roles[group]]]
-        return by_role
-
-    def without(self, subset: Mapping[str, Sequence[Head]]) -> "Circuit":
-        """The circuit without the heads of `subset`, {group: heads}; its groups and roles stay, empty or not.
-
-        Raises:
-          ValueError: `subset` names a group that the circuit has not.
-        """
-        if unknown := [group for group in subset if group not in self.groups]:
-            raise ValueError(f"Unknown groups {unknown}; the circuit has {list(self.groups)}.")
-        gone = {group: {tuple(head) for head in heads} for group, heads in subset.items()}
-        left = {
-            group: [head for head in heads if head not in gone.get(group, ())] for group, heads in self.groups.items()
-        }
-        return Circuit(left, self.roles)
-
-    def save(self, path: str | Path, *, roles: bool = False) -> None:
-        """Writes JSON to `path`, which is replaced only when it is whole. `load` reads both forms.
-
-        Args:
-          roles: False writes what the paper's code reads, {group: [[layer, head], ...]}, which does not say where a
-            group acts. True writes {"groups": that, "roles": {group: role}}.
-        """
-        found: dict[str, Any] = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
-        write_text(path, json.dumps({"groups": found, "roles": self.roles} if roles else found) + "\n")
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        chain: Sequence[Stage] | str | Path | None = None,
-        *,
-        roles: Mapping[str, str] | None = None,
-    ) -> "Circuit":
-        """Reads a file of either form that `save` writes.
-
-        The paper's form, which `jaxmech discover` writes, does not say where a group acts: `roles` does, or `chain`,
-        the paper's four stages by default.
-
-        Args:
-          path: the file.
-          chain: stages, or the TOML file of a chain (see `read_chain`), whose groups the file has.
-          roles: {group: role}, in place of a chain.
-
-        Raises:
-          FileNotFoundError: no such file.
-          ValueError: not JSON of either form, a group of which neither the file nor `roles` or `chain` says where it
-            acts, roles that are not those of the file, or roles as well as a chain.
-        """
-        path = Path(path)
-        try:
-            groups, own = _read(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(
-                f'{path} is not a circuit file, {{group: [[layer, head], ...]}} or {{"groups": that, "roles": {{group: '
-                f"role}}}}: {error}"
-            ) from error
-        given = _given_roles(chain, roles)
-        if own is None:
-            known = given or {stage.group: stage.sender for stage in PAPER_CHAIN}
-            if unknown := [group for group in groups if group not in known]:
-                all_known = _roles_beside(path) | dict(known)
-                example = {group: all_known.get(group, "...") for group in groups}
-                raise ValueError(
-                    f"{path} has groups {unknown}, but roles are known of {list(known)}; give the chain that found "
-                    f"them, stages or a TOML file, or the roles: Circuit.load({str(path)!r}, roles={example})."
-                )
-            own = {group: known[group] for group in groups}
-        elif given and (other := {group: given.get(group) for group in own if given.get(group) != own[group]}):
-            raise ValueError(f"{path} says that groups act at {own}; the roles given differ: {other}.")
-        return cls(groups, own)
-
-
-def _read(found: Any) -> tuple[dict[str, list[Head]], dict[str, str] | None]:
-    """Groups and roles, None where the JSON does not say, of either form."""
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}")
-    roles = None
-    if set(found) == {"groups", "roles"} and all(isinstance(value, dict) for value in found.values()):
-        found, roles = found["groups"], found["roles"]
-        if set(found) != set(roles) or not all(isinstance(role, str) for role in roles.values()):
-            raise ValueError(f"roles is {roles}; expected one for each of {list(found)}")
-    return {group: _heads(group, heads) for group, heads in found.items()}, roles
-
-
-def _roles_beside(path: Path) -> dict[str, str]:
-    """{group: role} by the settings of the run that wrote `path`, which `jaxmech discover` keeps beside it, if any."""
-    try:
-        stages = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["stages"]
-        return {stage["group"]: stage["sender"] for stage in stages}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _given_roles(chain: Sequence[Stage] | str | Path | None, roles: Mapping[str, str] | None) -> Mapping[str, str]:
-    """{group: role} by a chain or as they are; empty if neither is given."""
-    if chain is None:
-        return roles or {}
-    if roles is not None:
-        raise ValueError("Circuit.load: chain and roles are given; expected one of them.")
-    chain = read_chain(chain) if isinstance(chain, str | Path) else chain
-    return {stage.group: stage.sender for stage in chain}
-
-
-def _heads(group: str, heads: Any) -> list[Head]:
-    """The heads of a group as tuples of Python's numbers.
-
-    Raises:
-      ValueError: something else than (layer, head), or a head that is there twice.
-    """
-    form = f"Circuit: group {group!r} holds {{}}; expected a list of (layer, head), whole numbers from 0 on."
-    if isinstance(heads, str | Mapping) or not isinstance(heads, Iterable):
-        raise ValueError(form.format(repr(heads)))
-    found: list[Head] = []
-    for value in heads:
-        pair = tuple(value) if isinstance(value, Iterable) else ()
-        whole = [int(x) for x in pair if isinstance(x, Integral) and not isinstance(x, bool)]
-        if len(pair) != 2 or len(whole) != 2 or min(whole) < 0:
-            raise ValueError(form.format(repr(value)))
-        found.append((whole[0], whole[1]))
-    if repeated := sorted({head for head in found if found.count(head) > 1}):
-        raise ValueError(f"Circuit: group {group!r} holds {repeated} more than once; expected each head once.")
-    return found
 
 
 def discover(
@@ -264,6 +99,29 @@ def discover(
         found[stage.group] = heads
         circuit = _add_group(circuit, stage, heads)
     return circuit
+
+
+def moved_heads(circuit: Circuit, chain: Sequence[Stage], min_effect: float) -> dict[str, list[dict[str, Any]]]:
+    """The heads that a stage selected, but that a later one at the same role took into its own group.
+
+    Args:
+      circuit: what `discover` found.
+      chain: the stages, with the numbers of heads that were asked for.
+      min_effect: as `discover` was given it.
+
+    Returns:
+      {group: [{"head": [layer, head], "to": the group that has it now}]}, without groups that lost none.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for stage in chain:
+        if stage.group not in circuit.groups:
+            continue
+        same = [g for g, role in circuit.roles.items() if role == stage.sender and g != stage.group]
+        for head in circuit.scores[stage.group].top(stage.k, min_effect):
+            if head not in circuit.groups[stage.group]:
+                to = next(group for group in same if head in circuit.groups[group])
+                found.setdefault(stage.group, []).append({"head": list(head), "to": to})
+    return found
 
 
 def check_min_effect(min_effect: float, metric: str | Function) -> None:

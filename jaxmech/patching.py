@@ -5,9 +5,9 @@ as in `jaxmech.model`; R counts the roles.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ import numpy as np
 
 from jaxmech.accuracy import examples_per_call
 from jaxmech.batches import equal_parts
+from jaxmech.circuits import HeadsByRole, role_masks
 from jaxmech.compat import check_compat, last_column, same_positions
 from jaxmech.config import Config
 from jaxmech.gathered import Gathered
-from jaxmech.interventions import Interventions, Patch, head_mask
+from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import ACCURACY, Function
 from jaxmech.model import Params, forward
@@ -27,16 +28,6 @@ from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import on_devices_of, over_rows, row_devices
 
 Array = Any  # NumPy on the host, jax.Array inside jit
-
-
-class HasHeadsByRole(Protocol):
-    """A `Circuit`."""
-
-    @property
-    def heads_by_role(self) -> Mapping[str, Iterable[Sequence[int]]]: ...
-
-
-HeadsByRole = Mapping[str, Iterable[Sequence[int]]] | HasHeadsByRole
 
 
 def patch_activations(
@@ -169,31 +160,6 @@ def _check_one_source(roles: Sequence[str], mask: np.ndarray, clean: np.ndarray,
                 f"{clean[row, i]} of the clean prompt, but tokens {corrupt[row, i]} and {corrupt[row, j]} of the "
                 "corrupt one, so it would take two values. Name it at one of them, or leave such examples out."
             )
-
-
-def role_masks(config: Config, heads_by_role: HeadsByRole) -> tuple[list[str], np.ndarray]:
-    """The roles and their heads, bool [L, R, N]; a role may have none.
-
-    Raises:
-      ValueError: a head does not exist, or there is none.
-    """
-    heads = {role: list(chosen) for role, chosen in as_heads_by_role(heads_by_role).items()}
-    if not any(heads.values()):
-        raise ValueError("heads_by_role names no heads: a patch that selects nothing is an error.")
-    none = np.zeros((config.num_layers, config.num_heads), bool)
-    return list(heads), np.stack([head_mask(config, x) if x else none for x in heads.values()], axis=1)
-
-
-def as_heads_by_role(circuit: Any) -> Mapping[str, Iterable[Sequence[int]]]:
-    """{role: heads} of a `Circuit`, or of such a mapping itself.
-
-    Raises:
-      TypeError: it is neither.
-    """
-    found = circuit if isinstance(circuit, Mapping) else getattr(circuit, "heads_by_role", None)
-    if not isinstance(found, Mapping):
-        raise TypeError(f"Found {circuit!r}; expected a Circuit, or its heads as {{role: [(layer, head)]}}.")
-    return found
 
 
 def positions_of(position: Any, roles: Sequence[str]) -> np.ndarray:

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
 from jaxmech import dcm
-from jaxmech.discovery import with_k
+from jaxmech.chain import with_k
+from jaxmech.discovery import moved_heads
 from jaxmech.report.tables import circuit_table
 from jaxmech.scores import PathScores
 from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
-from jaxmech.study.chains import moved_heads
 from jaxmech.study.data import StudyData
 from jaxmech.study.study import Study
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from jaxmech.chain import Stage, receivers_text
-from jaxmech.discovery import Circuit
+from jaxmech.circuits import Circuit
 from jaxmech.verify import Report
 
 

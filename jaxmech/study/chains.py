@@ -1,10 +1,10 @@
-"""What is checked of a chain of sweeps on the boxes task before it is run, and which heads it moved between groups."""
+"""What is checked of a chain of sweeps on the boxes task before it is run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jaxmech.boxes import ROLES
-from jaxmech.discovery import Circuit, Stage, check_min_effect, with_k
+from jaxmech.chain import Stage, with_k
+from jaxmech.discovery import check_min_effect
 
 
 def check_boxes_chain(
@@ -33,26 +33,3 @@ def check_boxes_chain(
                 "`last` has a direct path to the logits. Name receivers and via."
             )
     check_min_effect(min_effect, metric)
-
-
-def moved_heads(circuit: Circuit, chain: Sequence[Stage], min_effect: float) -> dict[str, list[dict[str, Any]]]:
-    """The heads that a stage selected, but that a later one at the same role took into its own group.
-
-    Args:
-      circuit: what `discover` found.
-      chain: the stages, with the numbers of heads that were asked for.
-      min_effect: as `discover` was given it.
-
-    Returns:
-      {group: [{"head": [layer, head], "to": the group that has it now}]}, without groups that lost none.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for stage in chain:
-        if stage.group not in circuit.groups:
-            continue
-        same = [g for g, role in circuit.roles.items() if role == stage.sender and g != stage.group]
-        for head in circuit.scores[stage.group].top(stage.k, min_effect):
-            if head not in circuit.groups[stage.group]:
-                to = next(group for group in same if head in circuit.groups[group])
-                found.setdefault(stage.group, []).append({"head": list(head), "to": to})
-    return found

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmech import dcm
 from jaxmech.boxes import POSITION_VARIANTS
-from jaxmech.discovery import Circuit, Head
+from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model
 from jaxmech.pairs import Pairs
 from jaxmech.patching import patch_activations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxmech.discovery import check_number_of_heads, with_k
+from jaxmech.chain import check_number_of_heads, with_k
 from jaxmech.files import check_folder, write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
 from jaxmech.study.models import check_models

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmech.accuracy import predict
+from jaxmech.chain import with_k
+from jaxmech.circuits import Circuit, Head
 from jaxmech.cmap import HeadValues, cmap, cmap_heads, collect
 from jaxmech.criteria import completeness, faithfulness, minimality, overlap
-from jaxmech.discovery import Circuit, Head, discover, with_k
+from jaxmech.discovery import discover, moved_heads
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model
 from jaxmech.predictions import Predictions
-from jaxmech.study.chains import moved_heads
 from jaxmech.study.dcm_stages import Progress, run_activation_patching, run_dcm, step_of
 from jaxmech.study.doubt import doubt
 from jaxmech.study.settings import WHOLE_CIRCUIT, Settings

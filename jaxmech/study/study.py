@@ -8,7 +8,7 @@ import numpy as np
 
 import convert
 from jaxmech.ablation import mean_activations
-from jaxmech.discovery import Circuit, Head
+from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh
 from jaxmech.study.data import StudyData

@@ -7,7 +7,7 @@ import pytest
 from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 
 import jaxmech as jm
-from jaxmech import circuits
+from jaxmech import evaluation
 
 CIRCUITS = (
     {"last": [(0, 1), (2, 3), (2, 0)], "query_box": [(1, 2), (2, 3)], "early": [(0, 0)]},
@@ -151,8 +151,8 @@ def test_circuits_are_split_to_fit_the_memory_budget(model, means, random_pairs,
     pairs = random_pairs(model)
     whole = jm.evaluate(model, pairs, CIRCUITS, means).logits
     calls = []
-    monkeypatch.setattr(circuits, "_vital_answers", recorded(circuits._vital_answers, calls))
-    monkeypatch.setattr(circuits.memory, "budget", lambda weights: 2**13)
+    monkeypatch.setattr(evaluation, "_vital_answers", recorded(evaluation._vital_answers, calls))
+    monkeypatch.setattr(evaluation.memory, "budget", lambda weights: 2**13)
     assert_close(jm.evaluate(model, pairs, CIRCUITS, means).logits, whole, TOLERANCES.recompiled)
     examples, together = ({shape[i] for shape in calls} for i in (0, 1))
     assert max(examples) < len(pairs) and max(together) < len(CIRCUITS)
@@ -174,13 +174,13 @@ def test_prompts_that_share_no_tokens_are_split_more(model, random_pairs, monkey
     vital, last = pairs.position("query_box")[:, None], pairs.position("last")
     alike = np.broadcast_to(pairs.clean[:1], pairs.clean.shape)
     sizes = {}
-    monkeypatch.setattr(circuits.memory, "budget", lambda weights: 150_000)
+    monkeypatch.setattr(evaluation.memory, "budget", lambda weights: 150_000)
     for name, tokens in (("alike", alike), ("different", pairs.clean)):
-        prompts = circuits._Prompts(tokens, vital, last)
-        sizes[name], parts = circuits._parts(model, prompts, per_example=False, batch_size=None)
+        prompts = evaluation._Prompts(tokens, vital, last)
+        sizes[name], parts = evaluation._parts(model, prompts, per_example=False, batch_size=None)
         assert sorted(set(np.concatenate([rows for rows, *_ in parts]))) == list(range(12))
     assert 1 <= sizes["different"] < sizes["alike"] == 12
-    fewer, _ = circuits._parts(model, circuits._Prompts(alike, vital, last), per_example=True, batch_size=None)
+    fewer, _ = evaluation._parts(model, evaluation._Prompts(alike, vital, last), per_example=True, batch_size=None)
     assert fewer <= sizes["different"], "examples with ablated values of their own share nothing"
 
 
@@ -195,12 +195,12 @@ def test_the_number_of_circuits_is_no_reason_to_compile_again(random_model, rand
     model = random_model(vocab_size=57)
     pairs = random_pairs(model)
     means = jm.mean_activations(model, pairs.clean)
-    before = circuits._vital_answers._cache_size()
+    before = evaluation._vital_answers._cache_size()
     jm.evaluate(model, pairs, list(CIRCUITS), means)
     jm.evaluate(model, pairs, [dict(reversed(circuit.items())) for circuit in CIRCUITS], means)
     jm.evaluate(model, pairs, list(CIRCUITS)[:-1], means)
-    assert circuits._vital_answers._cache_size() == before + 1
-    assert [circuits._filled_up(count) for count in (1, 2, 3, 5, 8, 9, 100, 104)] == [1, 2, 4, 8, 8, 16, 104, 104]
+    assert evaluation._vital_answers._cache_size() == before + 1
+    assert [evaluation._filled_up(count) for count in (1, 2, 3, 5, 8, 9, 100, 104)] == [1, 2, 4, 8, 8, 16, 104, 104]
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])
@@ -208,20 +208,20 @@ def test_evaluation_lowers_for_every_platform(random_model, random_pairs, elsewh
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model)
     means = np.zeros((pairs.clean.shape[1], 4, 4, 8), np.float32)
-    roles, keep, named = circuits._circuit_masks(model.config, CIRCUITS)
-    ((index, distinct),) = circuits._distinct_tokens([pairs.clean], per_example=False)
+    roles, keep, named = evaluation._circuit_masks(model.config, CIRCUITS)
+    ((index, distinct),) = evaluation._distinct_tokens([pairs.clean], per_example=False)
     vital = np.stack([pairs.position(role) for role in roles], axis=1)
-    prompts = circuits._Prompts(pairs.clean, vital, pairs.position("last"))
-    batch, model_arguments = circuits._Batch(*prompts, index), (model.config, model.weights)
-    values = np.moveaxis(circuits._ablated_values(model.config, means, pairs), 2, 0)
+    prompts = evaluation._Prompts(pairs.clean, vital, pairs.position("last"))
+    batch, model_arguments = evaluation._Batch(*prompts, index), (model.config, model.weights)
+    values = np.moveaxis(evaluation._ablated_values(model.config, means, pairs), 2, 0)
     if elsewhere:
-        prepare, arguments = circuits._ablated_everywhere, (*model_arguments, batch, values, distinct)
+        prepare, arguments = evaluation._ablated_everywhere, (*model_arguments, batch, values, distinct)
         inputs = jax.eval_shape(lambda *rest: prepare(model.config, *rest), *arguments[1:])
-        run = circuits._vital_answers.trace(*model_arguments, batch, inputs, keep, keep_logits=True)
+        run = evaluation._vital_answers.trace(*model_arguments, batch, inputs, keep, keep_logits=True)
     else:
-        prepare, arguments = circuits._values_at_vital, (vital, values)
+        prepare, arguments = evaluation._values_at_vital, (vital, values)
         inputs = jax.eval_shape(prepare, *arguments)
-        run = circuits._full_answers.trace(*model_arguments, prompts, inputs, keep, named, keep_logits=True)
+        run = evaluation._full_answers.trace(*model_arguments, prompts, inputs, keep, named, keep_logits=True)
     for traced in (prepare.trace(*arguments), run):
         assert "stablehlo" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
