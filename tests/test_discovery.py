@@ -1,8 +1,5 @@
-"""The chain of sweeps: what a stage selects, what it hands on, and how chains and circuits are read."""
+"""The chain of sweeps: what a stage selects, and what it hands on."""
 
-import dataclasses
-import json
-import re
 from dataclasses import replace
 
 import jax
@@ -11,16 +8,10 @@ import numpy as np
 import pytest
 from conftest import TOLERANCES, assert_close
 from full_forward import path_patch as full_path_patch
+from test_chain import CHAIN
 
 import jaxmech as jm
-from jaxmech.chain import check_chain
 from jaxmech.run_folder import RunFolder
-
-CHAIN = (
-    jm.Stage("readers", "last", k=3),
-    jm.Stage("senders", "last", "readers", "q", k=2),
-    jm.Stage("early", "early", "senders", "v", k=2),
-)
 
 
 def strongest(scores: np.ndarray, k: int) -> list[tuple[int, int]]:
@@ -247,52 +238,6 @@ def test_unknown_groups_are_named(two_heads, fake_scores):
 
 
 @pytest.mark.parametrize(
-    ("heads", "message"),
-    [
-        ([3], "group 'a' holds 3; expected a list of \\(layer, head\\)"),
-        ((3, 6), "group 'a' holds 3; expected"),
-        (3, "group 'a' holds 3; expected"),
-        ("36", "group 'a' holds '36'; expected"),
-        (["36"], "group 'a' holds '36'; expected"),
-        ([(3, 6, 1)], r"holds \(3, 6, 1\); expected"),
-        ([(3, -1)], r"holds \(3, -1\); expected .* from 0 on"),
-        ([(3.0, 1.0)], r"holds \(3.0, 1.0\); expected .* whole numbers"),
-        ([(True, False)], r"holds \(True, False\); expected .* whole numbers"),
-        ([(3, 1), (2, 0), [3, 1]], r"group 'a' holds \[\(3, 1\)\] more than once"),
-    ],
-)
-def test_what_is_no_head_or_is_there_twice_is_refused(heads, message):
-    with pytest.raises(ValueError, match=message):
-        jm.Circuit({"a": heads}, {"a": "last"})
-
-
-@pytest.mark.parametrize("heads", [[[3, 1], [2, 0]], np.array([[3, 1], [2, 0]]), ((np.int64(3), np.uint8(1)), (2, 0))])
-def test_heads_are_tuples_of_numbers_whatever_they_were(heads, tmp_path):
-    circuit = jm.Circuit({"a": heads, "b": iter([(0, 0)])}, {"a": "last", "b": "last"})
-    assert circuit.groups == {"a": [(3, 1), (2, 0)], "b": [(0, 0)]}
-    assert all(type(x) is int for head in circuit.groups["a"] for x in head)
-    assert circuit.heads_by_role == {"last": [(3, 1), (2, 0), (0, 0)]}
-    assert circuit.without({"a": [[3, 1]]}).groups["a"] == [(2, 0)]
-    circuit.save(tmp_path / "circuit.json")
-    assert jm.Circuit.load(tmp_path / "circuit.json", roles=circuit.roles) == circuit
-
-
-def test_a_circuit_is_shown_in_one_line():
-    circuit = jm.Circuit({"movers": [(3, 1), (2, 0)], "readers": []}, {"movers": "last", "readers": "early"})
-    assert repr(circuit) == "Circuit(movers: 2 at last, readers: 0 at early)"
-    assert repr(replace(circuit, stopped="Stage 'x' found no head.")).endswith("early; stopped early)")
-
-
-def test_the_default_chain_is_that_of_the_paper():
-    assert [(s.group, s.sender, s.receivers, s.via, s.k) for s in jm.PAPER_CHAIN] == [
-        ("value_fetcher", "last", None, None, 20),
-        ("pos_transmitter", "last", "value_fetcher", "q", 5),
-        ("pos_detector", "query_box", "pos_transmitter", "v", 10),
-        ("struct_reader", "prev_query_box", "pos_detector", "v", 5),
-    ]
-
-
-@pytest.mark.parametrize(
     ("k", "message"),
     [
         ({"readers": 7}, r"stage 'readers': k=7, but the model has 6 heads \(3 layers x 2\)"),
@@ -329,68 +274,12 @@ def test_every_head_of_the_model_may_be_asked_for_and_the_whole_probability(two_
     assert jm.discover(*two_heads, chain=chain, done=done, min_effect=1.0).groups["all"] == [(0, 1)]
 
 
-def test_a_head_in_two_groups_of_one_role_acts_there_once():
-    groups = {"a": [(0, 1), (2, 3)], "b": [(2, 3), (1, 1)], "c": [(2, 3)]}
-    circuit = jm.Circuit(groups, {"a": "last", "b": "last", "c": "early"})
-    assert circuit.heads_by_role == {"last": [(0, 1), (2, 3), (1, 1)], "early": [(2, 3)]}
-    assert circuit.without({"a": [[2, 3]], "c": [[2, 3]]}).groups == {"a": [(0, 1)], "b": [(2, 3), (1, 1)], "c": []}
-    lists = jm.Circuit({"a": [[0, 1], [2, 3]]}, {"a": "last"})
-    assert lists.without({"a": [[2, 3]]}).groups == {"a": [(0, 1)]}, "as JSON has heads"
-
-
 def test_a_role_that_the_pairs_lack_is_named_before_any_work(two_heads):
     with pytest.raises(ValueError, match="Unknown role 'prev_query_box'"):
         chain = (jm.Stage("readers", "last", k=3), jm.Stage("senders", "prev_query_box", "readers", "v", k=3))
         jm.discover(*two_heads, chain=chain, on_stage=lambda *_: pytest.fail("a sweep was run"))
     with pytest.raises(ValueError, match=r"roles \['prev_query_box'\] of the default chain.*chain=\[jm.Stage"):
         jm.discover(*two_heads, on_stage=lambda *_: pytest.fail("a sweep was run"))
-
-
-@pytest.mark.parametrize(
-    ("stages", "message"),
-    [
-        ((), "no stages"),
-        ((CHAIN[0], CHAIN[0]), "'readers' occurs twice"),
-        ((CHAIN[1], CHAIN[0]), r"'senders': there is no earlier group readers for its receivers.* before it are \[\]"),
-        (
-            (CHAIN[0], jm.Stage("a", "last", ("x", "readers", "y"), "q")),
-            r"no earlier group x and y .* are \['readers'\]",
-        ),
-    ],
-)
-def test_chains_that_do_not_fit_together_are_refused(stages, message):
-    with pytest.raises(ValueError, match=message):
-        check_chain(stages)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (("a", "last", None, "q"), "stage 'a': receivers=None with via='q'"),
-        (("a", "last", "readers"), "receivers='readers' with via=None"),
-        (("a", "last", "readers", "z"), "with via='z'; expected via 'q', 'k' or 'v'"),
-        (("a", "last", [(3, 1)], "q"), r"receivers=\[\(3, 1\)\]; expected the name of an earlier group, or a list"),
-        (("a", "last", (), "q"), r"receivers=\(\); expected the name of an earlier group"),
-        (("a", "last", 3, "q"), "receivers=3; expected the name of an earlier group"),
-        (("a", "last", ("b", "b"), "q"), r"receivers=\('b', 'b'\) names a group twice"),
-        (("a", 0), "sender=0; expected the name of a role"),
-        (("a", "last", None, None, 0), "k=0; expected a whole number"),
-        (("../a", "last"), r"group '\.\./a': files and arrays are named by groups"),
-        (("a/b", "last"), "group 'a/b': files and arrays are named by groups"),
-        (("file", "last"), "group 'file': numpy.savez has this name for itself"),
-        ((3, "last"), "group 3: files and arrays are named by groups"),
-    ],
-)
-def test_a_stage_without_meaning_is_refused_where_it_is_made(fields, message):
-    with pytest.raises(ValueError, match=message):
-        jm.Stage(*fields)
-
-
-def test_a_stage_is_the_same_however_it_was_given():
-    assert jm.Stage("a", "last", ["b"], "q") == jm.Stage("a", "last", "b", "q", k=np.int64(5))
-    assert jm.Stage("a", "last", ["b", "c"], "q").receivers == ("b", "c")
-    assert jm.Stage("a", "last", ["b", "c"], "q").reads == "q of b and c"
-    json.dumps(dataclasses.asdict(jm.Stage("a", "last", ["b", "c"], "q", k=np.int64(5))))
 
 
 def test_several_groups_can_be_the_receivers_of_a_stage(random_model, random_pairs):
@@ -407,107 +296,6 @@ def test_several_groups_can_be_the_receivers_of_a_stage(random_model, random_pai
     assert len(together) > len(senders) and not np.allclose(
         full_path_patch(model, pairs, "early", senders, "v"), expected
     )
-
-
-def test_a_chain_is_read_from_toml(tmp_path):
-    (tmp_path / "chain.toml").write_text(
-        '[[stage]]\ngroup = "readers"\nsender = "last"\nk = 3\n\n'
-        '[[stage]]\ngroup = "senders"\nsender = "last"\nreceivers = "readers"\nvia = "q"\nk = 2\n'
-    )
-    assert jm.read_chain(tmp_path / "chain.toml") == CHAIN[:2]
-    with open(tmp_path / "chain.toml", "a") as file:
-        file.write('[[stage]]\ngroup = "early"\nsender = "early"\nreceivers = ["readers", "senders"]\nvia = "v"\n')
-    assert jm.read_chain(tmp_path / "chain.toml")[2] == jm.Stage("early", "early", ("readers", "senders"), "v")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("stage = [", "not a chain"),
-        ('[[stage]]\ngroup = "a"\n', "sender"),
-        ('[[stage]]\ngroup = "a"\nsender = "last"\ncolour = "red"\n', "colour"),
-        ('[[stage]]\ngroup = "a"\nsender = "last"\nvia = "z"\n', "via='z'"),
-        ('[[stages]]\ngroup = "a"\nsender = "last"\n', r"unknown tables \['stages'\]"),
-    ],
-)
-def test_a_bad_chain_file_is_named(tmp_path, text, message):
-    (tmp_path / "chain.toml").write_text(text)
-    with pytest.raises(ValueError, match=f"chain.toml.*{message}"):
-        jm.read_chain(tmp_path / "chain.toml")
-
-
-def test_a_circuit_is_saved_as_in_the_paper_and_read_back(tmp_path):
-    circuit = jm.Circuit({"value_fetcher": [(3, 1), (2, 0)]}, {"value_fetcher": "last"})
-    circuit.save(tmp_path / "new" / "circuit.json")
-    assert json.loads((tmp_path / "new" / "circuit.json").read_text()) == {"value_fetcher": [[3, 1], [2, 0]]}
-    loaded = jm.Circuit.load(tmp_path / "new" / "circuit.json")
-    assert (loaded.groups, loaded.roles) == (circuit.groups, circuit.roles)
-
-
-def test_a_circuit_file_can_say_where_its_groups_act(tmp_path):
-    circuit = jm.Circuit({"movers": [(3, 1), (2, 0)], "none": []}, {"movers": "last", "none": "early"})
-    circuit.save(tmp_path / "with_roles.json", roles=True)
-    found = json.loads((tmp_path / "with_roles.json").read_text())
-    assert found == {"groups": {"movers": [[3, 1], [2, 0]], "none": []}, "roles": {"movers": "last", "none": "early"}}
-    circuit.save(tmp_path / "paper.json")
-    chain = [jm.Stage("movers", "last"), jm.Stage("none", "early", "movers", "q"), jm.Stage("more", "last")]
-    for file, options in (
-        ("with_roles.json", {}),
-        ("with_roles.json", {"chain": chain}),
-        ("with_roles.json", {"roles": circuit.roles}),
-        ("paper.json", {"chain": chain}),
-        ("paper.json", {"roles": circuit.roles | {"more": "last"}}),
-    ):
-        assert jm.Circuit.load(tmp_path / file, **options) == circuit
-    with pytest.raises(ValueError, match=r"says that groups act at .*; the roles given differ: {'none': 'last'}"):
-        jm.Circuit.load(tmp_path / "with_roles.json", roles={"movers": "last", "none": "last"})
-    with pytest.raises(ValueError, match="chain and roles are given; expected one of them"):
-        jm.Circuit.load(tmp_path / "paper.json", chain, roles=circuit.roles)
-    with pytest.raises(ValueError, match=r"roles are known of \['movers'\]"):
-        jm.Circuit.load(tmp_path / "paper.json", roles={"movers": "last"})
-
-
-def test_the_error_says_how_to_load_the_circuit_of_another_chain(tmp_path):
-    circuit = jm.Circuit({"readers": [(3, 1)], "early": [(2, 0)]}, {"readers": "last", "early": "early"})
-    run = RunFolder.open(tmp_path, {"stages": [dataclasses.asdict(stage) for stage in CHAIN]})
-    run.begin()
-    circuit.save(tmp_path / "circuit.json")
-    with pytest.raises(ValueError, match="roles are known of .*give the chain that found them") as error:
-        jm.Circuit.load(tmp_path / "circuit.json")
-    code = re.search(r"Circuit\.load\(.*\)", str(error.value))
-    assert code and eval(f"jm.{code.group()}") == circuit
-    for damaged in ("", "[]", '{"stages": 3}'):
-        (tmp_path / "config.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"roles=\{'readers': '\.\.\.', 'early': '\.\.\.'\}\)"):
-            jm.Circuit.load(tmp_path / "circuit.json")
-
-
-def test_groups_of_a_paper_file_can_have_any_name(tmp_path):
-    circuit = jm.Circuit({"groups": [(3, 1)], "roles": [(2, 0)]}, {"groups": "last", "roles": "last"})
-    circuit.save(tmp_path / "circuit.json")
-    assert jm.Circuit.load(tmp_path / "circuit.json", roles=circuit.roles) == circuit
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not a circuit file"),
-        ("[1]", "not a circuit file"),
-        ('{"value_fetcher": [[1]]}', "not a circuit file"),
-        ('{"value_fetcher": [["1", "2"]]}', r"holds \['1', '2'\]; expected a list of \(layer, head\)"),
-        ('{"value_fetcher": [[1, 2], [1, 2]]}', "more than once"),
-        ('{"groups": {"a": [[1, 2]]}, "roles": {"b": "last"}}', r"expected one for each of \['a'\]"),
-        ('{"groups": {"a": [[1, 2]]}, "roles": {"a": 3}}', "expected one for each"),
-        ('{"groups": {"a": [[1]]}, "roles": {"a": "last"}}', "not a circuit file"),
-        ('{"value_fetcher": [[-1, 2]]}', r"holds \[-1, 2\]; expected"),
-        ('{"value_fetcher": [[1, -2]]}', r"holds \[1, -2\]; expected"),
-        ('{"induction": [[1, 2]]}', r"groups \['induction'\].*give the chain"),
-    ],
-)
-def test_a_bad_circuit_file_is_named(tmp_path, text, message):
-    (tmp_path / "circuit.json").write_text(text)
-    with pytest.raises(ValueError, match=f"circuit.json.*{message}"):
-        jm.Circuit.load(tmp_path / "circuit.json")
 
 
 def test_circuits_are_equal_if_their_groups_and_roles_are(two_heads, tmp_path):
