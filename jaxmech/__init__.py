@@ -4,7 +4,7 @@ from jaxmech import boxes, dcm, demo
 from jaxmech.ablation import mean_activations, resampled_activations
 from jaxmech.accuracy import accuracy, predict
 from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
-from jaxmech.circuits import Circuit
+from jaxmech.circuits import Circuit, overlap
 from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
 from jaxmech.config import Config, Rope
 from jaxmech.criteria import (
@@ -14,7 +14,6 @@ from jaxmech.criteria import (
     completeness,
     faithfulness,
     minimality,
-    overlap,
     random_circuit,
 )
 from jaxmech.discovery import discover

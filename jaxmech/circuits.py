@@ -4,6 +4,7 @@ Every method that patches or ablates heads takes a circuit, or its heads alone: 
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -158,6 +159,20 @@ def as_heads_by_role(circuit: HeadsByRole) -> Mapping[str, Iterable[Sequence[int
     if not isinstance(circuit, Mapping):
         raise TypeError(f"Found {circuit!r}; expected a Circuit, or its heads as {{role: [(layer, head)]}}.")
     return circuit
+
+
+def overlap(circuit: Circuit, reference: Circuit) -> dict[str, tuple[float, float]]:
+    """Precision and recall of `circuit` against `reference`, group by group of both: {group: (precision, recall)}.
+
+    Precision is the share of the circuit's heads that the reference has in the same group, recall the share of the
+    reference's that the circuit has; nan where a group is empty.
+    """
+    found = {}
+    for group in [group for group in circuit.groups if group in reference.groups]:
+        ours, theirs = set(map(tuple, circuit.groups[group])), set(map(tuple, reference.groups[group]))
+        common = len(ours & theirs)
+        found[group] = tuple(common / len(x) if x else math.nan for x in (ours, theirs))
+    return found
 
 
 def _read(found: Any) -> tuple[dict[str, list[Head]], dict[str, str] | None]:

@@ -131,3 +131,18 @@ def test_a_bad_circuit_file_is_named(tmp_path, text, message):
     (tmp_path / "circuit.json").write_text(text)
     with pytest.raises(ValueError, match=f"circuit.json.*{message}"):
         jm.Circuit.load(tmp_path / "circuit.json")
+
+
+def test_overlap_is_precision_and_recall_by_group():
+    ours = jm.Circuit(
+        {"a": [(0, 1), (2, 3), (1, 1)], "b": [], "c": [(0, 0)], "d": [(1, 2)], "e": []}, dict.fromkeys("abcde", "last")
+    )
+    theirs = {"d": [(2, 1)], "b": [(0, 0)], "a": [(2, 3), (0, 2), (0, 1), (3, 3)], "c": [], "f": []}
+    theirs = jm.Circuit(theirs, dict.fromkeys("abcdf", "last"))
+    found = jm.overlap(ours, theirs)
+    assert list(found) == ["a", "b", "c", "d"]
+    assert found["a"] == (2 / 3, 2 / 4)
+    assert found["d"] == (0.0, 0.0)
+    np.testing.assert_array_equal(found["b"], [np.nan, 0])
+    np.testing.assert_array_equal(found["c"], [0, np.nan])
+    assert jm.overlap(ours, ours)["a"] == (1.0, 1.0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmech as jm
 from jaxmech import predictions
 from jaxmech.predictions import NO_ANSWER
 
@@ -33,3 +34,10 @@ def test_answers_are_the_first_of_the_most_probable_tokens(way):
 def test_answers_lower_for_every_platform():
     text = jax.jit(predictions.answers).trace(jnp.zeros((3, 5))).lower(lowering_platforms=("cpu", "cuda", "tpu"))
     assert "stablehlo.reduce" in text.as_text()
+
+
+def test_predictions_are_shown_in_one_line():
+    assert repr(jm.Predictions(np.array([True, False, True, True]))) == "Predictions(4 prompts, accuracy 0.750)"
+    many = jm.Predictions(np.eye(2, 4, dtype=bool), np.zeros((2, 4, 9)), np.zeros((2, 4)))
+    assert repr(many) == "Predictions(2 x 4 prompts, accuracies 0.250 to 0.250, logits, measured)"
+    assert many == many and many != jm.Predictions(many.correct), "compared as objects, not array by array"
