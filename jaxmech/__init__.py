@@ -5,7 +5,8 @@ from jaxmech.ablation import mean_activations, resampled_activations
 from jaxmech.accuracy import accuracy, predict
 from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
 from jaxmech.circuits import Circuit, overlap
-from jaxmech.cmap import HeadSweep, HeadValues, cmap, cmap_heads, collect
+from jaxmech.cmap import cmap
+from jaxmech.collected import HeadValues, collect
 from jaxmech.config import Config, Rope
 from jaxmech.criteria import (
     Completeness,
@@ -18,6 +19,7 @@ from jaxmech.criteria import (
 )
 from jaxmech.discovery import discover
 from jaxmech.evaluation import evaluate
+from jaxmech.head_sweep import HeadSweep, cmap_heads
 from jaxmech.interventions import Interventions, Patch, head_weights
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model, load

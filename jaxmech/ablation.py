@@ -16,7 +16,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
-from jaxmech.patching import head_values
+from jaxmech.patching import capture_heads
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 
@@ -89,7 +89,7 @@ def resampled_activations(
     everywhere = np.broadcast_to(np.arange(length), prompts.shape)
     parts = []
     for rows, new in equal_parts(len(once), batch_size, row_devices(model.weights)):
-        z = head_values(model, (prompts, everywhere), once[rows], sites=("z",))["z"]  # [L, b, T, N, H]
+        z = capture_heads(model, (prompts, everywhere), once[rows], sites=("z",))["z"]  # [L, b, T, N, H]
         parts.append(np.moveaxis(np.asarray(z, np.float32), 0, 2)[new])
     values = np.concatenate(parts)
     values[np.arange(length) > last[once, None]] = np.nan

@@ -70,7 +70,7 @@ def patch_activations(
     positions = positions_of(pairs.corrupt_position, roles)
     _check_one_source(roles, mask, positions_of(pairs.position, roles), positions)
     source = check_tokens(model.config, np.asarray(pairs.corrupt)), positions
-    values = partial(head_values, model, source, sites=("z",))
+    values = partial(capture_heads, model, source, sites=("z",))
     return patched_predictions(model, pairs, roles, mask, values, batch_size, gathered)
 
 
@@ -99,16 +99,16 @@ def patched_predictions(
     return gathered.predictions()
 
 
-def head_values(
+def capture_heads(
     model: Model, source: tuple[np.ndarray, np.ndarray], rows: np.ndarray, *, sites: Sequence[str]
 ) -> dict[str, jax.Array]:
     """Activations [L, b, R, N, H] at `sites` of the prompts `rows` of source = (tokens [B, T], positions [B, R])."""
     prompts = over_rows(model.weights, tuple(x[rows] for x in source))
-    return _head_values(model.config, model.weights, *prompts, sites=tuple(sites))
+    return _captured_heads(model.config, model.weights, *prompts, sites=tuple(sites))
 
 
 @partial(jax.jit, static_argnames=("config", "sites"))
-def _head_values(config: Config, weights: Params, tokens: Array, positions: Array, *, sites) -> dict[str, jax.Array]:
+def _captured_heads(config: Config, weights: Params, tokens: Array, positions: Array, *, sites) -> dict[str, jax.Array]:
     zero = jnp.zeros(len(tokens), jnp.int32)  # of the logits nothing is used; XLA leaves them out
     return forward(config, weights, tokens, capture=sites, capture_at=positions, logits_at=zero)[1]
 

@@ -16,7 +16,7 @@ from jaxmech import batches, compat
 from jaxmech.metrics import METRICS
 
 # The functions jm.cmap and jm.knockout have the names of their modules.
-CMAP, KNOCKOUT = (import_module(f"jaxmech.{name}") for name in ("cmap", "knockout"))
+HEAD_SWEEP, KNOCKOUT = (import_module(f"jaxmech.{name}") for name in ("head_sweep", "knockout"))
 
 HEADS = {"last": [(0, 1), (2, 3), (2, 0)], "query_box": [(1, 2), (2, 3)], "early": [(0, 0), (1, 3)]}
 COMPONENTS = [("z",), ("q",), ("k",), ("k", "v"), ("q", "k", "v")]
@@ -177,7 +177,7 @@ def test_cross_model_patching_of_all_heads_everywhere_with_equal_other_weights_c
 def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, components, multiple, monkeypatch):
     base, tuned = models
     monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
-    monkeypatch.setattr(CMAP, "TOKENS_PER_CALL", 40)  # several calls
+    monkeypatch.setattr(HEAD_SWEEP, "TOKENS_PER_CALL", 40)  # several calls
     heads, clean = [(0, 0), (0, 3), (1, 2), (2, 1), (3, 0), (3, 3)], full_forward.last_logits(base, pairs)
     patched = {head: full_forward.from_model(base, tuned, pairs, {role: [head]}, components) for head in heads}
     answers = clean.argmax(-1), *(patched[head].argmax(-1) for head in heads[:3])
@@ -331,7 +331,7 @@ def test_logits_that_are_not_kept_stay_on_the_device(random_model, random_pairs,
 @pytest.mark.parametrize(
     ("method", "module", "compiled"),
     [
-        (lambda base, tuned, pairs: jm.cmap_heads(base, tuned, pairs, batch_size=2), CMAP, "_prepare"),
+        (lambda base, tuned, pairs: jm.cmap_heads(base, tuned, pairs, batch_size=2), HEAD_SWEEP, "_prepare"),
         (lambda base, tuned, pairs: jm.knockout(base, pairs, target="early", batch_size=2), KNOCKOUT, "_clean_cache"),
     ],
     ids=["cmap_heads", "knockout"],

@@ -9,7 +9,7 @@ from typing import Any
 from jaxmech.boxes import ROLES
 from jaxmech.boxes.scenes import MAX_BOXES, MIN_BOXES
 from jaxmech.chain import PAPER_CHAIN, Stage
-from jaxmech.cmap import COMPONENTS
+from jaxmech.collected import COMPONENTS
 from jaxmech.compat import check_compat
 from jaxmech.study.chains import check_boxes_chain
 from jaxmech.study.models import model_names

@@ -14,9 +14,11 @@ import numpy as np
 from jaxmech.accuracy import predict
 from jaxmech.chain import with_k
 from jaxmech.circuits import Circuit, Head, overlap
-from jaxmech.cmap import HeadValues, cmap, cmap_heads, collect
+from jaxmech.cmap import cmap
+from jaxmech.collected import HeadValues, collect
 from jaxmech.criteria import completeness, faithfulness, minimality
 from jaxmech.discovery import discover, moved_heads
+from jaxmech.head_sweep import cmap_heads
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model
 from jaxmech.predictions import Predictions
