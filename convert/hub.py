@@ -4,7 +4,12 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILES = (
@@ -24,10 +29,14 @@ OTHERS = ("*/*", "consolidated*.safetensors")  # the same tensors in other forms
 OLDER = (("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"), ("consolidated.*.pth",))
 
 
-def local_path(name: str | Path) -> Path:
+def local_path(name: str | Path, revision: str | None = None) -> Path:
     """The directory that `name` means: a local path if it exists, else a model on the Hub, "organisation/model".
 
     What is downloaded goes to Hugging Face's own cache and is read from there the next time, also without a network.
+
+    Args:
+      name: of a directory, or of a model on the Hub.
+      revision: branch, tag or commit of a model on the Hub; None: its main branch.
 
     Returns:
       The directory; `name` itself if it is neither, for the reader to say that it is not there.
@@ -35,23 +44,27 @@ def local_path(name: str | Path) -> Path:
     Raises:
       FileNotFoundError: the Hub has no such model, or none that may be read without a login.
       OSError: the Hub cannot be reached, or the download was cut off.
+      ValueError: a revision of what is no model on the Hub.
     """
     path = Path(name)
     if path.exists() or not NAME.fullmatch(str(name)):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}, but {path} is no model on the Hub; only those have revisions.")
         return path
-    directory, weights = _download(str(name), FILES), ("*.safetensors",)
+    directory, weights = _download(str(name), revision, FILES), ("*.safetensors",)
     for older in OLDER:
         if not any(any(directory.glob(pattern)) for pattern in weights):
-            directory, weights = _download(str(name), (*FILES, *older)), older
+            directory, weights = _download(str(name), revision, (*FILES, *older)), older
     return directory
 
 
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
+def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """The directory of a model on the Hub with the files that the patterns name."""
     missing = f"No directory at {name}, and"
     elsewhere = f"download it elsewhere (hf download {name} --local-dir DIR) and give that directory."
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(OTHERS)))
+        patterns_of = {"allow_patterns": list(patterns), "ignore_patterns": list(OTHERS)}
+        return Path(snapshot_download(name, revision=revision, **patterns_of))
     except GatedRepoError as error:
         raise FileNotFoundError(
             f"{missing} the model of this name on the Hugging Face Hub is open only to those who have accepted its "
@@ -61,6 +74,11 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         raise FileNotFoundError(
             f"{missing} no model of this name on the Hugging Face Hub. Check the name; if the model is private, log in "
             "with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"The model {name} on the Hugging Face Hub has no revision {revision!r}; give one of its branches, tags or "
+            "commits."
         ) from error
     except LocalEntryNotFoundError as error:
         raise OSError(

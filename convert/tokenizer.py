@@ -1,5 +1,6 @@
 """The Hugging Face tokenizer that lies beside a checkpoint's parameters."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def read_tokenizer(path: Path, config: Config, adapter: Path | None = None) -> A
       adapter: directory of an adapter; a tokenizer in it is preferred.
 
     Raises:
-      ValueError: its files cannot be read, or it has more tokens than the model.
+      ValueError: its files cannot be read, or its vocabulary is larger than the model's. Tokens that were added to it
+        and that the model does not have are warned of.
     """
     path = Path(path if adapter is None or not _has_tokenizer(adapter) else adapter)
     if not _has_tokenizer(path):
@@ -31,10 +33,16 @@ def read_tokenizer(path: Path, config: Config, adapter: Path | None = None) -> A
         tokenizer = _read(path)
     except Exception as error:  # the Rust tokenizers raise bare Exceptions
         raise ValueError(f"{path}: the tokenizer cannot be read ({error}). {ADVICE}") from error
-    if len(tokenizer) > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}. They "
-            "belong to different models; copy the tokenizer that this model was trained with."
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}. "
+            "They belong to different models; copy the tokenizer that this model was trained with, or give jm.load it."
+        )
+    if beyond := {token: i for token, i in tokenizer.get_added_vocab().items() if i >= config.vocab_size}:
+        warnings.warn(
+            f"{path}: the tokenizer's added tokens {', '.join(beyond)} are beyond the model's vocabulary of "
+            f"{config.vocab_size}; prompts that have them are refused.",
+            stacklevel=4,
         )
     return tokenizer
 

@@ -20,6 +20,7 @@ from jaxmech.interventions import head_mask
 from jaxmech.scores import PathScores
 
 Head = tuple[int, int]  # (layer, head)
+_PAPER_ROLES = {stage.group: stage.sender for stage in PAPER_CHAIN}
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,13 +76,17 @@ class Circuit:
         }
         return Circuit(left, self.roles)
 
-    def save(self, path: str | Path, *, roles: bool = False) -> None:
+    def save(self, path: str | Path, *, roles: bool | None = None) -> None:
         """Writes JSON to `path`, which is replaced only when it is whole. `load` reads both forms.
 
         Args:
+          path: the file.
           roles: False writes what the paper's code reads, {group: [[layer, head], ...]}, which does not say where a
-            group acts. True writes {"groups": that, "roles": {group: role}}.
+            group acts. True writes {"groups": that, "roles": {group: role}}. None: the former if all groups are the
+            paper's and act where its chain has them, so that `load` needs nothing else; else the latter.
         """
+        if roles is None:
+            roles = not self.roles.items() <= _PAPER_ROLES.items()
         found: dict[str, Any] = {group: [list(head) for head in heads] for group, heads in self.groups.items()}
         write_text(path, json.dumps({"groups": found, "roles": self.roles} if roles else found) + "\n")
 
@@ -118,7 +123,7 @@ class Circuit:
             ) from error
         given = _given_roles(chain, roles)
         if own is None:
-            known = given or {stage.group: stage.sender for stage in PAPER_CHAIN}
+            known = given or _PAPER_ROLES
             if unknown := [group for group in groups if group not in known]:
                 all_known = _roles_beside(path) | dict(known)
                 example = {group: all_known.get(group, "...") for group in groups}

@@ -33,7 +33,7 @@ from jaxmech.report import (
     study_tables,
     write_report,
 )
-from jaxmech.run_folder import RunFolder, earlier_config, fingerprint, text_hash
+from jaxmech.run_folder import CIRCUIT, SCORES, RunFolder, earlier_config, fingerprint, text_hash
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, chance, doubt, run
 from jaxmech.study.chains import check_boxes_chain
@@ -216,7 +216,7 @@ def _run_folder(options: Discover, chain: Sequence[Stage], examples: Sequence[jm
     groups = [stage.group for stage in chain] + [
         str(stage.get("group")) for stage in earlier if isinstance(stage, dict)
     ]
-    names = ["scores.npz", "circuit.json", *[f"{group}.png" for group in groups if Path(group).name == group]]
+    names = [SCORES, CIRCUIT, *[f"{group}.png" for group in groups if Path(group).name == group]]
     outputs = [options.out / name for name in names]
     return RunFolder.open(options.out, settings | sources, given=given, outputs=outputs, overwrite=options.overwrite)
 
@@ -229,7 +229,7 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
 
     with _progress(chain) as progress, _warnings_printed():
         circuit = discover(model, pairs, chain=chain, done=run.scores, on_stage=keep, progress=progress, **options)
-    circuit.save(run.path / "circuit.json")
+    circuit.save(run.path / CIRCUIT)
     moved = moved_heads(circuit, with_k(chain, options["k"]), options["min_effect"])
     for stage in chain:
         if stage.group in circuit.scores:

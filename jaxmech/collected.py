@@ -107,14 +107,12 @@ def check_components(components: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_same_shape(base: Model, tuned: Model) -> None:
-    def shape(model):
-        config = model.config
-        return config.num_layers, config.num_heads, config.head_dim, config.vocab_size
-
-    if shape(base) != shape(tuned):
+    """ValueError unless heads of one model fit into the other."""
+    ours, theirs = base.config.patched_shape, tuned.config.patched_shape
+    if ours != theirs:
         raise ValueError(
-            f"base has (layers, heads, head_dim, vocabulary) = {shape(base)}, tuned {shape(tuned)}; patching across "
-            "models needs a fine-tune of the same shape."
+            f"base has (layers, heads, head_dim, vocabulary) = {ours}, tuned {theirs}; patching across models needs a "
+            "fine-tune of the same shape."
         )
 
 

@@ -194,6 +194,11 @@ class Config:
         return jnp.dtype(self.dtype)
 
     @property
+    def patched_shape(self) -> tuple[int, int, int, int]:
+        """(layers, heads, head_dim, vocabulary): what models share whose heads are patched into each other."""
+        return self.num_layers, self.num_heads, self.head_dim, self.vocab_size
+
+    @property
     def coarse(self) -> bool:
         """Whether activations or products are rounded so that rounding can be seen in scores."""
         return self.dtype != "float32" or self.precision in COARSE

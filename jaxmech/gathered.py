@@ -47,7 +47,7 @@ class Gathered:
         return cls(
             metric=metric,
             labels=pairs.labels,
-            wrong_labels=check_measure(metric, wrong_labels, pairs.labels, config.vocab_size),
+            wrong_labels=check_measure(metric, wrong_labels, pairs, config.vocab_size),
             answered=np.empty(shape, np.int32),
             logits=np.empty((*shape, config.vocab_size), np.float32) if keep_logits else None,
             measured=None if metric == ACCURACY else np.empty(shape, np.float32),

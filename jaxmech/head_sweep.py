@@ -80,7 +80,7 @@ def cmap_heads(
       tuned: a model of the same shape, or what `collect` kept of it for these pairs.
       pairs: prompts and labels; only the clean prompts are run.
       role: the role at which each head is patched.
-      components: what is patched: "z", or any of "q", "k" and "v"; see `cmap`.
+      components: what is patched: any of "z", "q", "k" and "v"; see `cmap`.
       metric: what a score is, see `jaxmech.metrics`: "probability", "log_probability", "logit_difference" or a function
         of the logits, as for `path_patch`.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
@@ -90,7 +90,7 @@ def cmap_heads(
       ValueError: as `cmap`, or an unknown metric.
     """
     components, config = check_components(components), base.config
-    wrong_labels = check_metric(metric, wrong_labels, pairs.labels, config.vocab_size)
+    wrong_labels = check_metric(metric, wrong_labels, pairs, config.vocab_size)
     values_at = values_of(base, tuned, pairs, [role], components)
     tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
     copies = row_devices(base.weights)

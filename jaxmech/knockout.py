@@ -6,6 +6,7 @@ layer costs a forward pass of the tokens from the source on alone (`jaxmech.cone
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +68,8 @@ def knockout(
     config, options = model.config, {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(config, pairs, config.num_layers, **options)
     window = config.num_layers if window is None else window
-    if window < 1:
-        raise ValueError(f"window={window}; expected at least one layer, or None for all from each on.")
+    if not isinstance(window, Integral) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"window={window!r}; expected a number of layers from 1 on, or None for all from each on.")
     p, last = pairs.position(source), pairs.position("last")
     keys = _keys(pairs, target)
     _check_before(keys, p, source, target)

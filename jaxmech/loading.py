@@ -193,6 +193,8 @@ def load(
     *,
     precision: str = "highest",
     mesh: jax.sharding.Mesh | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint (safetensors or PyTorch's files), Meta's, or one that `python -m convert` wrote.
 
@@ -207,6 +209,8 @@ def load(
       mesh: devices that hold the model and run all methods, as copies, split, or both (see `jaxmech.sharding`);
         parameters are split as they are read, so that the model need not fit on one. Make it with `jaxmech.make_mesh`.
         None: one device.
+      tokenizer: in place of the checkpoint's own, which is not read then.
+      revision: branch, tag or commit of a model on the Hub, such as a step of its training; None: the main branch.
 
     Returns:
       The model; `tokenizer` is None if the directory holds none.
@@ -217,22 +221,34 @@ def load(
       ValueError: the checkpoint is damaged or describes a model that is not supported, the adapter does not fit it, or
         the mesh has no axis "model".
     """
-    path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
+    path, adapter = convert.local_path(path, revision), None if adapter is None else convert.local_path(adapter)
     changes = {"dtype": dtype, "param_dtype": dtype, "precision": precision}
+    config, tokenizer = describe(path, adapter, tokenizer, **changes)  # first: what is refused is refused at once
+    shardings = None if mesh is None else parameter_shardings(config, mesh)
     if checkpoint.is_checkpoint(path):
-        if adapter is not None:
-            raise ValueError(
-                f"{path} is an Orbax checkpoint, adapter {adapter} is for one of Hugging Face. Merge it when that is "
-                "converted: python -m convert --model BASE --adapter DIR --out OUT."
-            )
-        config = checkpoint.read_config(path).replace(**changes)
-        tokenizer = convert.read_tokenizer(path / checkpoint.TOKENIZER, config)
-        return Model(config, checkpoint.read_params(path, config, _shardings(config, mesh)), tokenizer)
-    config = convert.read_config(path, adapter, **changes)
-    tokenizer = convert.read_tokenizer(path, config, adapter)  # first: what is refused is refused at once
-    params = convert.read_params(path, config, adapter=adapter, shardings=_shardings(config, mesh))
-    return Model(config, params, tokenizer)
+        return Model(config, checkpoint.read_params(path, config, shardings), tokenizer)
+    return Model(config, convert.read_params(path, config, adapter=adapter, shardings=shardings), tokenizer)
 
 
-def _shardings(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
-    return None if mesh is None else parameter_shardings(config, mesh)
+def describe(path: Path, adapter: Path | None = None, tokenizer: Any = None, **changes: Any) -> tuple[Config, Any]:
+    """Config and tokenizer of the checkpoint in the directory `path`, of which no weights are read.
+
+    Args:
+      adapter: directory of an adapter that is merged into it.
+      tokenizer: in place of its own.
+      changes: fields of `Config`, such as dtype.
+
+    Raises:
+      As `load`.
+    """
+    if not checkpoint.is_checkpoint(path):
+        config = convert.read_config(path, adapter, **changes)
+        return config, convert.read_tokenizer(path, config, adapter) if tokenizer is None else tokenizer
+    if adapter is not None:
+        raise ValueError(
+            f"{path} is an Orbax checkpoint, adapter {adapter} is for one of Hugging Face. Merge it when that is "
+            "converted: python -m convert --model BASE --adapter DIR --out OUT."
+        )
+    config = checkpoint.read_config(path).replace(**changes)
+    own = path / checkpoint.TOKENIZER
+    return config, convert.read_tokenizer(own, config) if tokenizer is None else tokenizer

@@ -5,10 +5,15 @@
   logit_difference   change of logit(correct) - logit(wrong), the wrong answer being named by the caller
 
 All are negative where the patch hurts. Where the answer is not one token, a metric can be a function of the logits
-(`Function`), and the score is its change. Of an answer itself, not of a change, what the function says, the
-probability, log-probability or logit difference is measured, or whether it is right, "accuracy".
+(`Function`), and the score is its change. Of answers, as opposed to effects, what is measured is the accuracy, the
+probability, log-probability or logit difference itself, or what the function says.
+
+A function looks up what it needs of each prompt by `rows`, which count within the pairs that a method was given: for
+`pairs[some]` they start from 0 again, and a function of values for `pairs` needs those of `pairs[some]`. Wrong labels
+that are part of the pairs (`Pairs.wrong_labels`) are selected with them.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxmech.pairs import Pairs
 
 # From float32 logits [B, V] and rows [B], which of the pairs they are, to what is measured of each, [B]; for jit.
 Function = Callable[[jax.Array, jax.Array], jax.Array]
@@ -77,7 +84,13 @@ def measure(
 
 def _said(function: Function, logits: jax.Array, rows: jax.Array) -> jax.Array:
     """What a function says of logits [B, V], float32 [B]; ValueError if that is something else."""
-    found = jnp.asarray(function(logits, rows))
+    try:
+        found = jnp.asarray(function(logits, rows))
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            f"metric {name_of(function)}: it hands logits or rows to NumPy, which cannot be compiled; take jax.numpy, "
+            "also for an array that rows look up (jnp.asarray(values)[rows])."
+        ) from error
     if found.shape != rows.shape or not jnp.issubdtype(found.dtype, jnp.floating):
         raise ValueError(
             f"metric {name_of(function)}: found {found.dtype} {list(found.shape)} of logits {list(logits.shape)}; "
@@ -96,22 +109,28 @@ def effect(metric: "str | Function", patched: Outcome, clean: Outcome) -> np.nda
 
 
 def check_metric(
-    metric: "str | Function", wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int
+    metric: "str | Function", wrong_labels: np.ndarray | None, pairs: Pairs, vocab_size: int
 ) -> np.ndarray:
-    """The wrong labels [B], or any where `metric` does not need them.
+    """The wrong labels [B], those given or else those of the pairs, or any where `metric` does not need them.
 
     Raises:
-      ValueError: an unknown metric; "logit_difference" without wrong labels or with ones that are not [B] token ids
-        other than the labels; wrong labels for another metric.
+      ValueError: an unknown metric, or a function of other arguments; "logit_difference" without wrong labels or with
+        ones that are not [B] token ids other than the labels; wrong labels given for another metric.
     """
-    if not callable(metric) and metric not in METRICS:
+    labels = pairs.labels
+    if callable(metric):
+        _check_arguments(metric)
+    elif metric not in METRICS:
         raise ValueError(f"metric={metric!r}; expected one of {', '.join(METRICS)}.")
     if metric != "logit_difference":
         if wrong_labels is not None:
             raise ValueError(_NO_USE.format(name_of(metric)))
         return labels
+    wrong_labels = pairs.wrong_labels if wrong_labels is None else wrong_labels
     if wrong_labels is None:
-        raise ValueError("metric='logit_difference' needs wrong_labels, a wrong answer for each prompt.")
+        raise ValueError(
+            "metric='logit_difference' needs wrong_labels, a wrong answer for each prompt; the pairs have none, either."
+        )
     wrong = np.asarray(wrong_labels)
     if wrong.shape != labels.shape or not np.issubdtype(wrong.dtype, np.integer):
         raise ValueError(f"wrong_labels has shape {wrong.shape} and dtype {wrong.dtype}; expected ids {labels.shape}.")
@@ -123,13 +142,26 @@ def check_metric(
 
 
 def check_measure(
-    metric: "str | Function", wrong_labels: np.ndarray | None, labels: np.ndarray, vocab_size: int
+    metric: "str | Function", wrong_labels: np.ndarray | None, pairs: Pairs, vocab_size: int
 ) -> np.ndarray:
     """As `check_metric`, for what is measured of answers: "accuracy" is among the metrics."""
     if not callable(metric) and metric not in (ACCURACY, *METRICS):
         raise ValueError(f"metric={metric!r}; expected one of {', '.join((ACCURACY, *METRICS))}.")
     if metric != ACCURACY:
-        return check_metric(metric, wrong_labels, labels, vocab_size)
+        return check_metric(metric, wrong_labels, pairs, vocab_size)
     if wrong_labels is not None:
         raise ValueError(_NO_USE.format(metric))
-    return labels
+    return pairs.labels
+
+
+def _check_arguments(function: Function) -> None:
+    """ValueError if the function does not take logits and rows."""
+    try:
+        inspect.signature(function).bind("logits", "rows")
+    except TypeError as error:
+        raise ValueError(
+            f"metric {name_of(function)}: {error}; expected a function (logits [B, V], rows [B]) -> [B], rows being "
+            "which of the pairs these are."
+        ) from error
+    except ValueError:  # it has no signature to look at
+        return

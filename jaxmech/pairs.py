@@ -14,6 +14,7 @@ import numpy as np
 from jaxmech.tokenized import (
     Place,
     answer_tokens,
+    marked,
     read_prompts,
     right_padded,
     role_positions,
@@ -37,6 +38,7 @@ class Pairs:
       labels: the correct next token of each clean prompt, int32 [B].
       positions: role -> token position in the clean prompt, int32 [B].
       corrupt_positions: role -> token position in the corrupt prompt, int32 [B].
+      wrong_labels: a wrong answer to each clean prompt, int32 [B], for metric="logit_difference"; or None.
 
     Raises:
       ValueError: if shapes disagree, ids or positions are negative, `last` is missing, or a role lies outside its
@@ -48,6 +50,7 @@ class Pairs:
     labels: np.ndarray  # [B]
     positions: Mapping[str, np.ndarray]  # role -> [B]
     corrupt_positions: Mapping[str, np.ndarray] = field(default_factory=dict)  # role -> [B]
+    wrong_labels: np.ndarray | None = None  # [B]
 
     def __post_init__(self):
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -55,6 +58,12 @@ class Pairs:
         set_field("labels", _token_ids("labels", self.labels, ndim=1))
         if len(self.labels) != len(self.clean):
             raise ValueError(f"Pairs: labels has {len(self.labels)} examples, clean has {len(self.clean)}.")
+        if self.wrong_labels is not None:
+            set_field("wrong_labels", _token_ids("wrong_labels", self.wrong_labels, ndim=1))
+            if len(self.wrong_labels) != len(self.clean):
+                raise ValueError(
+                    f"Pairs: wrong_labels has {len(self.wrong_labels)} examples, clean has {len(self.clean)}."
+                )
         set_field("positions", _roles("positions", self.positions, self.clean))
         _warn_of_left_padding("clean", self.clean, self.positions["last"])
         if self.corrupt is None:
@@ -73,10 +82,12 @@ class Pairs:
         tokenizer: Any,
         clean: Sequence[str],
         corrupt: Sequence[str] | None,
-        answers: Sequence[str],
+        answers: Sequence[str | int],
         roles: Mapping[str, Place | Sequence[Place]] | None = None,
         corrupt_roles: Mapping[str, Place | Sequence[Place]] | None = None,
         *,
+        wrong_answers: Sequence[str | int] | None = None,
+        first_token: bool = False,
         between: str = " ",
         add_bos: bool | None = None,
     ) -> "Pairs":
@@ -86,17 +97,20 @@ class Pairs:
           tokenizer: a fast Hugging Face tokenizer.
           clean: B prompts.
           corrupt: their counterparts, or None where a method needs none.
-          answers: the correct continuation of each clean prompt, one token where it stands.
+          answers: the correct continuation of each clean prompt, one token where it stands, or the id of one.
           roles: role -> where it is in each clean prompt: a piece of the prompt that is there once, (start, end) among
             its characters, or the index of a token, counted from 0, BOS included. The position is that of the place's
             last token. One place stands for all prompts; `last` is found by itself. A tuple of two numbers is (start,
             end); indices for two prompts are a list or an array.
           corrupt_roles: the same for the corrupt prompts; None: the pieces of `roles` are looked for in them, too.
+          wrong_answers: a wrong continuation of each, for metric="logit_difference".
+          first_token: of answers of several tokens, take the first.
           between: stands between a prompt and its answer, unless the answer begins with a space of its own; in either
             case, the prompt does not end in white space.
-          add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself.
+          add_bos: prepend the tokenizer's BOS token; None: if the tokenizer does so by itself. A prompt that begins
+            with it in writing, as chat templates have it, gets no second one.
 
-        A warning says of how many prompts the tokenizer does not know all words.
+        Warns how many prompts have words that the tokenizer does not know.
 
         Raises:
           TypeError: an answer that is no text.
@@ -105,16 +119,22 @@ class Pairs:
         """
         read = text_reader(tokenizer, add_bos)
         prompts = read_prompts(read, clean, "clean")
-        for name, given in (("answers", answers), ("corrupt", clean if corrupt is None else corrupt)):
-            if isinstance(given, str) or len(given) != len(prompts):
+        lists = {"answers": answers, "wrong_answers": wrong_answers, "corrupt": corrupt}
+        for name, given in lists.items():
+            if given is not None and (isinstance(given, str) or len(given) != len(prompts)):
                 raise ValueError(f"{name} is {given!r}; expected a list of {len(prompts)}, one for each clean prompt.")
-        labels = answer_tokens(read, prompts, answers, between)
+        found = {
+            name: answer_tokens(read, prompts, lists[name], between, name, first_token=first_token)
+            for name in ("answers", "wrong_answers")
+            if lists[name] is not None
+        }
+        labels, wrong = found["answers"], found.get("wrong_answers")
         positions = role_positions(prompts, roles or {}, "roles")
         if corrupt is None:
             if corrupt_roles:
                 raise ValueError("corrupt_roles given without corrupt prompts.")
             warn_of_unknown_words(prompts)
-            return cls(right_padded(prompts), None, labels, positions)
+            return cls(right_padded(prompts), None, labels, positions, wrong_labels=wrong)
         others = read_prompts(read, corrupt, "corrupt")
         if corrupt_roles is not None:
             theirs = role_positions(others, corrupt_roles, "corrupt_roles")
@@ -126,7 +146,7 @@ class Pairs:
         else:
             theirs = role_positions(others, roles or {}, "without corrupt_roles, roles hold for corrupt prompts: roles")
         warn_of_unknown_words([*prompts, *others])
-        return cls(right_padded(prompts), right_padded(others), labels, positions, theirs)
+        return cls(right_padded(prompts), right_padded(others), labels, positions, theirs, wrong)
 
     def __repr__(self) -> str:
         tokens = str(self.clean.shape[1])
@@ -158,7 +178,25 @@ class Pairs:
             labels=self.labels[rows],
             positions=pick(self.positions),
             corrupt_positions=pick(self.corrupt_positions),
+            wrong_labels=None if self.wrong_labels is None else self.wrong_labels[rows],
         )
+
+    def show(self, tokenizer: Any, row: int = 0) -> str:
+        """The prompts of one example as text, every role behind its token, to see that they are where they should be.
+
+        Args:
+          tokenizer: the one that the prompts were made with.
+          row: which example.
+        """
+        sides = {"clean": (self.clean, self.positions)}
+        if self.corrupt is not None:
+            sides["corrupt"] = self.corrupt, self.corrupt_positions
+        lines = []
+        for name, (tokens, roles) in sides.items():
+            at = {role: int(positions[row]) for role, positions in roles.items()}
+            lines.append(f"{name}: {marked(tokenizer, tokens[row, : at['last'] + 1].tolist(), at)}")
+        answer = tokenizer.decode([int(self.labels[row])])
+        return "\n".join([f"{lines[0]} -> {answer!r}", *lines[1:]])
 
     def position(self, role: str) -> np.ndarray:
         """Position of `role` in each clean prompt, [B]; ValueError if there is no such role."""
@@ -228,6 +266,10 @@ def _warn_of_left_padding(name: str, tokens: np.ndarray, last: np.ndarray) -> No
 
 
 def _role(roles: Mapping[str, np.ndarray], role: str, name: str) -> np.ndarray:
+    if not isinstance(role, str):
+        raise ValueError(
+            f"role is {role!r}; expected the name of one role: these pairs have {name} for {sorted(roles)}."
+        )
     if role not in roles:
         raise ValueError(f"Unknown role {role!r}; these pairs have {name} for {sorted(roles)}.")
     return roles[role]

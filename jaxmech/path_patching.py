@@ -168,7 +168,7 @@ def plan(
     """Checks a sweep and splits it; arguments and errors as for `path_patch`."""
     config, copies = model.config, row_devices(model.weights)
     mask = _receiver_mask(config, receivers, via)
-    wrong_labels = check_metric(metric, wrong_labels, pairs.labels, config.vocab_size)
+    wrong_labels = check_metric(metric, wrong_labels, pairs, config.vocab_size)
     corrupt_p, p, last = pairs.corrupt_position(sender), pairs.position(sender), pairs.position("last")
     prompts = check_prompts(config, pairs), check_tokens(config, np.asarray(pairs.corrupt))
     if mask is None and (p != last).any():

@@ -1,8 +1,8 @@
 """The folder of one run: its settings and what it found, written stage by stage, so that it can resume.
 
 Holds config.json (settings, the model's and the data's fingerprints, versions) and, of a discovery run, scores.npz
-(every finished sweep) and circuit.json (the paper's format). Nothing in the folder changes before the first result is
-kept. Figures beside them are the commands' business.
+(every finished sweep) and circuit.json. Nothing in the folder changes before the first result is kept. Figures beside
+them are the commands' business.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ class RunFolder:
 def read_scores(path: str | Path) -> dict[str, PathScores]:
     """The scores of the sweeps that a discovery run has finished: {group: scores}, in the order of the chain.
 
-    What a command found can so be looked at, and taken up by `discover` as `done`.
+    To look at what a command found, or to hand it to `discover` as `done`.
 
     Args:
       path: the folder that the run was told to write to, or its scores.npz.

@@ -38,7 +38,7 @@ def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], 
 
     Args:
       tokenizer: a fast Hugging Face tokenizer.
-      add_bos: prepend its BOS token; None: if the tokenizer does so by itself.
+      add_bos: prepend its BOS token to texts that do not begin with it; None: if the tokenizer does so by itself.
 
     Raises:
       ValueError: it gives no character offsets, or has no BOS token to add.
@@ -60,7 +60,8 @@ def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], 
 
     def read(text: str) -> Text:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
-        ids, spans = bos + encoding.input_ids, [(0, 0)] * len(bos) + list(map(tuple, encoding.offset_mapping))
+        before = [] if encoding.input_ids[:1] == bos else bos  # chat templates write it out
+        ids, spans = before + encoding.input_ids, [(0, 0)] * len(before) + list(map(tuple, encoding.offset_mapping))
         return Text(
             text, ids, spans, [known(token, text[slice(*span)]) for token, span in zip(ids, spans, strict=True)]
         )
@@ -95,32 +96,61 @@ def read_prompts(read: Callable[[str], Text], texts: Sequence[str], name: str) -
 
 
 def answer_tokens(
-    read: Callable[[str], Text], prompts: Sequence[Text], answers: Sequence[str], between: str
+    read: Callable[[str], Text],
+    prompts: Sequence[Text],
+    answers: Sequence[str | int],
+    between: str,
+    name: str,
+    *,
+    first_token: bool,
 ) -> np.ndarray:
     """The token of each answer where it stands, int [B].
 
+    Args:
+      answers: texts, or ids of tokens.
+      name: what they are called in errors.
+      first_token: of an answer of several tokens, take the first.
+
     Raises:
-      TypeError: an answer that is no text.
+      TypeError: an answer that is neither a text nor an id.
       ValueError: an answer that is not one known token, or white space twice before it; the prompt is named.
     """
     found = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if _is_index(answer):
+            found.append(int(answer))
+            continue
         if not isinstance(answer, str):
-            raise TypeError(f"answers[{i}] is {answer!r}; expected a text, the continuation of {prompt.text!r}.")
+            raise TypeError(
+                f"{name}[{i}] is {answer!r}; expected a text, the continuation of {prompt.text!r}, or a token's id."
+            )
         text = answer if answer[:1].isspace() else between + answer
         indented = text is answer and prompt.text.endswith("\n")
         if text[:1].isspace() and prompt.text[-1:].isspace() and not indented:
             raise ValueError(
-                f"answers[{i}]: the prompt {prompt.text!r} ends in white space, and {text!r} begins with it. End the "
+                f"{name}[{i}]: the prompt {prompt.text!r} ends in white space, and {text!r} begins with it. End the "
                 "prompt before it, or give between=''."
             )
-        try:
-            found.append(continued(read, prompt, text))
-        except ValueError as error:
-            raise ValueError(f"answers[{i}]: {error} Choose an answer that is one token there.") from error
-        if not read(prompt.text + text).known[-1]:
-            raise ValueError(f"answers[{i}]: the tokenizer does not know {answer!r}, the answer to {prompt.text!r}.")
+        whole, place = read(prompt.text + text), len(prompt.ids)
+        if whole.ids[:place] != prompt.ids or len(whole.ids) == place:
+            raise ValueError(f"{name}[{i}]: the tokenizer does not continue {prompt.text!r} by tokens of {answer!r}.")
+        if len(whole.ids) > place + 1 and not first_token:
+            raise ValueError(
+                f"{name}[{i}]: {answer!r} is {len(whole.ids) - place} tokens behind {prompt.text!r}. Choose an answer "
+                "that is one token there, or take the first of its tokens: first_token=True."
+            )
+        if not whole.known[place]:
+            raise ValueError(f"{name}[{i}]: the tokenizer does not know {answer!r}, the answer to {prompt.text!r}.")
+        found.append(whole.ids[place])
     return np.array(found)
+
+
+def marked(tokenizer: Any, ids: Sequence[int], at: Mapping[str, int]) -> str:
+    """The text of a prompt with the names of roles, in brackets, behind the tokens that they are `at`."""
+    decoded = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in range(len(ids) + 1)]
+    pieces = [after[len(before) :] for before, after in zip(decoded, decoded[1:], strict=False)]
+    names = ["".join(f"[{role}]" for role, position in at.items() if position == i) for i in range(len(ids))]
+    return "".join(piece + name for piece, name in zip(pieces, names, strict=True))
 
 
 def role_positions(

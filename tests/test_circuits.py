@@ -41,7 +41,7 @@ def test_heads_are_tuples_of_numbers_whatever_they_were(heads, tmp_path):
     assert circuit.heads_by_role == {"last": [(3, 1), (2, 0), (0, 0)]}
     assert circuit.without({"a": [[3, 1]]}).groups["a"] == [(2, 0)]
     circuit.save(tmp_path / "circuit.json")
-    assert jm.Circuit.load(tmp_path / "circuit.json", roles=circuit.roles) == circuit
+    assert jm.Circuit.load(tmp_path / "circuit.json") == circuit
 
 
 def test_a_circuit_is_shown_in_one_line():
@@ -72,7 +72,7 @@ def test_a_circuit_file_can_say_where_its_groups_act(tmp_path):
     circuit.save(tmp_path / "with_roles.json", roles=True)
     found = json.loads((tmp_path / "with_roles.json").read_text())
     assert found == {"groups": {"movers": [[3, 1], [2, 0]], "none": []}, "roles": {"movers": "last", "none": "early"}}
-    circuit.save(tmp_path / "paper.json")
+    circuit.save(tmp_path / "paper.json", roles=False)
     chain = [jm.Stage("movers", "last"), jm.Stage("none", "early", "movers", "q"), jm.Stage("more", "last")]
     for file, options in (
         ("with_roles.json", {}),
@@ -90,11 +90,26 @@ def test_a_circuit_file_can_say_where_its_groups_act(tmp_path):
         jm.Circuit.load(tmp_path / "paper.json", roles={"movers": "last"})
 
 
+@pytest.mark.parametrize(
+    ("roles", "form"),
+    [
+        ({"value_fetcher": "last", "struct_reader": "prev_query_box"}, "of the paper"),
+        ({"value_fetcher": "last", "struct_reader": "query_box"}, "with roles"),
+        ({"value_fetcher": "last", "movers": "last"}, "with roles"),
+    ],
+)
+def test_what_is_saved_can_be_loaded_without_more(tmp_path, roles, form):
+    circuit = jm.Circuit({group: [(3, 1), (2, 0)] for group in roles}, roles)
+    circuit.save(tmp_path / "circuit.json")
+    assert jm.Circuit.load(tmp_path / "circuit.json") == circuit
+    assert ("roles" in json.loads((tmp_path / "circuit.json").read_text())) == (form == "with roles")
+
+
 def test_the_error_says_how_to_load_the_circuit_of_another_chain(tmp_path):
     circuit = jm.Circuit({"readers": [(3, 1)], "early": [(2, 0)]}, {"readers": "last", "early": "early"})
     run = RunFolder.open(tmp_path, {"stages": [dataclasses.asdict(stage) for stage in CHAIN]})
     run.begin()
-    circuit.save(tmp_path / "circuit.json")
+    circuit.save(tmp_path / "circuit.json", roles=False)
     with pytest.raises(ValueError, match="roles are known of .*give the chain that found them") as error:
         jm.Circuit.load(tmp_path / "circuit.json")
     code = re.search(r"Circuit\.load\(.*\)", str(error.value))
@@ -107,7 +122,7 @@ def test_the_error_says_how_to_load_the_circuit_of_another_chain(tmp_path):
 
 def test_groups_of_a_paper_file_can_have_any_name(tmp_path):
     circuit = jm.Circuit({"groups": [(3, 1)], "roles": [(2, 0)]}, {"groups": "last", "roles": "last"})
-    circuit.save(tmp_path / "circuit.json")
+    circuit.save(tmp_path / "circuit.json", roles=False)
     assert jm.Circuit.load(tmp_path / "circuit.json", roles=circuit.roles) == circuit
 
 

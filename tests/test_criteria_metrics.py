@@ -155,3 +155,34 @@ def test_what_is_measured_does_not_depend_on_parts_or_kept_logits(case, measured
     assert jm.evaluate(*args).measured is None
     own = jm.predict(case.model, case.pairs, batch_size=7, **options)
     assert_close(own.measured, jm.path_patch(case.model, case.pairs).probability, TOLERANCES.cone)
+
+
+def test_a_function_that_is_never_positive_has_a_recovered_share_with_an_interval(case):
+    """The share of the way from everything ablated to the model, as by hand; ratios of it are nan."""
+    own = jnp.asarray(full_forward.last_logits(case.model, case.pairs))
+
+    def likeness(logits, rows):
+        """Minus the squared distance from the model's own logits: 0 at best."""
+        return -jnp.square(logits - own[rows]).sum(-1)
+
+    arguments = case.model, case.pairs, CIRCUIT, case.means
+    found = jm.faithfulness(*arguments, random=3, metric=likeness)
+    assert math.isnan(found.ratio) and repr(found).startswith(
+        f"Faithfulness(likeness(): recovered {found.recovered:.3f}"
+    )
+
+    def values(heads):
+        logits = full_forward.evaluate(case.model, case.pairs, heads, case.means, True)
+        return -np.square(logits - own).sum(-1)
+
+    none = values(dict.fromkeys(CIRCUIT.heads_by_role, ()))
+    part, random = values(left(CIRCUIT, {})), [values(left(other, {})) for other in found.random_circuits]
+    share = lambda x: (x.mean() - none.mean()) / (0 - none.mean())  # noqa: E731
+    assert found.recovered == pytest.approx(share(part), rel=1e-3)
+    np.testing.assert_allclose(found.random_recovered, [share(x) for x in random], rtol=1e-2, atol=1e-3)
+    low, high = found.recovered_interval(0.9, resamples=200, seed=3)
+    rng = np.random.default_rng(3)
+    drawn = rng.multinomial(PROMPTS, [1 / PROMPTS] * PROMPTS, size=200)
+    shares = [1 - (times @ part) / (times @ none) for times in drawn]
+    np.testing.assert_allclose([low, high], np.quantile(shares, [0.05, 0.95]), rtol=1e-3)
+    assert low < found.recovered < high

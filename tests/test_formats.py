@@ -12,7 +12,7 @@ import torch
 from conftest import TOLERANCES, assert_close
 from hf_llama import LLAMA3, SIZES, hf_model
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from other_formats import META_SIZES, meta_tensors, save_bin, save_meta
 from words import word_tokenizer
@@ -221,7 +221,10 @@ def on_the_hub(tmp_path, monkeypatch):
     """A folder whose folders are repositories; what is downloaded from them is a copy of the files asked for."""
     root = tmp_path / "on the hub"
 
-    def download(name, *, allow_patterns, ignore_patterns):
+    def download(name, *, revision, allow_patterns, ignore_patterns):
+        name = name if revision is None else f"{name}@{revision}"
+        if not (root / name).exists():
+            raise RevisionNotFoundError.__new__(RevisionNotFoundError)
         files = [str(file.relative_to(root / name)) for file in (root / name).rglob("*") if file.is_file()]
         for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             target = tmp_path / "cache" / name / file
@@ -250,6 +253,18 @@ def test_a_name_on_the_hub_loads_the_model_and_only_the_files_needed(tmp_path, o
     assert_identical(jm.load("org/model"), jm.load(path))
     assert downloaded(tmp_path / "cache" / "org" / "model") == needed
     assert jm.load("org/model").tokenizer("w3")["input_ids"] == [3]
+
+
+def test_a_revision_is_that_of_the_hub(tmp_path, on_the_hub):
+    hf_model().save_pretrained(on_the_hub / "org" / "model")
+    save_bin(hf_model(num_hidden_layers=1), on_the_hub / "org" / "model@step100")
+    assert_identical(jm.load("org/model", revision="step100"), jm.load(on_the_hub / "org" / "model@step100"))
+    assert jm.load("org/model").config.num_layers != 1
+    with pytest.raises(FileNotFoundError, match="org/model on the Hugging Face Hub has no revision 'step7'"):
+        jm.load("org/model", revision="step7")
+    for local in (on_the_hub / "org" / "model", "nowhere"):
+        with pytest.raises(ValueError, match="revision='main', but .* is no model on the Hub"):
+            jm.load(local, revision="main")
 
 
 def test_older_formats_are_downloaded_where_there_is_no_newer_one(tmp_path, on_the_hub):

@@ -1,5 +1,7 @@
 """Pairs from texts: positions by pieces and characters, and every prompt that cannot be meant is named."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,7 +92,7 @@ def test_bos_and_the_space_before_an_answer_can_be_chosen():
     [
         (
             {"answers": ["fig", "fig engine"]},
-            r"answers\[1\]: The tokenizer does not continue 'The radio .* 'fig engine'",
+            r"answers\[1\]: 'fig engine' is 2 tokens behind 'The radio",
         ),
         ({"answers": ["fig", "zebra"]}, r"answers\[1\]: the tokenizer does not know 'zebra', the answer to 'The radio"),
         ({"answers": ["fig"]}, r"answers is \['fig'\]; expected a list of 2"),
@@ -145,8 +147,61 @@ def test_what_cannot_be_meant_is_named(change, message):
 
 
 def test_answers_that_are_no_text_are_named():
-    with pytest.raises(TypeError, match=r"answers\[1\] is 3; expected a text, the continuation of 'The radio"):
-        jm.Pairs.from_text(TOKENIZERS["word-level"](), CLEAN, None, ["fig", 3])
+    with pytest.raises(TypeError, match=r"answers\[1\] is 3.0; expected a text, the continuation of 'The radio"):
+        jm.Pairs.from_text(TOKENIZERS["word-level"](), CLEAN, None, ["fig", 3.0])
+
+
+def test_answers_may_be_ids_of_tokens(tokenizer):
+    labels = jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS).labels
+    found = jm.Pairs.from_text(tokenizer, CLEAN, None, [int(labels[0]), ANSWERS[1]])
+    assert found.labels.tolist() == labels.tolist()
+    assert jm.Pairs.from_text(tokenizer, CLEAN, None, labels).labels.tolist() == labels.tolist()
+
+
+def test_of_longer_answers_the_first_token_can_be_taken(tokenizer):
+    longer = [f"{answer} and the" for answer in ANSWERS]
+    with pytest.raises(ValueError, match=r"answers\[0\]: 'fig and the' is .* tokens behind .* first_token=True"):
+        jm.Pairs.from_text(tokenizer, CLEAN, None, longer)
+    found = jm.Pairs.from_text(tokenizer, CLEAN, None, longer, wrong_answers=ANSWERS[::-1], first_token=True)
+    expected = jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS).labels
+    assert found.labels.tolist() == expected.tolist()
+    assert found.wrong_labels is not None and len(found.wrong_labels) == 2
+
+
+def test_wrong_answers_are_the_wrong_labels(tokenizer):
+    wrong = ["engine", "fig"]
+    found = jm.Pairs.from_text(tokenizer, CLEAN, CORRUPT, ANSWERS, ROLES, {}, wrong_answers=wrong)
+    assert found.wrong_labels is not None
+    assert found.wrong_labels.tolist() == jm.Pairs.from_text(tokenizer, CLEAN, None, wrong).labels.tolist()
+    with pytest.raises(ValueError, match=r"wrong_answers is \['fig'\]; expected a list of 2"):
+        jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS, wrong_answers=["fig"])
+    with pytest.raises(ValueError, match=r"wrong_answers\[1\]: "):
+        jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS, wrong_answers=["fig", "fig engine"])
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one():
+    tokenizer = TOKENIZERS["sentencepiece-like"]()
+    plain = jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS)
+    written = jm.Pairs.from_text(tokenizer, [f"{tokenizer.bos_token}{text}" for text in CLEAN], None, ANSWERS)
+    for pairs in (plain, written):
+        assert (pairs.clean[:, 0] == tokenizer.bos_token_id).all() and (pairs.clean[:, 1] != pairs.clean[:, 0]).all()
+    assert written.labels.tolist() == plain.labels.tolist()
+
+
+def test_prompts_are_shown_with_their_roles(tokenizer):
+    pairs = jm.Pairs.from_text(tokenizer, CLEAN, CORRUPT, ANSWERS, ROLES, {"period": "."})
+    clean, corrupt = pairs.show(tokenizer, 1).split("\n")
+    bare = lambda line, roles: re.sub(rf"\[({'|'.join(roles)})\]", "", line)  # noqa: E731
+    squeezed = lambda text: "".join(text.split())  # noqa: E731
+    ids = [tokenizer(text).input_ids for text in (CLEAN[1], CORRUPT[1])]
+    texts = [tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids]
+    assert squeezed(bare(clean, pairs.positions)).startswith(squeezed(f"clean: {texts[0]}"))
+    assert squeezed(bare(corrupt, pairs.corrupt_positions)) == squeezed(f"corrupt: {texts[1]}")
+    assert "radio[object]" in clean and "contains[verb]" in clean and ".[period]" in clean
+    assert "the[last] -> " in clean and clean.endswith("'") and "radio" in clean[-9:]
+    assert corrupt.endswith("[last]") and "[object]" not in corrupt
+    alone = jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS)
+    assert alone.show(tokenizer).startswith("clean: ") and "\n" not in alone.show(tokenizer)
 
 
 def test_an_answer_that_brings_its_indentation_stands_after_a_line_break():

@@ -1,5 +1,7 @@
 """Metrics of an effect, and what is read off scores: intervals, the strongest heads, tables and files."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,24 @@ def test_logit_difference_equals_that_of_full_forwards(sweep, receivers, via):
     found = jm.path_patch(model, pairs, "last", receivers, via, metric="logit_difference", wrong_labels=wrong)
     expected = full_path_patch(model, pairs, "last", receivers, via, outcome=difference)
     assert_close(found.per_example, expected, TOLERANCES.cone)
+
+
+def test_wrong_labels_may_be_part_of_the_pairs_and_are_selected_with_them(sweep):
+    model, pairs, wrong = sweep
+    with_wrong, some = dataclasses.replace(pairs, wrong_labels=wrong), np.array([3, 0])
+    for method in (
+        lambda pairs, **options: jm.path_patch(model, pairs, **options).per_example,
+        lambda pairs, **options: jm.predict(model, pairs, **options).per_example,
+        lambda pairs, **options: jm.cmap_heads(model, model, pairs, **options).scores.per_example,
+    ):
+        expected = method(pairs, metric="logit_difference", wrong_labels=wrong)
+        np.testing.assert_array_equal(method(with_wrong, metric="logit_difference"), expected)
+        found = method(with_wrong[some], metric="logit_difference")
+        np.testing.assert_allclose(found, expected[..., some], atol=1e-4)
+    given = jm.predict(model, with_wrong, metric="logit_difference", wrong_labels=(wrong + 1) % 50).per_example
+    own = jm.predict(model, with_wrong, metric="logit_difference").per_example
+    assert np.abs(given - own).max() > 0.1, "those given count"
+    jm.predict(model, with_wrong)  # no metric needs them
 
 
 @pytest.mark.parametrize(
@@ -239,3 +259,22 @@ def test_functions_that_say_something_else_than_a_number_of_each_prompt_are_refu
     ):
         with pytest.raises(ValueError, match=rf"metric <lambda>\(\): {found} .*; expected a float for each prompt"):
             method()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda logits: logits[:, 0],
+            r"metric <lambda>\(\): too many positional arguments; expected a function \(logits",
+        ),
+        (lambda logits, rows, more: logits[:, 0], r"missing a required argument: 'more'; expected a function"),
+        (lambda logits, rows: np.asarray(logits)[:, 0], r"metric <lambda>\(\): it hands logits or rows to NumPy"),
+        (lambda logits, rows: np.arange(9.0)[rows], r"it hands logits or rows to NumPy.*jnp.asarray\(values\)\[rows\]"),
+    ],
+)
+def test_functions_that_cannot_be_called_or_compiled_are_named(sweep, function, message):
+    model, pairs, _ = sweep
+    for method in (jm.path_patch, jm.predict):
+        with pytest.raises(ValueError, match=message):
+            method(model, pairs, metric=function)

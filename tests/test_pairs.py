@@ -22,6 +22,8 @@ def test_rows_are_taken_of_everything():
         one = pairs[rows]
         assert len(one) == 1 and one.labels.tolist() == [8] and one.clean.tolist() == [[4, 5, 0]]
         assert one.position("early").tolist() == [1] and one.corrupt_position("last").tolist() == [2]
+    wrong = dataclasses.replace(pairs, wrong_labels=[5, 6])
+    assert wrong[1:].wrong_labels.tolist() == [6] and pairs[1:].wrong_labels is None
     assert dataclasses.replace(pairs, labels=[0, 0]).labels.tolist() == [0, 0]
     assert pairs != pairs[:], "two objects; arrays are compared one by one"
 
@@ -36,6 +38,8 @@ def test_one_row_is_a_slice(rows):
     ("change", "message"),
     [
         ({"clean": [[1, 2, 3], [4, 5]]}, "clean is no array: .* Pad the prompts on the right"),
+        ({"wrong_labels": [5]}, "wrong_labels has 1 examples, clean has 2"),
+        ({"wrong_labels": [5, -6]}, "wrong_labels holds the negative id -6"),
         ({"clean": [1, 2, 3]}, r"clean has shape \(3,\); expected 2 axes"),
         ({"clean": [[1.0, 2, 3], [4, 5, 0]]}, "clean has dtype float64; expected integer token ids"),
         ({"clean": [[1, 2, -100], [4, 5, 0]]}, "clean holds the negative id -100; pad with any real token id"),

@@ -130,6 +130,11 @@ def test_the_recipes_run_as_written_and_find_what_the_methods_find():
     logits = model.unembed(stream + found["corrupt"]["mlp_out"][-1])[:, 0]
     expected = jax.nn.log_softmax(logits)[rows, pairs.labels].mean() - found["outcome"]()
     assert found["direct"][-1] == pytest.approx(float(expected), abs=1e-4) and expected < -1
+    # One sender at one role is that of path_patch.
+    receivers, (head,) = found["fetchers"], found["lookup"][:1]
+    swept = jm.path_patch(model, pairs, "query_box", receivers, "v", metric="log_probability").mean[head]
+    assert abs(swept) > 1e-3
+    np.testing.assert_allclose(found["together"]([head], receivers, "v", ["query_box"]), swept, atol=1e-4)
     assert ((found["attention"] >= 0) & (found["attention"] <= 1)).all()
 
 

@@ -78,3 +78,23 @@ def test_a_sentencepiece_model_that_is_not_like_llamas_is_refused(checkpoint, tm
     )
     with pytest.raises(ValueError, match="read as Llama's, it turns .* tokenizer.json and tokenizer_config.json"):
         convert.read_tokenizer(tmp_path, jm.load(checkpoint).config)
+
+
+def test_added_tokens_that_the_model_does_not_have_are_warned_of(checkpoint, tmp_path):
+    path, tokenizer = shutil.copytree(checkpoint, tmp_path / "model"), word_tokenizer(400)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(path)
+    with pytest.warns(UserWarning, match="added tokens <pad> are beyond the model's vocabulary of 400") as found:
+        model = jm.load(path)
+    assert found[0].filename == __file__ and model.tokenizer("w3 w1").input_ids == [3, 1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_another_tokenizer_may_be_given_and_the_checkpoints_own_is_not_read(checkpoint, tmp_path):
+    path, own = shutil.copytree(checkpoint, tmp_path / "model"), word_tokenizer()
+    (path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="the tokenizer cannot be read"):
+        jm.load(path)
+    assert jm.load(path, tokenizer=own).tokenizer is own
+    checkpoint_files.save(tmp_path / "orbax", (model := jm.load(checkpoint)).config, model.params, model.tokenizer)
+    assert jm.load(tmp_path / "orbax", tokenizer=own).tokenizer is own

@@ -9,7 +9,7 @@ from jaxmech.bootstrap import bounds, resampled_means
 from jaxmech.circuits import Circuit, Head
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
-from jaxmech.criteria.measure import as_published, check_circuit, f_of, span
+from jaxmech.criteria.measure import POSITIVE, as_published, check_circuit, f_of, span
 from jaxmech.evaluation import evaluate
 from jaxmech.loading import Model
 from jaxmech.metrics import ACCURACY, Function, name_of
@@ -40,11 +40,17 @@ class Faithfulness:
     metric: str = ACCURACY
 
     def __repr__(self) -> str:
-        return f"Faithfulness({self.metric}: ratio {self.ratio:.3f}, random circuits {span(self.random_ratios)})"
+        if self.metric in POSITIVE:
+            return f"Faithfulness({self.metric}: ratio {self.ratio:.3f}, random circuits {span(self.random_ratios)})"
+        random = span(self.random_recovered)
+        return f"Faithfulness({self.metric}: recovered {self.recovered:.3f}, random circuits {random})"
 
     @property
     def ratio(self) -> float:
-        """F of the circuit / F of the model; nan if the latter is not positive: a model that is always wrong."""
+        """F of the circuit / F of the model; nan if the latter is not positive, as of a model that is always wrong.
+
+        A function of the logits that is never positive has no ratio; see `recovered`.
+        """
         return float(_ratio(f_of(self.metric, self.circuit.mean), f_of(self.metric, self.model.mean), self.rounded))
 
     @property
@@ -62,6 +68,12 @@ class Faithfulness:
         part, none, whole = (f_of(self.metric, x.mean) for x in (self.circuit, self.empty, self.model))
         return float(_ratio(part - none, whole - none))
 
+    @property
+    def random_recovered(self) -> np.ndarray:
+        """The same of every random circuit, float [R]."""
+        parts, none, whole = (f_of(self.metric, x.mean) for x in (self.random, self.empty, self.model))
+        return _ratio(parts - none, whole - none)
+
     def confidence_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Lower and upper bound of `ratio`, bootstrapped over prompts.
 
@@ -74,11 +86,26 @@ class Faithfulness:
           resamples: bootstrap samples of the prompts, drawn with replacement.
           seed: of these draws.
         """
-        samples = (resampled_means(x.per_example, resamples=resamples, seed=seed) for x in (self.circuit, self.model))
-        part, whole = (f_of(self.metric, means) for means in samples)
-        ratios = _ratio(part, whole)
-        low, high = bounds(ratios[whole > 0] if (whole > 0).any() else ratios, level)
-        return float(low), float(high)
+        part, whole = self._resampled(self.circuit, self.model, resamples=resamples, seed=seed)
+        return _bounds_of_ratio(part, whole, level)
+
+    def recovered_interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """Lower and upper bound of `recovered`, as `confidence_interval` has those of `ratio`.
+
+        Args:
+          level: coverage, a fraction.
+          resamples: bootstrap samples of the prompts; those in which ablation of everything takes nothing away are left
+            out.
+          seed: of these draws.
+        """
+        found = self._resampled(self.circuit, self.empty, self.model, resamples=resamples, seed=seed)
+        part, none, whole = found
+        return _bounds_of_ratio(part - none, whole - none, level)
+
+    def _resampled(self, *of: Predictions, resamples: int, seed: int) -> list[np.ndarray]:
+        """F on the same bootstrap samples of the prompts, float [resamples] of each."""
+        means = (resampled_means(x.per_example, resamples=resamples, seed=seed) for x in of)
+        return [f_of(self.metric, x) for x in means]
 
 
 def faithfulness(
@@ -107,7 +134,7 @@ def faithfulness(
       compat: "paper" draws random circuits with replacement and splits a head's number by the wrong count (j), and
         rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.
       metric: what is measured, "accuracy", "probability", "log_probability", "logit_difference" or a function of the
-        logits; see `evaluate`.
+        logits; see `evaluate`. Of log-probabilities, F is exp of the mean, the geometric mean of the probability.
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
 
     Raises:
@@ -172,6 +199,13 @@ def random_circuit(
 def _of_circuits(found: Predictions, which: int | slice) -> Predictions:
     """Some of the circuits of `found`."""
     return Predictions(found.correct[which], measured=None if found.measured is None else found.measured[which])
+
+
+def _bounds_of_ratio(part: np.ndarray, whole: np.ndarray, level: float) -> tuple[float, float]:
+    """Central quantiles of the ratio of samples, of which those whose whole is not positive are left out."""
+    ratios = _ratio(part, whole)
+    low, high = bounds(ratios[whole > 0] if (whole > 0).any() else ratios, level)
+    return float(low), float(high)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, rounded: bool = False) -> np.ndarray:

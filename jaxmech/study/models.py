@@ -11,6 +11,7 @@ import convert
 from convert.tensors import open_tensors
 from jaxmech import boxes, checkpoint
 from jaxmech.config import Config
+from jaxmech.loading import describe
 
 SCENES = 20  # whose prompts the tokenizers must read alike, or so many examples of a file
 
@@ -50,11 +51,6 @@ class Known:
     config: Config
     tokenizer: Any
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        config = self.config
-        return config.num_layers, config.num_heads, config.head_dim, config.vocab_size
-
 
 def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **changes: Any) -> None:
     """Checks what can be checked of the models of a study without loading weights.
@@ -75,10 +71,10 @@ def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **
     for path in tuned:
         adapter = convert.is_adapter(convert.local_path(path))
         found = known(base, path, changes) if adapter else known(path, None, changes)
-        if found.shape != first.shape:
+        if found.config.patched_shape != first.config.patched_shape:
             raise ValueError(
-                f"{path} has (layers, heads, head_dim, vocabulary) = {found.shape}, the base model {base} "
-                f"{first.shape}; a study needs fine-tunes of the base's shape."
+                f"{path} has (layers, heads, head_dim, vocabulary) = {found.config.patched_shape}, the base model "
+                f"{base} {first.config.patched_shape}; a study needs fine-tunes of the base's shape."
             )
         _check_same_tokens(first, found, data)
 
@@ -87,19 +83,11 @@ def known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> Known
     """What is known of the model in the folder `path`, with an adapter or without; see `check_models`."""
     named = path if adapter is None else adapter
     path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
+    config, tokenizer = describe(path, adapter, **changes)
     if checkpoint.is_checkpoint(path):
-        if adapter is not None:
-            raise ValueError(
-                f"{path} is an Orbax checkpoint, adapter {adapter} is for one of Hugging Face. Merge it when that is "
-                "converted: python -m convert --model BASE --adapter DIR --out OUT."
-            )
         checkpoint.check(path)
-        config = checkpoint.read_config(path).replace(**changes)
-        tokenizer = convert.read_tokenizer(path / checkpoint.TOKENIZER, config)
     else:
-        config = convert.read_config(path, adapter, **changes)
         open_tensors(path)  # they are not read
-        tokenizer = convert.read_tokenizer(path, config, adapter)
     if tokenizer is None:
         raise ValueError(f"{named} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
     return Known(named, config, tokenizer)
