@@ -80,7 +80,7 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
     def ours() -> np.ndarray:
         return jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
 
-    before = patching.senders._cache_size()
+    before = patching.sender_outcomes._cache_size()
     started = time.perf_counter()
     scores = ours()
     first = time.perf_counter() - started
@@ -92,7 +92,7 @@ def bench_stage(model, pairs, stage: shapes.Stage, compare: dict, runs: int, ref
         "all_seconds": times,
         "compile_seconds": max(0.0, first - statistics.median(times)),
         "peak_bytes": peak_memory(),
-        "compilations": patching.senders._cache_size() - before,
+        "compilations": patching.sender_outcomes._cache_size() - before,
         "cone_flops": flops.cone(model.config, work),
         "naive_flops": flops.naive(model.config, work),
         "comparisons": {},

@@ -44,7 +44,7 @@ from measuring import add_words, save  # noqa: E402
 from targets import GIB, TARGETS, Target  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
-from jaxmech import batches, memory  # noqa: E402
+from jaxmech import compiled_sizes, memory  # noqa: E402
 from jaxmech.model import abstract_params  # noqa: E402
 
 PARTS = ("stages", "circuits", "DCM", "CMAP", "knockout")
@@ -86,7 +86,7 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     memory.CPU_BUDGET = int(memory.DEVICE_FRACTION * free)
     if memory.CPU_BUDGET < GIB:
         raise SystemExit(f"{options.target} has {target.memory / GIB:.0f} GiB; the models of {name} do not fit.")
-    batches.ALIGNMENT["cpu"] = batches.ALIGNMENT["gpu"]  # what is planned here is for the target
+    compiled_sizes.ALIGNMENT["cpu"] = compiled_sizes.ALIGNMENT["gpu"]  # what is planned here is for the target
     model = jm.Model(shape.config, weights)
     work = bench_methods.Work(shape, model, model, shapes.pairs(shape), None)
     many = dataclasses.replace(shape, prompts=options.circuit_prompts)

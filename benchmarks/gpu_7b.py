@@ -240,7 +240,8 @@ class StageBench:
         batch, live = plan.batch(plan.batches.rows[0]), plan.receivers is not None
         inputs = path_patching.prepare(model.config, model.weights, batch, live=live)
         call = plan.calls[0]._replace(senders=over_rows(model.weights, plan.calls[0].senders))
-        jax.block_until_ready(path_patching.senders(model.config, model.weights, inputs, call, plan.receivers, via=via))
+        outcomes = path_patching.sender_outcomes(model.config, model.weights, inputs, call, plan.receivers, via=via)
+        jax.block_until_ready(outcomes)
 
     def ours(self) -> Row:
         """After a warm-up of one call, since a whole stage can take a minute."""

@@ -59,17 +59,11 @@ def predict(
     options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(model.config, pairs, **options)
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
-    size = examples_per_call(model, pairs) if batch_size is None else batch_size
+    size = memory.fitting_prompts(model.config, model.weights, tokens.shape[1]) if batch_size is None else batch_size
     for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], last[rows]))
         gathered.add(rows, *_answers(model.config, model.weights, *prompts))
     return gathered.predictions()
-
-
-def examples_per_call(model: Model, pairs: Pairs) -> int:
-    """Examples whose activations in one layer and logits fit the memory budget."""
-    forward = memory.of_forward(model.config, pairs.clean.shape[1])
-    return memory.fitting(model.weights, forward + memory.of_logits(model.config))
 
 
 @partial(jax.jit, static_argnames="config")

@@ -6,17 +6,15 @@ Owns which examples stand together and how much of their prompts is computed; wh
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import jax
 import numpy as np
 
+from jaxmech.compiled_sizes import aligned, aligned_examples
 from jaxmech.shared_prefix import SharedPrompts, shared_length
 from jaxmech.suffixes import Span, Suffixes
 
 BUCKETS = 4  # parts of a batch that attend together, padded to the longest suffix and prefix in it
-# Packed tokens, widths of suffixes, lengths of prefixes and examples are multiples of this where that adds little: the
-# matrix units of GPUs and TPUs take no others, and where sizes are not, XLA copies the operands of every product.
-ALIGNMENT = {"cpu": 1, "gpu": 8, "tpu": 8}
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Batches:
         count = -(-len(p) // size)
         order = np.argsort(-length, kind="stable")
         rows = [order[first::count] for first in range(count)]
-        together = _rounded_up(len(rows[0]))
+        together = aligned_examples(len(rows[0]))
         rows = [np.pad(batch, (0, together - len(batch)), "edge") for batch in rows]
         shared_tokens, shared_prefixes = shared_length([tokens[:, batch].reshape(-1, width) for batch in rows])
         return cls(
@@ -69,7 +67,7 @@ class Batches:
             p=p,
             last=last,
             rows=rows,
-            capacity=_aligned(max(int(length[batch].sum()) for batch in rows)),
+            capacity=aligned(max(int(length[batch].sum()) for batch in rows)),
             spans=_spans(rows, p, length, width),
             shared_tokens=shared_tokens,
             shared_prefixes=shared_prefixes,
@@ -95,7 +93,7 @@ class Batches:
 def equal_parts(count: int, size: int, copies: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Indices 0 .. count - 1 in as few parts of at most `size` as there can be, or a little more, all of one shape.
 
-    What fills up a part are indices from 0 on.
+    The last part is filled up by indices from 0 on.
 
     Args:
       copies: of the model, that share a part: it is so much larger that they divide its size.
@@ -108,7 +106,7 @@ def equal_parts(count: int, size: int, copies: int = 1) -> Iterator[tuple[np.nda
     """
     if size < 1:
         raise ValueError(f"batch_size={size}; expected at least 1.")
-    size = _rounded_up(-(-count // -(-count // size)), copies)
+    size = aligned_examples(-(-count // -(-count // size)), copies)
     for start in range(0, count, size):
         indices = np.arange(start, start + size)
         yield indices % count, indices < count
@@ -133,26 +131,14 @@ def calls_of_equal_size(
     return [np.resize(rows[first : first + size], size) for first in range(0, len(rows), size)]
 
 
-def _aligned(size: int) -> int:
-    step = ALIGNMENT.get(jax.default_backend(), 1)
-    return size if size < 2 * step else size + -size % step
-
-
-def _rounded_up(examples: int, copies: int = 1) -> int:
-    """So many examples or a few more: a multiple of `copies`, and of the alignment if that adds a fiftieth at most."""
-    examples += -examples % copies
-    more = -examples % math.lcm(ALIGNMENT.get(jax.default_backend(), 1), copies)
-    return examples + more if 50 * more <= examples else examples
-
-
 def _spans(batches: list[np.ndarray], p: np.ndarray, length: np.ndarray, tokens: int) -> list[Span]:
     """Buckets of similar lengths, the same for all batches: equal parts of the order. Prompts have `tokens` tokens."""
     count = min(BUCKETS, len(np.unique(length)))
     bounds = [len(batches[0]) * i // count for i in range(count + 1)]
     spans = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         if start < stop:
             rows = np.concatenate([batch[start:stop] for batch in batches])
-            prefix = min(_aligned(max(1, int(p[rows].max()))), tokens)
-            spans.append(Span(start, stop, _aligned(int(length[rows].max())), prefix))
+            prefix = min(aligned(max(1, int(p[rows].max()))), tokens)
+            spans.append(Span(start, stop, aligned(int(length[rows].max())), prefix))
     return spans

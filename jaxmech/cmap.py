@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech.accuracy import examples_per_call
+from jaxmech import memory
 from jaxmech.circuits import HeadsByRole, role_masks
 from jaxmech.collected import HeadValues, check_components, check_same_shape, values_of
 from jaxmech.compat import check_compat, last_column
@@ -98,9 +98,12 @@ def _paper_cmap(
     tokens, last = check_prompts(base.config, pairs), pairs.position("last")
     if devices_of(base.weights) != devices_of(tuned.weights):
         raise ValueError('compat="paper" runs both models in one call; load them onto the same devices.')
-    size = max(1, examples_per_call(base, pairs) // base.config.num_layers) if batch_size is None else batch_size
-    for start in range(0, len(pairs), size):
-        rows = np.arange(start, min(start + size, len(pairs)))
+    if batch_size is None:
+        batch_size = max(
+            1, memory.fitting_prompts(base.config, base.weights, tokens.shape[1]) // base.config.num_layers
+        )
+    for start in range(0, len(pairs), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(pairs)))
         positions = positions_of(pairs.position, roles)[rows]
         if components == ("z",):  # every role but prev_query_box is taken to be the last column
             positions = np.stack(

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxmech.accuracy import examples_per_call
+from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.files import replacing
@@ -90,7 +90,9 @@ def collect(
     """
     components, roles = check_components(components), tuple(roles)
     source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
-    size = examples_per_call(model, pairs) if batch_size is None else batch_size
+    size = (
+        memory.fitting_prompts(model.config, model.weights, pairs.clean.shape[1]) if batch_size is None else batch_size
+    )
     parts = list(equal_parts(len(pairs), size, row_devices(model.weights)))
     found = [jax.device_get(capture_heads(model, source, rows, sites=components)) for rows, _ in parts]
     kept = {

@@ -46,13 +46,22 @@ Layer = jax.Array | int  # index of a layer, traced or not
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CleanCache:
-    """What the cone reads from the clean run, for layers from `first` on. A stream leaves out what it does not read."""
+    """What the cone reads from the clean run, in layers from `first_layer` on; None is what no stream reads."""
 
     resid_pre: jax.Array  # [L, C, D], at the suffix tokens
     heads_out: jax.Array | None = None  # [L, B, D], the sum of all heads at p, for a frozen stream
     k: jax.Array | None = None  # [L, B, K, T, H], rotated, for a live stream; heads first, as products over them want
     v: jax.Array | None = None  # [L, B, K, T, H]
-    first: int = field(default=0, metadata={"static": True})  # layer of the first entries, here and in a `HeadPatch`
+    first_layer: int = field(default=0, metadata={"static": True})  # that of the first entries, also of a `HeadPatch`
+
+
+class Cone(NamedTuple):
+    """What the streams of a batch of examples run through."""
+
+    config: Config
+    weights: Params
+    clean: CleanCache
+    suffixes: Suffixes
 
 
 class Change(NamedTuple):
@@ -107,50 +116,45 @@ def clean_cache(
 
 
 def live_cache(
-    config: Config, weights: Params, prompts: SharedPrompts, suffixes: Suffixes, first: int = 0
+    config: Config, weights: Params, prompts: SharedPrompts, suffixes: Suffixes, first_layer: int = 0
 ) -> CleanCache:
-    """Runs the B clean prompts once and keeps what a live stream needs from layer `first` on."""
+    """Runs the B clean prompts once and keeps what a live stream needs from layer `first_layer` on."""
 
     def observe(sites):
         kept = {site: jnp.swapaxes(sites[site], 1, 2) for site in ("k", "v")}
         return kept | {"resid_pre": sites["resid_pre"][suffixes.example, suffixes.position]}
 
     kept = observe_prompts(config, weights, prompts, observe)
-    return CleanCache(**{site: x[first:] for site, x in kept.items()}, first=first)
+    return CleanCache(**{site: x[first_layer:] for site, x in kept.items()}, first_layer=first_layer)
 
 
-def frozen_stream(
-    config: Config, weights: Params, clean: CleanCache, suffixes: Suffixes, change: Change, start: Layer
-) -> jax.Array:
+def live_start(config: Config, layer: Layer) -> Layer:
+    """Where a live stream starts whose first patched layer is `layer`: there, but below the last if there are more."""
+    top = max(0, config.num_layers - 2)
+    return min(layer, top) if isinstance(layer, int) else jnp.minimum(layer, top)
+
+
+def frozen_stream(cone: Cone, change: Change, start: Layer) -> jax.Array:
     """resid_post of the last layer at p, [B, D], in the frozen stream of `change`, advanced from layer `start` on."""
 
     def advance(i, x):
-        return _frozen_layer(config, weights, clean, change, i, x)
+        return _frozen_layer(cone, change, i, x)
 
-    x = clean.resid_pre[start, suffixes.first]
-    return jax.lax.fori_loop(start, config.num_layers, advance, x)
+    x = cone.clean.resid_pre[start, cone.suffixes.at_p]
+    return jax.lax.fori_loop(start, cone.config.num_layers, advance, x)
 
 
-def receiver_inputs(
-    config: Config,
-    weights: Params,
-    clean: CleanCache,
-    suffixes: Suffixes,
-    change: Change,
-    receivers: jax.Array,
-    via: str,
-    start: Layer,
-    stop: Layer,
-) -> jax.Array:
+def receiver_inputs(cone: Cone, change: Change, receivers: jax.Array, via: str, start: Layer, stop: Layer) -> jax.Array:
     """What the `receivers` [L, N] read through `via` at p in the frozen stream of `change`: [L, B, N, H].
 
     Args:
       start: layer from which the stream is advanced; at most the sender's.
       stop: the last receiver layer.
     """
+    config = cone.config
 
     def read(i, x, inputs):
-        layer = layer_weights(weights, i)
+        layer = layer_weights(cone.weights, i)
         read_here = project(config, layer, via, attention_input(config, layer, x))
         return inputs.at[i].set(per_query_head(config, read_here))
 
@@ -159,29 +163,21 @@ def receiver_inputs(
 
     def advance(i, carry):
         x, inputs = carry
-        return _frozen_layer(config, weights, clean, change, i, x), read_if_received(i, x, inputs)
+        return _frozen_layer(cone, change, i, x), read_if_received(i, x, inputs)
 
-    x = clean.resid_pre[start, suffixes.first]
+    x = cone.clean.resid_pre[start, cone.suffixes.at_p]
     inputs = jnp.zeros((config.num_layers, len(x), config.num_heads, config.head_dim), x.dtype)
     x, inputs = jax.lax.fori_loop(start, stop, advance, (x, inputs))
     return read_if_received(stop, x, inputs)
 
 
 def live_stream(
-    config: Config,
-    weights: Params,
-    clean: CleanCache,
-    suffixes: Suffixes,
-    patches: Patches,
-    start: Layer,
-    stop: Layer | None = None,
-    knockout: Knockout | None = None,
+    cone: Cone, patches: Patches, start: Layer, stop: Layer | None = None, knockout: Knockout | None = None
 ) -> jax.Array:
     """resid_post of the last layer at `last`, [B, D], of a clean run that is patched in its suffixes.
 
     Args:
-      start: layer from which the stream is advanced: at most the first that is patched, and below the last layer if
-        there is more than one.
+      start: layer from which the stream is advanced, see `live_start`; at most the first that is patched.
       stop: the last patched layer; None: the model's, and then, if `start` is static, the stream can be differentiated.
       knockout: attention to forbid.
     """
@@ -190,13 +186,13 @@ def live_stream(
     # together are a copy of the model.
     @jax.checkpoint
     def patched(i, x):
-        return _live_layer(config, weights, clean, suffixes, i, x, patches, knockout)
+        return _live_layer(cone, i, x, patches, knockout)
 
     def plain(i, x):
-        return _live_layer(config, weights, clean, suffixes, i, x, {}, knockout)
+        return _live_layer(cone, i, x, {}, knockout)
 
-    top = config.num_layers - 1
-    x = clean.resid_pre[start - clean.first]
+    top = cone.config.num_layers - 1
+    x = cone.clean.resid_pre[start - cone.clean.first_layer]
     if top > 0:
         # The first layer stands outside the loop: its input is the clean stream for every sender, so that under vmap
         # its norms and projections are computed once for all of them.
@@ -204,35 +200,25 @@ def live_stream(
         x = jax.lax.fori_loop(start + 1, top if stop is None else jnp.minimum(stop + 1, top), patched, x)
         if stop is not None:
             x = jax.lax.fori_loop(jnp.maximum(start, stop) + 1, top, plain, x)
-    return _last_layer(config, weights, clean, suffixes, x, patches, knockout)
+    return _last_layer(cone, x, patches, knockout)
 
 
-def _frozen_layer(
-    config: Config, weights: Params, clean: CleanCache, change: Change, i: Layer, x: jax.Array
-) -> jax.Array:
+def _frozen_layer(cone: Cone, change: Change, i: Layer, x: jax.Array) -> jax.Array:
     """Layer i of the frozen stream x [B, D]: the clean attention output, the change if it is here, and the MLP."""
-    assert clean.heads_out is not None
-    layer, heads_out = layer_weights(weights, i), clean.heads_out[i] + jnp.where(i == change.layer, change.delta, 0)
+    assert cone.clean.heads_out is not None
+    config, layer = cone.config, layer_weights(cone.weights, i)
+    heads_out = cone.clean.heads_out[i] + jnp.where(i == change.layer, change.delta, 0)
     return mlp_half(config, layer, x + added(config, layer, "attn", heads_out))
 
 
-def _live_layer(
-    config: Config,
-    weights: Params,
-    clean: CleanCache,
-    suffixes: Suffixes,
-    i: Layer,
-    x: jax.Array,
-    patches: Patches,
-    knockout: Knockout | None,
-) -> jax.Array:
+def _live_layer(cone: Cone, i: Layer, x: jax.Array, patches: Patches, knockout: Knockout | None) -> jax.Array:
     """Layer i of the live stream x [C, D]."""
-    layer = layer_weights(weights, i)
+    config, suffixes, layer = cone.config, cone.suffixes, layer_weights(cone.weights, i)
     normed = attention_input(config, layer, x)
     rotation = rope.angles(config, suffixes.position)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
-        return _patched(config, clean, suffixes, i, patches.get(name), activation)
+        return _patched(cone, i, patches.get(name), activation)
 
     q, k, v = (site(name, project(config, layer, name, normed)) for name in ("q", "k", "v"))
     q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
@@ -242,37 +228,29 @@ def _live_layer(
         causal = token[:, None] >= token  # [W, W]
         at_p = token[:, None] == 0  # [W, 1]
         queries = _Queries(q[bucket.packed], bucket.position[:, None] + token, causal, at_p)
-        z.append(_attend(config, clean, bucket, i, queries, k, v, knockout))
+        z.append(_attend(cone, bucket, i, queries, k, v, knockout))
     unpacked = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in z])
     z = site("z", unpacked[suffixes.unpacked])
     return mlp_half(config, layer, x + attention_output(config, layer, z))
 
 
-def _last_layer(
-    config: Config,
-    weights: Params,
-    clean: CleanCache,
-    suffixes: Suffixes,
-    x: jax.Array,
-    patches: Patches,
-    knockout: Knockout | None,
-) -> jax.Array:
+def _last_layer(cone: Cone, x: jax.Array, patches: Patches, knockout: Knockout | None) -> jax.Array:
     """The last layer of the live stream x [C, D] at `last` only, [B, D]; other tokens give their keys and values."""
-    i = config.num_layers - 1
-    layer = layer_weights(weights, i)
+    config, suffixes, i = cone.config, cone.suffixes, cone.config.num_layers - 1
+    layer = layer_weights(cone.weights, i)
     normed = attention_input(config, layer, x)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
         """Patches k or v of all suffix tokens, q or z [B, N, H] of `last` where that is p."""
         patch = patches.get(name)
         if patch is None or name in ("k", "v"):
-            return _patched(config, clean, suffixes, i, patch, activation)
-        new = _mixed(patch, i - clean.first, activation)
-        return jnp.where((suffixes.first == suffixes.last)[:, None, None], new, activation)
+            return _patched(cone, i, patch, activation)
+        new = _mixed(patch, i - cone.clean.first_layer, activation)
+        return jnp.where((suffixes.at_p == suffixes.at_last)[:, None, None], new, activation)
 
     k, v = (site(name, project(config, layer, name, normed)) for name in ("k", "v"))
-    q = site("q", project(config, layer, "q", normed[suffixes.last]))  # [B, N, H]
-    q = rope.rotate(q, *rope.angles(config, suffixes.position[suffixes.last]))[:, None]  # [B, 1, N, H]
+    q = site("q", project(config, layer, "q", normed[suffixes.at_last]))  # [B, N, H]
+    q = rope.rotate(q, *rope.angles(config, suffixes.position[suffixes.at_last]))[:, None]  # [B, 1, N, H]
     k = rope.rotate(k, *rope.angles(config, suffixes.position))
     z = []
     for bucket in suffixes.buckets:
@@ -280,20 +258,18 @@ def _last_layer(
         at_p = (bucket.length == 1)[:, None, None, None]  # whether `last` is p
         position = (bucket.position + bucket.length - 1)[:, None]
         queries = _Queries(q[bucket.span.start : bucket.span.stop], position, within, at_p)
-        z.append(_attend(config, clean, bucket, i, queries, k, v, knockout))
+        z.append(_attend(cone, bucket, i, queries, k, v, knockout))
     attn_out = attention_output(config, layer, site("z", jnp.concatenate(z)[:, 0]))
-    return mlp_half(config, layer, x[suffixes.last] + attn_out)
+    return mlp_half(config, layer, x[suffixes.at_last] + attn_out)
 
 
-def _patched(
-    config: Config, clean: CleanCache, suffixes: Suffixes, i: Layer, patch: HeadPatch | None, activation: jax.Array
-) -> jax.Array:
+def _patched(cone: Cone, i: Layer, patch: HeadPatch | None, activation: jax.Array) -> jax.Array:
     """Layer i's q, k, v or z [C, N, H] of the packed tokens, patched at p."""
     if patch is None:
         return activation
-    activation = per_query_head(config, activation)
-    new = _mixed(patch, i - clean.first, activation[suffixes.first])
-    return activation.at[suffixes.first].set(new)
+    activation, at_p = per_query_head(cone.config, activation), cone.suffixes.at_p
+    new = _mixed(patch, i - cone.clean.first_layer, activation[at_p])
+    return activation.at[at_p].set(new)
 
 
 def _mixed(patch: HeadPatch, entry: Layer, old: jax.Array) -> jax.Array:
@@ -311,8 +287,7 @@ class _Queries(NamedTuple):
 
 
 def _attend(
-    config: Config,
-    clean: CleanCache,
+    cone: Cone,
     bucket: Bucket,
     i: Layer,
     queries: _Queries,
@@ -325,8 +300,9 @@ def _attend(
     Args:
       k, v: of all packed suffix tokens, [C, K or N, H].
     """
+    config, clean = cone.config, cone.clean
     assert clean.k is not None and clean.v is not None
-    span, entry = bucket.span, i - clean.first
+    span, entry = bucket.span, i - clean.first_layer
     of_bucket = slice(span.start, span.stop), slice(None), slice(span.prefix)
     prefix_k, prefix_v = (jnp.swapaxes(x[entry][of_bucket], 1, 2) for x in (clean.k, clean.v))  # [b, P, K, H]
     token, allowed = jnp.arange(span.prefix), queries.allowed

@@ -23,6 +23,7 @@ import numpy as np
 from jaxmech import memory, rope
 from jaxmech.batches import equal_parts
 from jaxmech.circuits import Circuit, HeadsByRole, as_heads_by_role
+from jaxmech.compiled_sizes import few_counts
 from jaxmech.config import Config
 from jaxmech.gathered import Gathered
 from jaxmech.interventions import Interventions, Patch, head_mask
@@ -38,6 +39,7 @@ from jaxmech.model import (
     mix_values,
     mlp_half,
     project,
+    rotated_qkv,
     unembed,
     visible,
 )
@@ -98,7 +100,7 @@ def evaluate(
     options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(config, pairs, len(keep), **options)
     # Circuits that fill up a call are the first again: few numbers of circuits, so few compilations.
-    filled = _Circuits(*(np.resize(x, (_filled_up(len(x)), *x.shape[1:])) for x in (keep, named)))
+    filled = _Circuits(*(np.resize(x, (few_counts(len(x)), *x.shape[1:])) for x in (keep, named)))
     run = _vital_passes if ablate_elsewhere else _full_passes
     for chosen, rows, found in run(model, prompts, values, filled, batch_size, keep_logits=gathered.needs_logits):
         gathered.add(rows, *found, at=chosen % len(keep))
@@ -122,7 +124,7 @@ def _vital_passes(
     circuit = memory.of_tokens(config, vital) + memory.of_attention(config, vital, vital + prompts.tokens.shape[1])
     per_call = memory.fitting(weights, size * (circuit + memory.of_logits(config)))
     for rows, index, distinct in parts:
-        batch = _Batch(*prompts.of(rows), index)
+        batch = _Vital(*prompts.of(rows), index)
         ablated = _ablated_everywhere(config, weights, batch, _by_layer(config, values, rows), distinct)
         for chosen, _ in equal_parts(len(circuits.keep), per_call, copies):
             here = over_rows(weights, circuits.keep[chosen])
@@ -172,7 +174,7 @@ class _Prompts(NamedTuple):
         return _Prompts(*(x[rows] for x in self))
 
 
-class _Batch(NamedTuple):
+class _Vital(NamedTuple):
     """`_Prompts`, and their tokens among the distinct ones."""
 
     tokens: Array  # [B, T]
@@ -198,7 +200,7 @@ class _Ablated(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="config")
-def _ablated_everywhere(config: Config, weights: Params, batch: _Batch, values: Array, distinct: _Distinct) -> _Ablated:
+def _ablated_everywhere(config: Config, weights: Params, batch: _Vital, values: Array, distinct: _Distinct) -> _Ablated:
     """Runs the distinct tokens with every head ablated; values [L, S, T, N, H]."""
     rotation = rope.angles(config, distinct.position)
 
@@ -216,14 +218,14 @@ def _ablated_everywhere(config: Config, weights: Params, batch: _Batch, values: 
 
 @partial(jax.jit, static_argnames=("config", "keep_logits"))
 def _vital_answers(
-    config: Config, weights: Params, batch: _Batch, ablated: _Ablated, keep: Array, *, keep_logits: bool
+    config: Config, weights: Params, batch: _Vital, ablated: _Ablated, keep: Array, *, keep_logits: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """Answers [C, B] and logits [C, B, V] of circuits keep [C, L, R, N] by forward passes of the vital tokens."""
     logits = jax.vmap(partial(_circuit_logits, config, weights, batch, ablated))(keep)
     return answers(logits), logits if keep_logits else None
 
 
-def _circuit_logits(config: Config, weights: Params, batch: _Batch, ablated: _Ablated, keep: jax.Array) -> jax.Array:
+def _circuit_logits(config: Config, weights: Params, batch: _Vital, ablated: _Ablated, keep: jax.Array) -> jax.Array:
     """Logits [B, V] of one circuit, keep bool [L, R, N]."""
     vital = batch.vital  # [B, R]
     same = vital[:, :, None] == vital[:, None, :]  # [B, R, R]: roles that are one token
@@ -235,8 +237,7 @@ def _circuit_logits(config: Config, weights: Params, batch: _Batch, ablated: _Ab
     def layer(x, inputs):
         index, layer_weights, constant, kept = inputs
         normed = attention_input(config, layer_weights, x)
-        q, k, v = (project(config, layer_weights, site, normed) for site in ("q", "k", "v"))
-        q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+        q, k, v = rotated_qkv(config, layer_weights, normed, rotation)
         before = visible(config, index, vital, token) & ~is_vital[:, None, None]  # [B, 1, R, T]
         own = visible(config, index, vital, vital) & ~again[:, None, None]  # [B, 1, R, R]
         keys = [(constant.k[batch.index], before), (k, own)]
@@ -327,11 +328,6 @@ def _by_layer(config: Config, values: np.ndarray, rows: np.ndarray) -> np.ndarra
     """The ablated values [S, T, L, N, H] for some examples, as [L, S, T, N, H] in the compute dtype."""
     here = values[rows] if len(values) > 1 else values
     return np.moveaxis(here, 2, 0).astype(config.compute_dtype)
-
-
-def _filled_up(circuits: int) -> int:
-    """So many circuits or a few more: a power of two, or a multiple of eight."""
-    return 2 ** (circuits - 1).bit_length() if circuits < 8 else circuits + -circuits % 8
 
 
 def _parts(

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import cone, memory
+from jaxmech import memory
 from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.collected import HeadValues, check_components, values_of
+from jaxmech.cone import CleanCache, Cone, HeadPatch, live_cache, live_start, live_stream
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import Function, Outcome, check_metric, effect, function_of, name_of, outcome
@@ -128,10 +129,10 @@ def cmap_heads(
     return HeadSweep(accuracy[1:].reshape(shape), scores, float(accuracy[0]))
 
 
-class _Inputs(NamedTuple):
+class _State(NamedTuple):
     """What a batch of examples brings to every call."""
 
-    clean: cone.CleanCache
+    clean: CleanCache
     suffixes: Suffixes
     values: dict[str, Array]  # component -> [L, B, N, H]
     labels: Array  # [B]
@@ -147,22 +148,23 @@ def _prepare(
     suffixes: Suffixes,
     values: dict[str, Array],
     answers_of: tuple[Array, ...],
-) -> _Inputs:
+) -> _State:
     at_role = {site: x[:, :, 0] for site, x in values.items()}
-    return _Inputs(cone.live_cache(config, weights, prompts, suffixes), suffixes, at_role, *answers_of)
+    return _State(live_cache(config, weights, prompts, suffixes), suffixes, at_role, *answers_of)
 
 
 @partial(jax.jit, static_argnames=("config", "measure"))
 def _run_heads(
-    config: Config, weights: Params, inputs: _Inputs, heads: Array, *, measure: Function | None = None
+    config: Config, weights: Params, inputs: _State, heads: Array, *, measure: Function | None = None
 ) -> tuple[Outcome, jax.Array]:
     """Outcomes and answers, [R, B], of the heads [R]: NO_HEAD, and others in increasing order."""
-    start = jnp.minimum(heads[1] // config.num_heads, max(0, config.num_layers - 2))
+    cone = Cone(config, weights, inputs.clean, inputs.suffixes)
+    start = live_start(config, heads[1] // config.num_heads)
 
     def one(head):
         weight = (jnp.arange(config.num_layers * config.num_heads) == head).reshape(config.num_layers, -1)
-        patches = {site: cone.HeadPatch(weight, x) for site, x in inputs.values.items()}
-        x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, patches, start)
+        patches = {site: HeadPatch(weight, x) for site, x in inputs.values.items()}
+        x = live_stream(cone, patches, start)
         logits = unembed(config, weights, x)
         return outcome(logits, inputs.labels, inputs.wrong_labels, inputs.rows, measure), answers(logits)
 

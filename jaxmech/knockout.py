@@ -10,11 +10,11 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import cone, memory
+from jaxmech import memory
 from jaxmech.batches import Batches, calls_of_equal_size
+from jaxmech.cone import CleanCache, Cone, Knockout, live_cache, live_start, live_stream
 from jaxmech.config import Config
 from jaxmech.gathered import Gathered
 from jaxmech.loading import Model, check_prompts
@@ -86,7 +86,7 @@ def knockout(
         clean = _clean_cache(config, model.weights, batches.prompts(rows), suffixes)
         for starts in calls:
             run = over_rows(model.weights, starts)
-            inputs = _Inputs(clean, suffixes, keys[rows], window)
+            inputs = _State(clean, suffixes, keys[rows], window)
             found = _answers(config, model.weights, inputs, run, keep_logits=gathered.needs_logits)
             gathered.add(rows, *found, at=starts)
 
@@ -120,30 +120,31 @@ def random_target(pairs: Pairs, source: str = "last", seed: int = 0) -> np.ndarr
     return np.array(chosen)
 
 
-class _Inputs(NamedTuple):
+class _State(NamedTuple):
     """What a batch of examples brings to every call."""
 
-    clean: cone.CleanCache
+    clean: CleanCache
     suffixes: Suffixes
     keys: Array  # [B, T] bool, the tokens that may not be attended to
     window: Array  # [] how many layers are blocked
 
 
 @partial(jax.jit, static_argnames="config")
-def _clean_cache(config: Config, weights: Params, prompts, suffixes: Suffixes) -> cone.CleanCache:
-    return cone.live_cache(config, weights, prompts, suffixes)
+def _clean_cache(config: Config, weights: Params, prompts, suffixes: Suffixes) -> CleanCache:
+    return live_cache(config, weights, prompts, suffixes)
 
 
 @partial(jax.jit, static_argnames=("config", "keep_logits"))
 def _answers(
-    config: Config, weights: Params, inputs: _Inputs, starts: Array, *, keep_logits: bool
+    config: Config, weights: Params, inputs: _State, starts: Array, *, keep_logits: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """Answers [R, B] and logits [R, B, V] for the first blocked layers starts [R], in increasing order."""
-    first = jnp.minimum(starts[0], max(0, config.num_layers - 2))
+    cone = Cone(config, weights, inputs.clean, inputs.suffixes)
+    first_layer = live_start(config, starts[0])
 
     def one(start):
-        blocked = cone.Knockout(inputs.keys, start, start + inputs.window)
-        x = cone.live_stream(config, weights, inputs.clean, inputs.suffixes, {}, first, knockout=blocked)
+        blocked = Knockout(inputs.keys, start, start + inputs.window)
+        x = live_stream(cone, {}, first_layer, knockout=blocked)
         logits = unembed(config, weights, x)
         return answers(logits), logits if keep_logits else None
 

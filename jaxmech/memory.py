@@ -92,6 +92,11 @@ def of_logits(config: Config) -> float:
     return 8 * config.vocab_size
 
 
+def fitting_prompts(config: Config, weights: Any, tokens: int) -> int:
+    """Prompts of so many tokens whose full forward pass, activations of a layer and logits of one token each, fits."""
+    return fitting(weights, of_forward(config, tokens) + of_logits(config))
+
+
 def fitting(weights: Any, bytes_each: float) -> int:
-    """How many of what takes `bytes_each` fit the budget beside the parameters `weights`, 1 at least."""
+    """How many items of `bytes_each` fit the budget beside the parameters `weights`; at least 1."""
     return max(1, int(budget(weights) / bytes_each))

@@ -291,6 +291,14 @@ def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Arr
     return norm(config, weight.reshape(-1), y.reshape(*y.shape[:-2], weight.size)).reshape(y.shape)
 
 
+def rotated_qkv(
+    config: Config, weights: Params, x: jax.Array, rotation: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k and v of the normed stream x [..., T, D], as `project` has them, but q and k rotated by the angles."""
+    q, k, v = (project(config, weights, site, x) for site in ("q", "k", "v"))
+    return rope.rotate(q, *rotation), rope.rotate(k, *rotation), v
+
+
 def visible(config: Config, layer: jax.Array | int, query: jax.Array, key: jax.Array) -> jax.Array:
     """Whether queries at positions `query` [..., T] may attend to keys at `key` [..., S]: bool [..., 1, T, S].
 

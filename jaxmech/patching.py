@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech.accuracy import examples_per_call
+from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.circuits import HeadsByRole, role_masks
 from jaxmech.compat import check_compat, last_column, same_positions
@@ -91,7 +91,7 @@ def patched_predictions(
     """
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
     positions = positions_of(pairs.position, roles)
-    size = examples_per_call(model, pairs) if batch_size is None else batch_size
+    size = memory.fitting_prompts(model.config, model.weights, tokens.shape[1]) if batch_size is None else batch_size
     for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], positions[rows], last[rows]))
         here = on_devices_of(model.weights, values(rows))

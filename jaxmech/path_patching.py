@@ -17,8 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import cone, memory
+from jaxmech import memory
 from jaxmech.batches import Batches, calls_of_equal_size
+from jaxmech.cone import (
+    Change,
+    CleanCache,
+    Cone,
+    HeadPatch,
+    clean_cache,
+    frozen_stream,
+    live_start,
+    live_stream,
+    receiver_inputs,
+)
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
@@ -87,7 +98,7 @@ def path_patch(
         found: list[Outcome] = []
         for call in sweep.calls:
             call = call._replace(senders=over_rows(model.weights, call.senders))
-            found.append(senders(config, model.weights, inputs, call, mask, via=via, measure=measure))
+            found.append(sender_outcomes(config, model.weights, inputs, call, mask, via=via, measure=measure))
             if progress:
                 jax.block_until_ready(found[-1])
                 progress(batch * len(sweep.calls) + len(found), total)
@@ -106,12 +117,12 @@ class Call(NamedTuple):
     """The senders of one call and the layers it runs through; traced, so that a sweep's calls share one compilation."""
 
     senders: Array  # [R] layer * N + head; CLEAN is the row whose change is zero
-    first: int  # the lowest sender layer
-    live: int  # where the live stream starts: at the first receiver above, and below the last layer
-    stop: int  # the last receiver layer
+    first_layer: int  # the lowest sender's
+    live_start: int  # where the live stream starts: at the first receiver above, and below the last layer
+    last_receiver: int  # its layer
 
 
-class Batch(NamedTuple):
+class SweepExamples(NamedTuple):
     """The examples of one batch, as they go to the device."""
 
     prompts: SharedPrompts  # B clean and B corrupt prompts
@@ -142,9 +153,9 @@ class Plan:
     receivers: np.ndarray | None  # [L, N]
     calls: list[Call]
 
-    def batch(self, rows: np.ndarray) -> Batch:
+    def batch(self, rows: np.ndarray) -> SweepExamples:
         """The examples `rows`, one of `batches.rows`."""
-        return Batch(
+        return SweepExamples(
             prompts=self.batches.prompts(rows),
             p=np.concatenate([self.batches.p[rows], self.corrupt_p[rows]]),
             suffixes=self.batches.suffixes(rows),
@@ -192,10 +203,10 @@ def plan(
     return Plan(batches, corrupt_p, pairs.labels, wrong_labels, mask, calls)
 
 
-class Inputs(NamedTuple):
+class SweepState(NamedTuple):
     """What a batch of examples brings to every call."""
 
-    clean: cone.CleanCache
+    clean: CleanCache
     suffixes: Suffixes
     delta_z: jax.Array  # [L, B, N, H], corrupt - clean at p
     labels: jax.Array  # [B]
@@ -204,17 +215,17 @@ class Inputs(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "live"))
-def prepare(config: Config, weights: Params, batch: Batch, *, live: bool) -> Inputs:
+def prepare(config: Config, weights: Params, batch: SweepExamples, *, live: bool) -> SweepState:
     """Runs the prompts of a batch once; `live` keeps what a live stream needs."""
-    clean, delta_z = cone.clean_cache(config, weights, batch.prompts, batch.p, batch.suffixes, live=live)
-    return Inputs(clean, batch.suffixes, delta_z, batch.labels, batch.wrong_labels, batch.rows)
+    clean, delta_z = clean_cache(config, weights, batch.prompts, batch.p, batch.suffixes, live=live)
+    return SweepState(clean, batch.suffixes, delta_z, batch.labels, batch.wrong_labels, batch.rows)
 
 
 @partial(jax.jit, static_argnames=("config", "via", "measure"))
-def senders(
+def sender_outcomes(
     config: Config,
     weights: Params,
-    inputs: Inputs,
+    inputs: SweepState,
     call: Call,
     receivers: jax.Array | None,
     *,
@@ -226,27 +237,26 @@ def senders(
     delta = einsum(config, "rbh,rhd->rbd", inputs.delta_z[layer, :, head], weights["blocks"]["o"][layer, head])
     delta = jnp.where((call.senders == CLEAN)[:, None, None], 0, delta)
     kernel = partial(_outcome, config, weights, inputs, call, receivers, via, measure)
-    return jax.vmap(kernel)(cone.Change(layer, delta))
+    return jax.vmap(kernel)(Change(layer, delta))
 
 
 def _outcome(
     config: Config,
     weights: Params,
-    inputs: Inputs,
+    inputs: SweepState,
     call: Call,
     receivers: jax.Array | None,
     via: str | None,
     measure: Function | None,
-    change: cone.Change,
+    change: Change,
 ) -> Outcome:
     """The outcome, fields [B], of one sender's `change`."""
-    clean, suffixes = inputs.clean, inputs.suffixes
+    cone = Cone(config, weights, inputs.clean, inputs.suffixes)
     if receivers is None or via is None:
-        x = cone.frozen_stream(config, weights, clean, suffixes, change, call.first)
+        x = frozen_stream(cone, change, call.first_layer)
     else:
-        read = cone.receiver_inputs(config, weights, clean, suffixes, change, receivers, via, call.first, call.stop)
-        patches = {via: cone.HeadPatch(receivers, read)}
-        x = cone.live_stream(config, weights, clean, suffixes, patches, call.live, call.stop)
+        read = receiver_inputs(cone, change, receivers, via, call.first_layer, call.last_receiver)
+        x = live_stream(cone, {via: HeadPatch(receivers, read)}, call.live_start, call.last_receiver)
     return outcome(unembed(config, weights, x), inputs.labels, inputs.wrong_labels, inputs.rows, measure)
 
 
@@ -264,7 +274,7 @@ def _calls(config: Config, mask: np.ndarray | None, senders: np.ndarray, work: f
     parts = calls_of_equal_size(rows, work, most, copies=copies, besides=int(in_each))
     parts = [np.append(CLEAN, part) for part in parts] if in_each else parts
     lowest = [int(np.append(part[part != CLEAN], 0)[0]) // config.num_heads for part in parts]
-    return [Call(part, *_span(config, mask, layer)) for part, layer in zip(parts, lowest, strict=True)]
+    return [Call(part, *_layers(config, mask, layer)) for part, layer in zip(parts, lowest, strict=True)]
 
 
 def _clean_rows(senders: np.ndarray) -> np.ndarray:
@@ -272,14 +282,13 @@ def _clean_rows(senders: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(senders == CLEAN, np.arange(len(senders)), 0))
 
 
-def _span(config: Config, mask: np.ndarray | None, first: int) -> tuple[int, int, int]:
-    """`first`, `live` and `stop` of a call whose lowest sender layer is `first`."""
+def _layers(config: Config, mask: np.ndarray | None, first_layer: int) -> tuple[int, int, int]:
+    """`first_layer`, `live_start` and `last_receiver` of a call whose lowest sender layer is `first_layer`."""
     if mask is None:
-        return first, 0, 0
-    layers = np.flatnonzero(mask.any(axis=1))
-    above = layers[layers > first]
-    receiver = int(above[0]) if len(above) else int(layers[-1])
-    return first, max(0, min(receiver, config.num_layers - 2)), int(layers[-1])
+        return first_layer, 0, 0
+    layers = [int(layer) for layer in np.flatnonzero(mask.any(axis=1))]
+    receiver = next((layer for layer in layers if layer > first_layer), layers[-1])
+    return first_layer, int(live_start(config, receiver)), layers[-1]
 
 
 def _has_path(receivers: np.ndarray, via: str, *, at_last: bool) -> bool:

@@ -129,7 +129,7 @@ def stretches(trees: PromptTrees, layers: Sequence[int]) -> list[Stretch]:
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="z")
-def head_values(
+def run_stretch(
     config: Config, weights: Params, stretch: Stretch, x: Array = None, z: Array = None
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the trees through a stretch of layers.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import rope
+from jaxmech.compiled_sizes import few_sizes
 from jaxmech.config import Config
 from jaxmech.model import (
     Params,
@@ -26,7 +27,7 @@ from jaxmech.model import (
     heads_output,
     mix_values,
     mlp_half,
-    project,
+    rotated_qkv,
     visible,
 )
 
@@ -59,19 +60,13 @@ def shared_length(batches: Sequence[np.ndarray]) -> tuple[int, int]:
 
     def tokens_computed(length: int) -> tuple[int, int]:
         most = max(int(distinct[length]) for distinct in distinct_prefixes) if length else 1
-        count = min(rounded_up(most), rows)
+        count = min(few_sizes(most), rows)
         return count * length + rows * (total - length), count
 
     distinct_prefixes = [_distinct_prefixes(tokens) for tokens in batches]
     costs = [tokens_computed(length) for length in range(total)]
     best = min(range(len(costs)), key=lambda length: costs[length][0])
     return (best, costs[best][1]) if costs[best][0] < 0.9 * costs[0][0] else (0, 1)
-
-
-def rounded_up(size: int, multiple: int = 1) -> int:
-    """So many or up to an eighth more, a multiple of `multiple`: few sizes, so that others share what is compiled."""
-    step = max(multiple, 2 ** max(0, size.bit_length() - 4))
-    return size + -size % step
 
 
 def _distinct_prefixes(tokens: np.ndarray) -> np.ndarray:
@@ -117,8 +112,7 @@ def _layer(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Layer `index` on x [R, T, D] at `position` [T] that also attends to the (k, v, position) `before`; its sites."""
     normed, rotation = attention_input(config, weights, x), rope.angles(config, position)
-    q, k, v = (project(config, weights, site, normed) for site in ("q", "k", "v"))
-    q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+    q, k, v = rotated_qkv(config, weights, normed, rotation)
     blocks = [*before, (k, v, position)]
     patterns = attention_pattern(config, q, [(keys, visible(config, index, position, at)) for keys, _, at in blocks])
     z = mix_values(config, [(pattern, values) for pattern, (_, values, _) in zip(patterns, blocks, strict=True)])

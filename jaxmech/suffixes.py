@@ -47,8 +47,8 @@ class Suffixes:
     example: Array  # [C] example that a packed token belongs to
     position: Array  # [C] its position in the prompt
     unpacked: Array  # [C] its index among the unpacked tokens of all buckets, [b, W] of each one behind another
-    first: Array  # [B] packed index of each example's p
-    last: Array  # [B] and of its last token
+    at_p: Array  # [B] packed index of each example's p
+    at_last: Array  # [B] and of its last token
     buckets: tuple[Bucket, ...]
 
     @classmethod
@@ -78,8 +78,8 @@ class Suffixes:
             example=np.int32(example),
             position=np.int32(p[example] + offset),
             unpacked=np.int32(row[example] + offset),
-            first=np.int32(first),
-            last=np.int32(first + length - 1),
+            at_p=np.int32(first),
+            at_last=np.int32(first + length - 1),
             buckets=tuple(buckets),
         )
 
@@ -99,7 +99,7 @@ class Suffixes:
             example=jnp.repeat(jnp.arange(count), width),
             position=(p[:, None] + offset).reshape(-1),
             unpacked=jnp.arange(count * width),
-            first=first,
-            last=first + length - 1,
+            at_p=first,
+            at_last=first + length - 1,
             buckets=(bucket,),
         )

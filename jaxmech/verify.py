@@ -55,7 +55,7 @@ class Report:
         return all(found.ok for found in (*self.checks, *self.comparisons))
 
     @property
-    def first(self) -> Comparison | None:
+    def first_deviation(self) -> Comparison | None:
         """The first site that deviates, in the order of computation."""
         sites = (*SITES, "logits")
         return next((found for found in self.comparisons if found.site in sites and not found.ok), None)
@@ -63,8 +63,8 @@ class Report:
     @property
     def verdict(self) -> str:
         """The result in a sentence."""
-        if self.first is not None:
-            return f"In the order of computation, the first that deviates is {self.first.where} ({self.first.dtype})."
+        if first := self.first_deviation:
+            return f"In the order of computation, the first that deviates is {first.where} ({first.dtype})."
         if bad := [found.site for found in self.comparisons if not found.ok]:
             return (
                 f"No site deviates on these prompts, but {' and '.join(bad)} of RoPE do; on other prompts it will show."
@@ -91,7 +91,7 @@ class Report:
         return {
             "ok": self.ok,
             "verdict": self.verdict,
-            "first_deviation": None if self.first is None else self.first.where,
+            "first_deviation": None if self.first_deviation is None else self.first_deviation.where,
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "notes": list(self.notes),
             "comparisons": comparisons,

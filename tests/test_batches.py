@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmech import batches
+from jaxmech import compiled_sizes
 from jaxmech.batches import Batches, calls_of_equal_size, equal_parts
 
 
@@ -22,7 +22,7 @@ def test_parts_have_one_shape_and_every_index_once(count, size, copies):
     [(300, 999, 1, 304), (304, 999, 1, 304), (100, 999, 1, 100), (900, 300, 6, 300)],
 )
 def test_parts_are_multiples_of_eight_on_gpus_where_that_adds_little(monkeypatch, count, size, copies, expected):
-    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), 8)
+    monkeypatch.setitem(compiled_sizes.ALIGNMENT, jax.default_backend(), 8)
     assert {len(rows) for rows, _ in equal_parts(count, size, copies)} == {expected}
     if copies == 1:
         tokens, last = np.zeros((count, 9), int), np.full(count, 8)

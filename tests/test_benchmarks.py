@@ -128,9 +128,9 @@ def test_what_a_gpu_is_to_do_runs_on_the_tiny_shape_and_goes_on_after_a_failure(
         assert rows[name]["seconds"] > 0 and (rows[name]["reference"] is not None) == bool(find_spec("torch"))
         assert not rows[name]["reference"] or rows[name]["reference"]["largest_relative_difference"] < 1e-4
     for name in stages:
-        assert rows[f"profile of {name}"]["functions"]["jit_senders"]["kinds"]["matrix products"] > 0
+        assert rows[f"profile of {name}"]["functions"]["jit_sender_outcomes"]["kinds"]["matrix products"] > 0
     printed = capsys.readouterr().out
-    assert "| stage 4 struct_reader |" in printed and "- profile of stage 2 pos_transmitter: jit_senders" in printed
+    assert "| stage 4 struct_reader |" in printed and "- profile of stage 2 pos_transmitter: jit_sender_outcomes" in printed
 
     code, _ = run_gpu_7b(monkeypatch, out, "--runs", "2")
     assert "is of another machine or of other options" in str(code)
@@ -218,7 +218,7 @@ def test_the_flops_of_the_cone_are_those_that_xla_counts(monkeypatch, sender, re
             return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
     def step(call):
-        run = path_patching.senders.__wrapped__
+        run = path_patching.sender_outcomes.__wrapped__
         return lambda weights, inputs: run(model.config, weights, inputs, call, mask, via=via)
 
     total = counted(lambda w, b: path_patching.prepare.__wrapped__(model.config, w, b, live=live), model.weights, batch)

@@ -11,7 +11,7 @@ import jaxmech as jm
 from jaxmech import ablation, dcm, memory, path_patching
 from jaxmech.batches import Batches
 from jaxmech.dcm import prompts, targets
-from jaxmech.prompt_trees import head_values
+from jaxmech.prompt_trees import run_stretch
 
 SWEEPS = (
     ("last", None, None),
@@ -22,9 +22,9 @@ SWEEPS = (
 
 
 def compilations(sweep) -> int:
-    before = path_patching.senders._cache_size()
+    before = path_patching.sender_outcomes._cache_size()
     sweep()
-    return path_patching.senders._cache_size() - before
+    return path_patching.sender_outcomes._cache_size() - before
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=str)
@@ -55,7 +55,7 @@ def test_sweeps_lower_for_every_platform(random_model, random_pairs, sweep):
     )
     platforms = ("cpu", "cuda", "tpu")
     prepare = path_patching.prepare.trace(model.config, model.weights, batch, live=mask is not None)
-    step = path_patching.senders.trace(model.config, model.weights, inputs, plan.calls[0], mask, via=via)
+    step = path_patching.sender_outcomes.trace(model.config, model.weights, inputs, plan.calls[0], mask, via=via)
     for traced in (prepare, step):
         text = traced.lower(lowering_platforms=platforms).as_text()
         assert "stablehlo.dot_general" in text and "bf16" in text
@@ -127,7 +127,7 @@ def test_other_draws_of_a_desideratum_hardly_compile_anew(random_model):
 def test_counterfactual_prompts_of_similar_lengths_compile_once(random_model, random_pairs, rope):
     """Also for heads in other layers, and where what fills them up is over the length from which RoPE changes."""
     model = random_model(vocab_size=62 + len(rope), rope=jm.Rope(**rope))
-    before = head_values._cache_size()
+    before = run_stretch._cache_size()
     for length, last in ((9, 0), (10, 1), (12, 2), (13, 3)):  # the counterfactual prompts have two tokens more
         desiderata = [random_pairs(model, length=length - i, seed=i) for i in range(2)]
         collected = targets.collect_targets(model, desiderata, ["last"], [last] * 2)
@@ -135,4 +135,4 @@ def test_counterfactual_prompts_of_similar_lengths_compile_once(random_model, ra
             z = model(pairs.corrupt, capture=("z",), capture_at=pairs.corrupt_position("last")[:, None])[1]["z"]
             expected = np.moveaxis(np.asarray(z), 0, 1)[:, : last + 1]
             assert_close(found.z[:, : last + 1], expected, TOLERANCES.recompiled)
-    assert head_values._cache_size() - before == 1
+    assert run_stretch._cache_size() - before == 1

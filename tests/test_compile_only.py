@@ -14,7 +14,7 @@ import compile_only  # noqa: E402
 import hlo  # noqa: E402
 import targets  # noqa: E402
 
-from jaxmech import batches, memory  # noqa: E402
+from jaxmech import compiled_sizes, memory  # noqa: E402
 
 PROGRAM = """
 %slice_of_weights (parameter_0: f32[10,20,30], parameter_1: s32[]) -> f32[1,20,30] {
@@ -71,7 +71,7 @@ def this_device(monkeypatch):
 
     monkeypatch.setitem(targets.TARGETS, "here", Here(8 * targets.GIB, "cpu", "", {}, {}))
     monkeypatch.setattr(memory, "CPU_BUDGET", memory.CPU_BUDGET)
-    monkeypatch.setitem(batches.ALIGNMENT, "cpu", batches.ALIGNMENT["cpu"])
+    monkeypatch.setitem(compiled_sizes.ALIGNMENT, "cpu", compiled_sizes.ALIGNMENT["cpu"])
 
 
 @pytest.mark.usefixtures("this_device")

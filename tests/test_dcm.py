@@ -321,13 +321,13 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
     base = prompts.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
-    data = training._stacked(targets.collect_targets(model, [pairs], ["query_box"], [3]), first=1)
+    data = training._stacked(targets.collect_targets(model, [pairs], ["query_box"], [3]), first_layer=1)
     zero = np.zeros(1, int)
     member = stream.members(model.config, HEADS, 1)[None]
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
     inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1), 0.1
-    traced = training._train.trace(model.config, model.weights, *inputs, first=1)
+    traced = training._train.trace(model.config, model.weights, *inputs, first_layer=1)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

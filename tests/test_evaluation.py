@@ -8,6 +8,7 @@ from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 
 import jaxmech as jm
 from jaxmech import evaluation
+from jaxmech.compiled_sizes import few_counts
 
 CIRCUITS = (
     {"last": [(0, 1), (2, 3), (2, 0)], "query_box": [(1, 2), (2, 3)], "early": [(0, 0)]},
@@ -200,7 +201,7 @@ def test_the_number_of_circuits_is_no_reason_to_compile_again(random_model, rand
     jm.evaluate(model, pairs, [dict(reversed(circuit.items())) for circuit in CIRCUITS], means)
     jm.evaluate(model, pairs, list(CIRCUITS)[:-1], means)
     assert evaluation._vital_answers._cache_size() == before + 1
-    assert [evaluation._filled_up(count) for count in (1, 2, 3, 5, 8, 9, 100, 104)] == [1, 2, 4, 8, 8, 16, 104, 104]
+    assert [few_counts(count) for count in (1, 2, 3, 5, 8, 9, 100, 104)] == [1, 2, 4, 8, 8, 16, 104, 104]
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])
@@ -212,7 +213,7 @@ def test_evaluation_lowers_for_every_platform(random_model, random_pairs, elsewh
     ((index, distinct),) = evaluation._distinct_tokens([pairs.clean], per_example=False)
     vital = np.stack([pairs.position(role) for role in roles], axis=1)
     prompts = evaluation._Prompts(pairs.clean, vital, pairs.position("last"))
-    batch, model_arguments = evaluation._Batch(*prompts, index), (model.config, model.weights)
+    batch, model_arguments = evaluation._Vital(*prompts, index), (model.config, model.weights)
     values = np.moveaxis(evaluation._ablated_values(model.config, means, pairs), 2, 0)
     if elsewhere:
         prepare, arguments = evaluation._ablated_everywhere, (*model_arguments, batch, values, distinct)

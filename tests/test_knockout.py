@@ -10,7 +10,7 @@ import pytest
 from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 
 import jaxmech as jm
-from jaxmech import batches
+from jaxmech import compiled_sizes
 
 KNOCKOUT = import_module("jaxmech.knockout")  # the function jm.knockout has the name of its module
 
@@ -46,7 +46,7 @@ def expected_logits(
 @pytest.mark.parametrize("source", ["last", "query_box"])
 @pytest.mark.parametrize(("batch_size", "multiple"), [(None, 1), (None, 2), (2, 1)])
 def test_knockouts_equal_full_forwards_with_a_mask(model, pairs, source, target, batch_size, multiple, monkeypatch):
-    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
+    monkeypatch.setitem(compiled_sizes.ALIGNMENT, jax.default_backend(), multiple)
     monkeypatch.setattr(KNOCKOUT, "TOKENS_PER_CALL", 10)  # several calls
     target = jm.random_target(pairs, source) if target == "random" else target
     at = pairs.position(target) if isinstance(target, str) else target

@@ -12,7 +12,7 @@ from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 from safetensors.numpy import save, save_file
 
 import jaxmech as jm
-from jaxmech import batches, compat
+from jaxmech import compat, compiled_sizes
 from jaxmech.metrics import METRICS
 
 # The functions jm.cmap and jm.knockout have the names of their modules.
@@ -176,7 +176,7 @@ def test_cross_model_patching_of_all_heads_everywhere_with_equal_other_weights_c
 )
 def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, components, multiple, monkeypatch):
     base, tuned = models
-    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), multiple)
+    monkeypatch.setitem(compiled_sizes.ALIGNMENT, jax.default_backend(), multiple)
     monkeypatch.setattr(HEAD_SWEEP, "TOKENS_PER_CALL", 40)  # several calls
     heads, clean = [(0, 0), (0, 3), (1, 2), (2, 1), (3, 0), (3, 3)], full_forward.last_logits(base, pairs)
     patched = {head: full_forward.from_model(base, tuned, pairs, {role: [head]}, components) for head in heads}

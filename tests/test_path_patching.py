@@ -8,7 +8,7 @@ from conftest import TOLERANCES, assert_close
 from full_forward import path_patch as full_path_patch
 
 import jaxmech as jm
-from jaxmech import batches, path_patching
+from jaxmech import compiled_sizes, path_patching
 
 MHA = {"num_kv_heads": 4}
 GQA = {"num_kv_heads": 2}
@@ -107,7 +107,7 @@ def test_sizes_rounded_up_as_on_accelerators_change_nothing(random_model, random
     model = random_model(num_layers=5, **GQA)
     pairs = random_pairs(model)
     exact = path_patching.plan(model, pairs, "early", RECEIVERS, via, batch_size=3).batches
-    monkeypatch.setitem(batches.ALIGNMENT, jax.default_backend(), step)
+    monkeypatch.setitem(compiled_sizes.ALIGNMENT, jax.default_backend(), step)
     rounded = path_patching.plan(model, pairs, "early", RECEIVERS, via, batch_size=3).batches
     assert rounded.capacity > exact.capacity or rounded.spans != exact.spans
     assert all(size % step == 0 for size in (rounded.capacity, *(span.width for span in rounded.spans)))

@@ -9,9 +9,9 @@ from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
 from jaxmech import dcm, memory
+from jaxmech.compiled_sizes import few_sizes
 from jaxmech.dcm import targets
-from jaxmech.prompt_trees import PromptTrees, Stretch, head_values, stretches
-from jaxmech.shared_prefix import rounded_up
+from jaxmech.prompt_trees import PromptTrees, Stretch, run_stretch, stretches
 
 LLAMA_7B = {"width": 4096, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "mlp_width": 11008}
 COUNT, SEVERAL, LENGTH = 6, 4, 14
@@ -64,7 +64,7 @@ def test_activations_in_a_tree_are_those_of_the_prompts_alone(random_model, prom
     tokens, _, positions = prompts
     trees = PromptTrees.grow(*prompts)
     trees = trees.of(np.arange(COUNT), int(trees.sizes.max()) + fill)
-    _, found = head_values(model.config, model.weights, Stretch(trees, 0, model.config.num_layers - 1))
+    _, found = run_stretch(model.config, model.weights, Stretch(trees, 0, model.config.num_layers - 1))
     assert np.isfinite(found).all()
     for s in range(SEVERAL):
         _, captured = model(tokens[:, s], capture=("z",), capture_at=positions[:, s])
@@ -73,10 +73,10 @@ def test_activations_in_a_tree_are_those_of_the_prompts_alone(random_model, prom
 
 def test_few_widths_and_little_to_fill_up():
     widths = np.arange(1, 5000)
-    rounded = np.array([rounded_up(int(width), 8) for width in widths])
+    rounded = np.array([few_sizes(int(width), 8) for width in widths])
     assert (rounded >= widths).all() and (rounded[64:] <= widths[64:] * 1.125).all()
     assert len(set(rounded)) < 70 and (rounded % 8 == 0).all()
-    counts = np.array([rounded_up(int(width)) for width in widths])
+    counts = np.array([few_sizes(int(width)) for width in widths])
     assert (counts >= widths).all() and (counts <= widths * 1.125).all() and (counts[:15] == widths[:15]).all()
 
 
@@ -92,7 +92,7 @@ def test_prompts_drop_out_where_no_more_is_asked_of_them(random_model, prompts, 
     for part in parts:
         left = np.asarray(layers) >= part.stop
         assert part.trees.sizes.tolist() == prefixes(tokens[:, left], length[:, left])
-        x, z = head_values(model.config, model.weights, part, x, z)
+        x, z = run_stretch(model.config, model.weights, part, x, z)
     for s, last in enumerate(layers):
         _, captured = model(tokens[:, s], capture=("z",), capture_at=positions[:, s])
         found = z[:, :, 2 * s : 2 * s + 2]
@@ -127,9 +127,9 @@ def test_counterfactuals_are_collected_in_trees_as_in_full_forward_passes(random
 
     def recorded(config, weights, stretch, x, z):
         calls.append((*stretch.trees.member.shape, x is None))
-        return head_values(config, weights, stretch, x, z)
+        return run_stretch(config, weights, stretch, x, z)
 
-    monkeypatch.setattr(targets, "head_values", recorded)
+    monkeypatch.setattr(targets, "run_stretch", recorded)
     found = targets.collect_targets(model, pairs, roles, layers)
     assert {several for _, several, *_ in calls} == {1 if alone else 14}
     assert {count for count, *_ in calls} == {5 if budget > 1 else 1}
@@ -171,7 +171,7 @@ def test_prompts_that_share_nothing_are_no_tree(random_model, random_pairs, monk
 
 def test_trees_lower_for_every_platform(random_model, prompts):
     model = random_model(dtype="bfloat16")
-    traced = head_values.trace(model.config, model.weights, Stretch(PromptTrees.grow(*prompts), 0, 2))
+    traced = run_stretch.trace(model.config, model.weights, Stretch(PromptTrees.grow(*prompts), 0, 2))
     assert "stablehlo" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

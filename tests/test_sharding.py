@@ -225,7 +225,7 @@ def test_a_copy_does_its_own_rows_alone(random_model, random_pairs):
         senders = np.arange(64) % 16  # as many rows for one device as for eight
         call = plan.calls[0]._replace(senders=over_rows(model.weights, senders))
         arguments = model.config, model.weights, inputs, call, plan.receivers
-        return path_patching.senders.lower(*arguments, via="v").compile()
+        return path_patching.sender_outcomes.lower(*arguments, via="v").compile()
 
     alone, shared = compiled(one), compiled(many)
     assert "all-reduce" not in shared.as_text() and "all-gather" not in shared.as_text()

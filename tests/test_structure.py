@@ -42,7 +42,7 @@ ROWS = (
     ("convert",),
     ("jaxmech.checkpoint", "jaxmech.sharding", "jaxmech.provenance", "jaxmech.host_arrays"),
     ("jaxmech.model", "jaxmech.rope", "jaxmech.interventions", "jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
-    ("jaxmech.tokenized",),
+    ("jaxmech.tokenized", "jaxmech.compiled_sizes"),
 )
 # They read what PyTorch wrote, or run transformers' models; all else runs where it is not installed.
 IMPORT_TORCH_WHEN_CALLED = ("jaxmech.hf_sites", "convert.torch_files")

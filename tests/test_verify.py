@@ -75,7 +75,7 @@ def deviating(report, dtype: str = "float32") -> set[str]:
 @pytest.mark.parametrize("family", HF_FAMILIES)
 def test_every_site_of_every_family_agrees_with_transformers(saved, family):
     report = verify.verify(saved(family))
-    assert report.ok and report.first is None and not report.notes, report.first
+    assert report.ok and report.first_deviation is None and not report.notes, report.first_deviation
     for dtype in ("float32", "bfloat16"):
         found = [(c.site, c.layer) for c in report.comparisons if c.dtype == dtype and c.site in jm.interventions.SITES]
         assert found == [(site, layer) for layer in range(3) for site in jm.interventions.SITES]
@@ -108,8 +108,8 @@ def test_one_changed_tensor_is_found_where_it_acts_first(saved, spoilt, tensor, 
         tensors[tensor] *= 2
 
     report = verify.verify(path, spoilt(path, double))
-    assert not report.ok and report.first is not None
-    assert (report.first.where, report.first.dtype) == (where, "float32")
+    assert not report.ok and report.first_deviation is not None
+    assert (report.first_deviation.where, report.first_deviation.dtype) == (where, "float32")
     below = [found for found in report.comparisons if found.layer == 0 and found.dtype == "float32"]
     assert all(found.ok for found in below) or tensor.startswith("model.embed"), "layer 0 is untouched"
 
@@ -122,7 +122,7 @@ def test_gate_and_up_exchanged_are_found_in_the_mlp_of_that_layer(saved, spoilt)
         tensors[gate], tensors[up] = tensors[up], tensors[gate]
 
     report = verify.verify(path, spoilt(path, exchange))
-    assert report.first is not None and report.first.where == "mlp_out of layer 1"
+    assert report.first_deviation is not None and report.first_deviation.where == "mlp_out of layer 1"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_another_setting_is_found_where_it_acts_first(saved, spoilt, family, fie
         fields.pop("layer_types", None)  # would overrule max_window_layers
 
     report = verify.verify(path, spoilt(path, change))
-    assert report.first is not None and report.first.where == where
+    assert report.first_deviation is not None and report.first_deviation.where == where
 
 
 def test_another_rope_theta_shows_in_the_frequencies_and_in_the_pattern(saved, spoilt):
@@ -155,7 +155,7 @@ def test_another_rope_theta_shows_in_the_frequencies_and_in_the_pattern(saved, s
         fields["rope_parameters"]["rope_theta"] = 20000.0
 
     report = verify.verify(path, spoilt(path, change))
-    assert report.first is not None and report.first.where == "pattern of layer 0"
+    assert report.first_deviation is not None and report.first_deviation.where == "pattern of layer 0"
     assert "inv_freq" in deviating(report) and "attention_factor" not in deviating(report)
 
 
@@ -172,7 +172,7 @@ def test_rope_of_long_prompts_is_compared_though_the_prompts_are_short(saved, sp
 
     assert verify.verify(path, length=8).ok
     report = verify.verify(path, spoilt(path, change), length=8)
-    assert not report.ok and deviating(report) == {"inv_freq"} and report.first is None
+    assert not report.ok and deviating(report) == {"inv_freq"} and report.first_deviation is None
 
 
 def test_coarser_rounding_is_found_in_bfloat16_alone(saved, monkeypatch):
@@ -189,8 +189,8 @@ def test_coarser_rounding_is_found_in_bfloat16_alone(saved, monkeypatch):
     assert verify.verify(path).ok
     monkeypatch.setattr(verify, "load", coarse)
     report = verify.verify(path)
-    assert not deviating(report) and report.first is not None
-    assert (report.first.where, report.first.dtype) == ("resid_pre of layer 0", "bfloat16")
+    assert not deviating(report) and report.first_deviation is not None
+    assert (report.first_deviation.where, report.first_deviation.dtype) == ("resid_pre of layer 0", "bfloat16")
 
 
 def made_up(change: float = 0.0) -> dict[str, np.ndarray]:
@@ -341,7 +341,7 @@ def test_a_converted_checkpoint_is_compared_with_its_source(converted, spoilt):
         tensors[LAYER + "mlp.down_proj.weight"] *= 2
 
     report = verify.verify(orbax, spoilt(path, change))
-    assert report.first is not None and report.first.where == "mlp_out of layer 1"
+    assert report.first_deviation is not None and report.first_deviation.where == "mlp_out of layer 1"
     (note,) = report.notes
     assert "converted from other files than" in note and "model.safetensors" in note and "config.json" not in note
 
@@ -361,7 +361,7 @@ def test_an_adapter_is_compared_with_the_merged_model(saved, spoilt, tmp_path):
 
     assert verify.verify(path, spoilt(path, merge), adapter=adapter).ok
     report = verify.verify(path, path, adapter=adapter)
-    assert report.first is not None and report.first.where == "v of layer 1"
+    assert report.first_deviation is not None and report.first_deviation.where == "v of layer 1"
     (note,) = verify.verify(path, adapter=adapter).notes
     assert "--against" in note
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import cone, memory
+from jaxmech import memory
+from jaxmech.cone import live_cache
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
@@ -47,12 +48,12 @@ class BasePrompts:
     """S sets of equally many base prompts, run part by part when they are asked for.
 
     Args:
-      first: the layer from which on they are kept.
+      first_layer: the layer from which on they are kept.
       parts: indices of prompts, the same in every set and as many in every part, int [R] each.
     """
 
-    def __init__(self, model: Model, sets: Sequence[Pairs], role: str, first: int, parts: Sequence[np.ndarray]):
-        self._model, self._first = model, first
+    def __init__(self, model: Model, sets: Sequence[Pairs], role: str, first_layer: int, parts: Sequence[np.ndarray]):
+        self._model, self._first_layer = model, first_layer
         T, self._width = _lengths(sets, role)
         tokens = np.stack([np.pad(x.clean, ((0, 0), (0, T - x.clean.shape[1]))) for x in sets])
         self._tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]
@@ -73,25 +74,27 @@ class BasePrompts:
         prompts = [SharedPrompts.split(self._tokens[call], *self._split) for call in rows]
         p, last = self._p[rows], self._last[rows]
         prompts = jax.tree.map(lambda *x: np.stack(x), *prompts)
-        model = self._model
-        resid_pre, k, v = _run_base(model.config, model.weights, prompts, p, last, first=self._first, width=self._width)
+        model, options = self._model, {"first_layer": self._first_layer, "width": self._width}
+        resid_pre, k, v = _run_base(model.config, model.weights, prompts, p, last, **options)
         return Base(resid_pre, k, v, p.reshape(-1), last.reshape(-1))
 
 
-def examples_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first: int) -> int:
+def examples_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first_layer: int) -> int:
     """Prompts of each set that are held at a time, in half of the memory budget; the other half is for the runs."""
-    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, role, first))
+    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, role, first_layer))
 
 
-def runs_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first: int, examples: int) -> int:
+def runs_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first_layer: int, examples: int) -> int:
     """Runs whose steps of so many examples, forward and backward, fit half of the memory budget."""
     config, (T, width) = model.config, _lengths(sets, role)
-    stream = memory.of_streams(config, width, config.num_layers - first)
+    stream = memory.of_streams(config, width, config.num_layers - first_layer)
     stream += 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
-    return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, role, first) + stream))
+    return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, role, first_layer) + stream))
 
 
-def examples_per_call(model: Model, pairs: Pairs, role: str, first: int, masks: int, besides: float) -> int:
+def masked_examples_at_a_time(
+    model: Model, pairs: Pairs, role: str, first_layer: int, masks: int, besides: float
+) -> int:
     """Examples whose prompts, whose streams for all masks, and what else each takes fit the memory budget.
 
     Args:
@@ -99,7 +102,7 @@ def examples_per_call(model: Model, pairs: Pairs, role: str, first: int, masks: 
     """
     config, (T, width) = model.config, _lengths([pairs], role)
     stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
-    kept = 2 * _base_bytes(config, [pairs], role, first)
+    kept = 2 * _base_bytes(config, [pairs], role, first_layer)
     return memory.fitting(model.weights, kept + masks * stream + besides)
 
 
@@ -109,22 +112,22 @@ def _lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
     return max(pairs.clean.shape[1] for pairs in sets), max(widths)
 
 
-def _base_bytes(config: Config, sets: Sequence[Pairs], role: str, first: int) -> float:
+def _base_bytes(config: Config, sets: Sequence[Pairs], role: str, first_layer: int) -> float:
     """Bytes of `Base` of one prompt."""
     T, width = _lengths(sets, role)
-    return memory.of_keys_and_values(config, T, config.num_layers - first) + memory.of_streams(config, width, 1)
+    return memory.of_keys_and_values(config, T, config.num_layers - first_layer) + memory.of_streams(config, width, 1)
 
 
-@partial(jax.jit, static_argnames=("config", "first", "width"))
+@partial(jax.jit, static_argnames=("config", "first_layer", "width"))
 def _run_base(
-    config: Config, weights: Params, prompts: SharedPrompts, p: Array, last: Array, *, first: int, width: int
+    config: Config, weights: Params, prompts: SharedPrompts, p: Array, last: Array, *, first_layer: int, width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """resid_pre, k and v as `Base` has them, of prompts in calls [calls, b, ...], one call after another."""
 
     def run(call):
         prompts, p, last = call
         length = prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
-        cache = cone.live_cache(config, weights, prompts, Suffixes.padded(p, last, width=width, prefix=length), first)
+        cache = live_cache(config, weights, prompts, Suffixes.padded(p, last, width=width, prefix=length), first_layer)
         assert cache.k is not None and cache.v is not None
         resid_pre = cache.resid_pre[0].reshape(len(p), width, -1)
         return resid_pre, jnp.moveaxis(cache.k, 0, 1), jnp.moveaxis(cache.v, 0, 1)

@@ -11,8 +11,8 @@ from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
-from jaxmech.dcm.prompts import Base, BasePrompts, base_key, examples_per_call
-from jaxmech.dcm.stream import Batch, Heads, check_heads, first_layer, patched_stream
+from jaxmech.dcm.prompts import Base, BasePrompts, base_key, masked_examples_at_a_time
+from jaxmech.dcm.stream import Heads, StepExamples, check_heads, first_layer_of, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.dcm.training import Run
 from jaxmech.loading import Model
@@ -84,15 +84,15 @@ def _accuracies(
     """`accuracies` on desiderata that share their base prompts, at the same roles."""
     config, some = model.config, next(iter(pairs.values()))
     roles = list(dict.fromkeys(role for _, role in masks))
-    first = {role: _first_layer_at(config, masks, role) for role in roles}
-    weights = {(name, role): _weights(config, sets, first[role]) for (name, role), sets in masks.items()}
-    last = [max(_last_patched(x, first[at]) for (name, at), x in weights.items() if name == one) for one in pairs]
+    first_layer = {role: _first_layer_at(config, masks, role) for role in roles}
+    weights = {(name, role): _weights(config, sets, first_layer[role]) for (name, role), sets in masks.items()}
+    last = [max(_last_patched(x, first_layer[at]) for (name, at), x in weights.items() if name == one) for one in pairs]
     most = {role: max(len(x) for (_, at), x in weights.items() if at == role) for role in roles}
     most = {role: 2 ** (count - 1).bit_length() for role, count in most.items()}  # few numbers, so few compilations
     kept = 2 * memory.of_heads(config, len(pairs) * len(roles), config.num_layers)  # once more as they are sorted
-    size = min(examples_per_call(model, some, role, first[role], most[role], kept) for role in roles)
+    size = min(masked_examples_at_a_time(model, some, role, first_layer[role], most[role], kept) for role in roles)
     parts = list(equal_parts(len(some), size))
-    base = {role: BasePrompts(model, [some], role, first[role], [rows for rows, _ in parts]) for role in roles}
+    base = {role: BasePrompts(model, [some], role, first_layer[role], [rows for rows, _ in parts]) for role in roles}
     correct: dict[tuple[Desideratum, str], list[np.ndarray]] = {key: [] for key in masks}
     for part, (rows, new) in enumerate(parts):
         collected = collect_targets(model, [x[rows] for x in pairs.values()], roles, last)
@@ -103,7 +103,8 @@ def _accuracies(
                 weight = weights[name, role]
                 padded = np.pad(weight, ((0, most[role] - len(weight)), (0, 0), (0, 0)))
                 here = over_rows(model.weights, padded)
-                found = _answers(config, model.weights, prompts, targets[name], here, role=i, first=first[role])
+                inputs = prompts, targets[name], here
+                found = _answers(config, model.weights, *inputs, role=i, first_layer=first_layer[role])
                 right = is_correct(np.asarray(found)[: len(weight)], pairs[name].labels[rows])
                 correct[name, role].append(right[:, new])
     answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
@@ -198,16 +199,16 @@ def select_many(
     return {key: best(key) for key in runs}
 
 
-@partial(jax.jit, static_argnames=("config", "role", "first"))
+@partial(jax.jit, static_argnames=("config", "role", "first_layer"))
 def _answers(
-    config: Config, weights: Params, base: Base, targets: Targets, weight: Array, *, role: int, first: int
+    config: Config, weights: Params, base: Base, targets: Targets, weight: Array, *, role: int, first_layer: int
 ) -> jax.Array:
     """Answers with heads patched by each of the weights [M, L, N], int [M, B], at one of the targets' roles."""
     base = jax.tree.map(lambda x: x[: len(targets.labels)], base)  # calls of prompts are filled up
-    batch = Batch(base, targets.at(role, first))
+    batch = StepExamples(base, targets.at(role, first_layer))
 
     def one(weight):
-        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first)))
+        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first_layer)))
 
     return jax.vmap(one)(weight)
 
@@ -215,15 +216,15 @@ def _answers(
 def _first_layer_at(config: Config, masks: Mapping[Any, Mapping[Any, tuple[Heads, Any]]], role: str) -> int:
     """The first layer of all heads that are patched at a role."""
     here = [heads for (_, at), sets in masks.items() if at == role for heads, _ in sets.values()]
-    return first_layer(config, [head for heads in here for head in check_heads(config, heads)])
+    return first_layer_of(config, [head for heads in here for head in check_heads(config, heads)])
 
 
-def _last_patched(weights: np.ndarray, first: int) -> int:
-    """The last layer in which one of the `weights` [M, L, N] patches a head, or `first`."""
-    return first + int(np.append(0, np.flatnonzero(weights.any(axis=(0, 2))))[-1])
+def _last_patched(weights: np.ndarray, first_layer: int) -> int:
+    """The last layer in which one of the `weights` [M, L, N] patches a head, or `first_layer`."""
+    return first_layer + int(np.append(0, np.flatnonzero(weights.any(axis=(0, 2))))[-1])
 
 
-def _weights(config: Config, masks: Mapping[Any, tuple[Heads, np.ndarray]], first: int) -> np.ndarray:
+def _weights(config: Config, masks: Mapping[Any, tuple[Heads, np.ndarray]], first_layer: int) -> np.ndarray:
     """What is patched by each of the masks of all sets, [M, L, N]."""
     found = []
     for heads, some in masks.values():
@@ -233,8 +234,8 @@ def _weights(config: Config, masks: Mapping[Any, tuple[Heads, np.ndarray]], firs
                 f"masks has shape {np.shape(some)}; expected [M, {len(heads)}], of one mask [1, {len(heads)}]."
             )
         layers, numbers = np.array(heads).T
-        found.append(np.zeros((len(some), config.num_layers - first, config.num_heads), np.float32))
-        found[-1][:, layers - first, numbers] = 1 - np.asarray(some)
+        found.append(np.zeros((len(some), config.num_layers - first_layer, config.num_heads), np.float32))
+        found[-1][:, layers - first_layer, numbers] = 1 - np.asarray(some)
     return np.concatenate(found)
 
 

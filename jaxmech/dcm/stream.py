@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import cone
+from jaxmech.cone import CleanCache, Cone, HeadPatch, live_start, live_stream
 from jaxmech.config import Config
 from jaxmech.dcm.prompts import Base
 from jaxmech.dcm.targets import Targets
@@ -18,33 +18,34 @@ from jaxmech.suffixes import Suffixes
 Heads = Sequence[Sequence[int]]
 
 
-class Batch(NamedTuple):
+class StepExamples(NamedTuple):
     """Some examples."""
 
     base: Base
     targets: Targets
 
 
-def patched_stream(config: Config, weights: Params, batch: Batch, weight: jax.Array, first: int) -> jax.Array:
+def patched_stream(
+    config: Config, weights: Params, examples: StepExamples, weight: jax.Array, first_layer: int
+) -> jax.Array:
     """resid_post of the last layer at `last`, [B, D], with every head patched by its weight [L, N]."""
-    base = batch.base
+    base = examples.base
     count, width, _ = base.resid_pre.shape
     suffixes = Suffixes.padded(base.p, base.last, width=width, prefix=base.k.shape[3])
     resid_pre = base.resid_pre.reshape(1, count * width, -1)  # of the first layer alone: no other is read
-    k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, batch.targets.z))
-    clean = cone.CleanCache(resid_pre=resid_pre, k=k, v=v, first=first)
-    patches = {"z": cone.HeadPatch(weight, z)}
-    return cone.live_stream(config, weights, clean, suffixes, patches, first)
+    k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, examples.targets.z))
+    cone = Cone(config, weights, CleanCache(resid_pre=resid_pre, k=k, v=v, first_layer=first_layer), suffixes)
+    return live_stream(cone, {"z": HeadPatch(weight, z)}, first_layer)
 
 
-def first_layer(config: Config, heads: Heads) -> int:
-    """The lowest layer of `heads`, or the last but one, where a live stream starts at the latest."""
-    return min(min(layer for layer, _ in heads), max(0, config.num_layers - 2))
+def first_layer_of(config: Config, heads: Heads) -> int:
+    """The first layer that is run where `heads` are patched."""
+    return int(live_start(config, min(int(layer) for layer, _ in heads)))
 
 
-def members(config: Config, heads: Heads, first: int) -> np.ndarray:
-    """The heads from layer `first` on as bool [L, N]."""
-    return head_mask(config, heads)[first:]
+def members(config: Config, heads: Heads, first_layer: int) -> np.ndarray:
+    """The heads from `first_layer` on as bool [L, N]."""
+    return head_mask(config, heads)[first_layer:]
 
 
 def check_heads(config: Config, heads: Heads) -> list[tuple[int, int]]:

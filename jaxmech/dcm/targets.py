@@ -19,12 +19,12 @@ import numpy as np
 
 from jaxmech import memory, patching
 from jaxmech.batches import equal_parts
+from jaxmech.compiled_sizes import few_sizes
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.pairs import Pairs
-from jaxmech.prompt_trees import PromptTrees, head_values, stretches
+from jaxmech.prompt_trees import PromptTrees, run_stretch, stretches
 from jaxmech.sharding import over_rows, row_devices
-from jaxmech.shared_prefix import rounded_up
 
 SOFTMAX = 100  # multiply-adds that take as long as the softmax of one score, roughly
 TOKENS_PER_CALL = 2**15  # of trees that run together: enough for a GPU, and few, so that trees are of similar size
@@ -38,9 +38,9 @@ class Targets(NamedTuple):
     z: Array  # [B, L, N, H], of the counterfactual prompts at the role; layers above those asked for may be 0
     labels: Array  # [B]
 
-    def at(self, role: int, first: int) -> "Targets":
-        """At one of the roles that were collected, layers from `first` on."""
-        return Targets(self.z[:, first:, role], self.labels)
+    def at(self, role: int, first_layer: int) -> "Targets":
+        """At one of the roles that were collected, layers from `first_layer` on."""
+        return Targets(self.z[:, first_layer:, role], self.labels)
 
 
 def collect_targets(
@@ -80,7 +80,7 @@ def _values(model: Model, trees: PromptTrees, layers: Sequence[int], multiple: i
     """z [B, L, R, N, H] of each of the S prompts that the trees have, at their R roles, up to `layers` [S].
 
     Args:
-      multiple: for `rounded_up`, of the trees' widths.
+      multiple: for `few_sizes`, of the trees' widths.
     """
     config, weights, sizes = model.config, model.weights, trees.sizes
     order = np.argsort(sizes, kind="stable")  # trees of similar size run together
@@ -91,9 +91,9 @@ def _values(model: Model, trees: PromptTrees, layers: Sequence[int], multiple: i
     for rows in parts:
         x = z = None
         for stretch in route:
-            width = rounded_up(int(stretch.trees.sizes[rows].max()), multiple)
+            width = few_sizes(int(stretch.trees.sizes[rows].max()), multiple)
             here = over_rows(weights, stretch.trees.of(rows, width))
-            x, z = head_values(config, weights, stretch._replace(trees=here), x, z)
+            x, z = run_stretch(config, weights, stretch._replace(trees=here), x, z)
         found.append(z)
     together = np.concatenate(parts)
     return _in_order(found, np.unique(together, return_index=True)[1], sets=len(layers))

@@ -18,7 +18,7 @@ import optax
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.dcm.prompts import Base, BasePrompts, base_key, cut, examples_at_a_time, runs_at_a_time
-from jaxmech.dcm.stream import Batch, Heads, check_heads, first_layer, members, patched_stream
+from jaxmech.dcm.stream import Heads, StepExamples, check_heads, first_layer_of, members, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.loading import Model
 from jaxmech.model import Params, label_logits
@@ -158,7 +158,7 @@ def train_many(
     (count,) = counts
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size={batch_size}, but there are {count} pairs; expected at most that many.")
-    first = first_layer(config, [head for heads in chosen.values() for head in heads])
+    first_layer = first_layer_of(config, [head for heads in chosen.values() for head in heads])
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
     key_of = {name: base_key(pairs, role) for name, pairs in train_pairs.items()}
     sets = {key: train_pairs[name] for name, key in key_of.items()}  # desiderata may share their base prompts
@@ -167,12 +167,12 @@ def train_many(
     arguments = _Arguments(
         base=np.array([list(sets).index(key_of[desideratum]) for desideratum, *_ in keys]),
         data=np.array([place[0][desideratum] for desideratum, *_ in keys]),
-        member=np.array([members(config, chosen[group], first) for _, group, *_ in keys]),
+        member=np.array([members(config, chosen[group], first_layer) for _, group, *_ in keys]),
         lam=np.array([lam for *_, lam, _ in keys], np.float32),
         order=np.array([place[3][seed] for *_, seed in keys]),
     )
     prompts = list(sets.values()), list(train_pairs.values())
-    losses, masks = _run_all(model, *prompts, role, first, arguments, orders, learning_rate, progress)
+    losses, masks = _run_all(model, *prompts, role, first_layer, arguments, orders, learning_rate, progress)
     if not np.isfinite(losses).all():
         count = int((~np.isfinite(losses).all(axis=1)).sum())
         raise ValueError(
@@ -182,7 +182,7 @@ def train_many(
     runs = {}
     for i, key in enumerate(keys):
         layers, heads = np.array(chosen[key[1]]).T
-        history = History(losses[i], masks[i][:, layers - first, heads], orders[arguments.order[i]])
+        history = History(losses[i], masks[i][:, layers - first_layer, heads], orders[arguments.order[i]])
         runs[key] = Run(chosen[key[1]], history.mask[-1], history, len(history.mask))
     return runs
 
@@ -202,7 +202,7 @@ def _run_all(
     sets: Sequence[Pairs],
     desiderata: Sequence[Pairs],
     role: str,
-    first: int,
+    first_layer: int,
     arguments: _Arguments,
     orders: np.ndarray,
     learning_rate: float,
@@ -215,12 +215,12 @@ def _run_all(
       orders: [orders, steps, E].
     """
     config, weights = model.config, model.weights
-    segments = cut(orders, examples_at_a_time(model, sets, role, first))
-    prompts = BasePrompts(model, sets, role, first, [segment.rows for segment in segments])
-    last = first + int(np.flatnonzero(arguments.member.any(axis=(0, 2)))[-1])
-    targets = _stacked(collect_targets(model, desiderata, [role], [last] * len(desiderata)), first=first)
+    segments = cut(orders, examples_at_a_time(model, sets, role, first_layer))
+    prompts = BasePrompts(model, sets, role, first_layer, [segment.rows for segment in segments])
+    last = first_layer + int(np.flatnonzero(arguments.member.any(axis=(0, 2)))[-1])
+    targets = _stacked(collect_targets(model, desiderata, [role], [last] * len(desiderata)), first_layer=first_layer)
     copies = row_devices(weights)
-    at_a_time = copies * runs_at_a_time(model, sets, role, first, orders.shape[2])
+    at_a_time = copies * runs_at_a_time(model, sets, role, first_layer, orders.shape[2])
     calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
@@ -229,7 +229,7 @@ def _run_all(
         base, (rows, orders), found = prompts.run(part), segments[part], []
         for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
             inputs = base, targets, call, rows, orders, states[i], learning_rate
-            states[i], history = _train(config, weights, *inputs, first=first)
+            states[i], history = _train(config, weights, *inputs, first_layer=first_layer)
             found.append([np.asarray(x)[new] for x in history])
             if progress:
                 progress(part * len(calls) + i + 1, len(segments) * len(calls))
@@ -241,13 +241,13 @@ def _run_all(
     return np.concatenate(losses, axis=1)[:, :steps], np.concatenate(masks, axis=1)[:, :steps]
 
 
-@partial(jax.jit, static_argnames="first")
-def _stacked(targets: Sequence[Targets], *, first: int) -> Targets:
-    """Targets at the first role, layers from `first` on, with an axis of desiderata in front."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(0, first) for found in targets))
+@partial(jax.jit, static_argnames="first_layer")
+def _stacked(targets: Sequence[Targets], *, first_layer: int) -> Targets:
+    """Targets at the first role, layers from `first_layer` on, with an axis of desiderata in front."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(0, first_layer) for found in targets))
 
 
-@partial(jax.jit, static_argnames=("config", "first"))
+@partial(jax.jit, static_argnames=("config", "first_layer"))
 def _train(
     config: Config,
     weights: Params,
@@ -259,7 +259,7 @@ def _train(
     states: Any,
     learning_rate: float,
     *,
-    first: int,
+    first_layer: int,
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     """The states behind all steps, and losses [runs, steps] and masks [runs, steps, L, N].
 
@@ -276,8 +276,8 @@ def _train(
         def step(carry, rows):
             mask, state = carry
             in_base, in_data = one.base * len(examples) + rows, (one.data, examples[rows])
-            batch = Batch(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[in_data], data))
-            loss = partial(_loss, config, weights, batch, rows >= 0, one.lam, first)
+            batch = StepExamples(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[in_data], data))
+            loss = partial(_loss, config, weights, batch, rows >= 0, one.lam, first_layer)
             loss, gradient = jax.value_and_grad(loss)(mask)
             gradient = gradient * one.member  # Adam leaves alone what has never had a gradient
             updates, state = optimizer.update(gradient, state)
@@ -299,14 +299,14 @@ def _unpatched(member: Array, learning_rate: float) -> tuple[jax.Array, Any]:
 def _loss(
     config: Config,
     weights: Params,
-    batch: Batch,
+    batch: StepExamples,
     present: Array,
     lam: Array,
-    first: int,
+    first_layer: int,
     mask: jax.Array,
 ) -> jax.Array:
     """The loss of a mask [L, N] on the examples of `batch` that are `present`, bool [E]."""
-    x = patched_stream(config, weights, batch, 1 - mask, first)
+    x = patched_stream(config, weights, batch, 1 - mask, first_layer)
     target_logit = label_logits(config, weights, x, batch.targets.labels)
     return -jnp.sum(target_logit * present) / present.sum() + lam * (1 - mask).sum()
 
