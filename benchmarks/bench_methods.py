@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class Bench:
       ours: the method; returns its results as a NumPy array.
       theirs: the same in PyTorch, or None; returns the results of its units.
       shared: the units of ours that theirs has, as an index.
-      check: returns what is compared instead of the results of `ours`, where those would be too large; not timed.
+      check: returns what is compared instead, of ours and of theirs, where the results that are timed are accuracies,
+        which say little, since logits take longer to move to the host than to compute; not timed.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Bench:
     ours: Callable[[], np.ndarray]
     theirs: Callable[[], np.ndarray] | None
     shared: Any = ...
-    check: Callable[[], np.ndarray] | None = None
+    check: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def run_theirs(bench: Bench, ours_seconds: float, runs: int) -> dict[str, Any]:
     """PyTorch's time for the same work, and how far its results are from ours."""
     assert bench.theirs is not None
     expected = bench.theirs()
-    found = bench.ours()[bench.shared] if bench.check is None else bench.check()
+    found, expected = (bench.ours()[bench.shared], expected) if bench.check is None else bench.check()
     measured = timed(bench.theirs, runs)
     seconds = statistics.median(measured) * bench.units / bench.reference_units
     return {
@@ -169,7 +171,7 @@ def run_theirs(bench: Bench, ours_seconds: float, runs: int) -> dict[str, Any]:
 def circuit_evaluation(work: Work, count: int = CIRCUITS, sample: int | None = None) -> Bench:
     """Random circuits in which a head is at each role with probability 0.3.
 
-    Ours returns accuracies [C]; its logits, and theirs of the first `sample` circuits, [sample, B, V] are compared.
+    Both return accuracies [C], theirs of the first `sample` circuits, whose logits [sample, B, V] are compared.
     """
     sample = min(sample or count, count)
     model, pairs = work.model, work.pairs
@@ -181,22 +183,36 @@ def circuit_evaluation(work: Work, count: int = CIRCUITS, sample: int | None = N
     def ours() -> np.ndarray:
         return jm.evaluate(model, pairs, circuits, means, keep_logits=False).accuracy
 
-    def check() -> np.ndarray:
-        logits = jm.evaluate(model, pairs, circuits[:sample], means).logits
-        assert logits is not None
-        return logits
-
-    def theirs() -> np.ndarray:
+    @cache
+    def their_means() -> Any:
         import torch
+
+        assert work.torch is not None
+        return torch.tensor(means).to(work.torch[0].device)
+
+    def their_logits(circuit: dict[str, Any]) -> Any:
         from torch_reference.circuits import evaluate
 
         assert work.torch is not None
-        inputs = work.torch[0], pairs.clean, pairs.positions
-        found = [evaluate(*inputs, circuit, torch.tensor(means)) for circuit in circuits[:sample]]
-        return torch.stack(found).float().cpu().numpy()
+        return evaluate(work.torch[0], pairs.clean, pairs.positions, circuit, their_means())
+
+    def theirs() -> np.ndarray:
+        return np.stack([accuracy(their_logits(circuit), pairs) for circuit in circuits[:sample]])
+
+    def check() -> tuple[np.ndarray, np.ndarray]:
+        logits = jm.evaluate(model, pairs, circuits[:sample], means).logits
+        assert logits is not None
+        return logits, np.stack([their_logits(circuit).float().cpu().numpy() for circuit in circuits[:sample]])
 
     reference = theirs if work.torch else None
     return Bench("circuit evaluation", "circuits", count, sample, "logits", ours, reference, check=check)
+
+
+def accuracy(logits: Any, pairs: jm.Pairs) -> float:
+    """Of PyTorch's logits [B, V]."""
+    import torch
+
+    return float((logits.argmax(-1) == torch.as_tensor(pairs.labels).to(logits.device)).float().mean())
 
 
 def dcm(work: Work, prompts: int, lams: list[float], batch: int = DCM_BATCH, sample: int | None = None) -> Bench:
@@ -238,27 +254,37 @@ def dcm(work: Work, prompts: int, lams: list[float], batch: int = DCM_BATCH, sam
 
 
 def cmap_groups(work: Work) -> Bench:
-    """Four groups of eight heads, at the paper's roles, each patched alone; ours and theirs return logits [4, B, V]."""
+    """Four groups of eight heads, at the paper's roles, each patched alone; both return accuracies [4].
+
+    Logits [4, B, V] are compared.
+    """
     model, pairs, config = work.model, work.pairs, work.model.config
     groups = []
     for role, low in (("last", 0.5), ("last", 0.45), ("query_box", 0.35), ("prev_query_box", 0.1)):
         layers = np.linspace(low * config.num_layers, config.num_layers - 1, DCM_HEADS).round().astype(int)
         groups.append({role: sorted({(int(layer), i % config.num_heads) for i, layer in enumerate(layers)})})
 
-    def ours() -> np.ndarray:
-        found = [jm.cmap(model, work.tuned, pairs, heads).logits for heads in groups]
-        return np.stack([logits for logits in found if logits is not None])
+    def patched(keep_logits: bool) -> list[jm.Predictions]:
+        return [jm.cmap(model, work.tuned, pairs, heads, keep_logits=keep_logits) for heads in groups]
 
-    def theirs() -> np.ndarray:
-        import torch
+    def ours() -> np.ndarray:
+        return np.array([found.accuracy for found in patched(keep_logits=False)])
+
+    def their_logits() -> list[Any]:
         from torch_reference.cmap import cmap
 
         assert work.torch is not None
-        inputs = *work.torch, pairs.clean, pairs.positions
-        return torch.stack([cmap(*inputs, heads) for heads in groups]).float().cpu().numpy()
+        return [cmap(*work.torch, pairs.clean, pairs.positions, heads) for heads in groups]
+
+    def theirs() -> np.ndarray:
+        return np.array([accuracy(logits, pairs) for logits in their_logits()])
+
+    def check() -> tuple[np.ndarray, np.ndarray]:
+        logits = [found.logits for found in patched(keep_logits=True) if found.logits is not None]
+        return np.stack(logits), np.stack([x.float().cpu().numpy() for x in their_logits()])
 
     reference = theirs if work.torch else None
-    return Bench("CMAP of groups", "groups", len(groups), len(groups), "logits", ours, reference)
+    return Bench("CMAP of groups", "groups", len(groups), len(groups), "logits", ours, reference, check=check)
 
 
 def cmap(work: Work, sample: int) -> Bench:
@@ -305,26 +331,31 @@ def cmap_by_hooks(work: Work, heads: list[tuple[int, int]]) -> Callable[[], np.n
 
 
 def knockout(work: Work, sample: int | None = None) -> Bench:
-    """Ours and theirs return logits [L, B, V], theirs of a sample of first layers."""
+    """Both return accuracies [L], theirs of a sample of first layers, whose logits are compared."""
     model, pairs = work.model, work.pairs
     layers = model.config.num_layers
     starts = np.unique(np.linspace(0, layers - 1, min(sample or layers, layers)).round().astype(int))
     positions = [pairs.position(role) for role in ("last", "query_box", "last")]
 
     def ours() -> np.ndarray:
-        logits = jm.knockout(model, pairs, "last", "query_box").logits
-        assert logits is not None
-        return logits
+        return jm.knockout(model, pairs, "last", "query_box", keep_logits=False).accuracy
 
-    def theirs() -> np.ndarray:
+    def their_results() -> Any:
         from torch_reference.knockout import knockout
 
         assert work.torch is not None
-        found = knockout(work.torch[0], pairs.clean, pairs.labels, *positions, starts=starts.tolist())
-        return found[1].float().cpu().numpy()
+        return knockout(work.torch[0], pairs.clean, pairs.labels, *positions, starts=starts.tolist())
+
+    def theirs() -> np.ndarray:
+        return their_results()[0].cpu().numpy()
+
+    def check() -> tuple[np.ndarray, np.ndarray]:
+        logits = jm.knockout(model, pairs, "last", "query_box").logits
+        assert logits is not None
+        return logits[starts], their_results()[1].float().cpu().numpy()
 
     reference = theirs if work.torch else None
-    return Bench("knockout", "first layers", layers, len(starts), "logits", ours, reference, starts)
+    return Bench("knockout", "first layers", layers, len(starts), "logits", ours, reference, check=check)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,10 @@ def senders_alone(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage):
 
     def run():
         arguments = [(inputs, call, receivers) for inputs in prepared for call in plan.calls]
-        found = [path_patching.sender_outcomes(model.config, model.weights, *rest, via=stage.via) for rest in arguments]
+        found = [
+            path_patching.sender_outcomes(model.config, model.weights, *rest, via=stage.via, measure=None)
+            for rest in arguments
+        ]
         return jax.device_get(found)
 
     return run

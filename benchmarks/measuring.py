@@ -81,6 +81,7 @@ def machine() -> dict:
         "torch_threads": threads,
         "python": platform.python_version(),
         "versions": found,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 

@@ -130,6 +130,8 @@ def _gpu_lines(row: dict) -> list[str]:
         lines.append(f"{function} {found['seconds']:.3g} s, kernels {found['busy']:.3g} s: {shares}")
     if theirs := row.get("reference"):
         text = f"{theirs['largest_relative_difference']:.1g} of the largest result from PyTorch"
+        if "correlation" in theirs:
+            text += f", correlation {theirs['correlation']:.4f}"
         if "reachable_ratio" in theirs:
             text += f"; {floor(theirs['reachable_ratio'])}x over PyTorch if it runs the heads with a path alone"
         lines.append(text)

@@ -33,4 +33,6 @@ def state(model: jm.Model) -> dict[str, torch.Tensor]:
         for i, name in enumerate(target.names(model.config)):
             layer = target.to_theirs(model.config, value[i] if target.per_layer else value)
             tensors[name] = torch.from_dlpack(jax.block_until_ready(layer)).clone()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # before JAX has the memory of `layer` for something else
     return tensors

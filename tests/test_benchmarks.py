@@ -1,5 +1,7 @@
 """The benchmark scripts run, and their counts of operations are those that XLA counts."""
 
+import argparse
+import dataclasses
 import json
 import sys
 from importlib.util import find_spec
@@ -97,7 +99,7 @@ def test_benchmark_of_the_methods_and_its_report_run_on_the_tiny_shape(tmp_path,
 
 def run_gpu_7b(monkeypatch, out: Path, *options: str) -> tuple[str | int | None, dict[str, dict]]:
     """Runs the script on the tiny shape; what it ends with, and its rows by name."""
-    sizes = ["--shapes", "tiny", "--parts", "stages,profile,circuits,knockout", "--sample", "2", "--prompts", "8"]
+    sizes = ["--shapes", "tiny", "--parts", "stages,circuits,knockout,profile", "--sample", "2", "--prompts", "8"]
     sizes += ["--circuits", "3", "--circuit-prompts", "8", "--runs", "1"]
     monkeypatch.setattr(sys, "argv", ["gpu_7b", *sizes, "--out", str(out), *options])
     with pytest.raises(SystemExit) as ended:
@@ -123,17 +125,46 @@ def test_what_a_gpu_is_to_do_runs_on_the_tiny_shape_and_goes_on_after_a_failure(
     assert {name for name, row in rows.items() if row != before[name]} == {"knockout"}, "the others are kept"
     stages = [f"stage {stage.name}" for stage in shapes.stages(shapes.SHAPES["tiny"].config)]
     timed = [*stages, "circuit evaluation", "knockout"]
-    assert list(rows) == [*stages, *(f"profile of {name}" for name in stages), *timed[-2:]]
+    profiles = [f"profile of {name}" for name in stages]
+    assert list(rows) == [*stages[:3], "circuit evaluation", stages[3], *profiles, "knockout"], "the last is done again"
     for name in timed:
         assert rows[name]["seconds"] > 0 and (rows[name]["reference"] is not None) == bool(find_spec("torch"))
         assert not rows[name]["reference"] or rows[name]["reference"]["largest_relative_difference"] < 1e-4
     for name in stages:
         assert rows[f"profile of {name}"]["functions"]["jit_sender_outcomes"]["kinds"]["matrix products"] > 0
     printed = capsys.readouterr().out
-    assert "| stage 4 struct_reader |" in printed and "- profile of stage 2 pos_transmitter: jit_sender_outcomes" in printed
+    assert (
+        "| stage 4 struct_reader |" in printed
+        and "- profile of stage 2 pos_transmitter: jit_sender_outcomes" in printed
+    )
 
     code, _ = run_gpu_7b(monkeypatch, out, "--runs", "2")
     assert "is of another machine or of other options" in str(code)
+
+
+def test_one_call_compiles_all_that_a_stage_is_timed_with(monkeypatch):
+    """Also where a sweep has several calls."""
+    monkeypatch.setattr(path_patching, "TOKENS_PER_CALL", {"frozen": 40, "live": 320})
+    shape = dataclasses.replace(shapes.SHAPES["tiny"], prompts=7)
+    model, compiled = shapes.random_model(shape.config), (path_patching.prepare, path_patching.sender_outcomes)
+    for stage in shapes.stages(shape.config):
+        bench = gpu_7b.StageBench(lambda: model, lambda: None, shapes.pairs(shape), stage, argparse.Namespace(), 1.0)
+        before = [function._cache_size() for function in compiled]
+        bench.one_call()
+        after = [function._cache_size() for function in compiled]
+        assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1]
+        bench.sweep()
+        assert [function._cache_size() for function in compiled] == after
+
+
+@pytest.mark.skipif(not find_spec("torch"), reason="compares with PyTorch")
+def test_scores_are_checked_in_float32_against_full_forwards_and_pytorch(monkeypatch):
+    found = gpu_7b.check(shapes.SHAPES["tiny"], sample=2)["largest_relative_difference"]
+    assert list(found) == ["last logits", "last logits, PyTorch", "query_box v", "query_box v, PyTorch"]
+    assert all(0 < difference < gpu_7b.ALLOWED for difference in found.values())
+    monkeypatch.setattr(gpu_7b, "ALLOWED", 1e-9)
+    with pytest.raises(RuntimeError, match="scores differ by more than 1e-09 of the largest"):
+        gpu_7b.check(shapes.SHAPES["tiny"], sample=0)
 
 
 def test_kernels_of_a_trace_are_those_that_ran(tmp_path):
