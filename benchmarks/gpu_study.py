@@ -2,18 +2,20 @@
 
     python benchmarks/gpu_study.py --shape 7b --out out/gpu_study.json              # on the GPU; no network
     python benchmarks/gpu_study.py --shape 7b --models-in-memory 1                  # on a card for one model
+    python benchmarks/gpu_study.py --shape 7b --once --minutes 5                    # the stages that fit
 
 The models have random weights, made on the device, and the demo's tokenizer; "tuned" has other projections to q, k and
 v. Prompts, sizes and stages are those of `jaxmech study`, but what is found means nothing, and so that every stage has
 as much to do as in a study of trained models, the answers that count as right are the base model's own, discovery finds
 heads where the paper's circuit has them (`shapes.groups`), and of each group activation patching patches every second
 head. Left out is the reading of checkpoints. The first study compiles; a second one in the same process, unless --once,
-does not. What a study that is cut off has done by then is in --out. Needs neither tyro nor rich.
+does not. What a study that is cut off, or by --minutes, has done by then is in --out. Needs neither tyro nor rich.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 import time
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=shapes.SHAPES, default="7b")
     parser.add_argument("--out", type=Path, default=Path("out/gpu_study.json"))
     parser.add_argument("--models-in-memory", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, within a stage or not")
     parser.add_argument("--quick", action="store_true", help="far fewer prompts, to see that everything runs")
     parser.add_argument("--once", action="store_true", help="one study, with compilation")
     options = parser.parse_args()
@@ -59,18 +62,32 @@ def main() -> None:
     settings = settings.quick() if options.quick else settings
     result: dict[str, Any] = {"shape": options.shape, "config": config.to_dict(), "machine": machine()}
     result["settings"] = settings.to_dict() | {"base": None, "tuned": None}
+    deadline = time.monotonic() + 60 * options.minutes
     for name in ["with compilation"] if options.once else ["with compilation", "compiled"]:
 
         def keep(found: dict[str, Any], name: str = name) -> None:
             result[name] = found
             save(options.out, result)
 
-        keep(study(config, settings, keep))
+        try:
+            keep(study(config, settings, keep, deadline))
+        except NoTimeLeft:
+            keep(result.get(name, {"stages": {}}) | {"cut_off": True})
         print(f"{name}: {json.dumps(result[name])}", flush=True)
 
 
-def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Seconds of one study in a folder of its own, by stage, both models together; `keep` gets those so far."""
+class NoTimeLeft(Exception):
+    """The deadline has passed."""
+
+
+def study(
+    config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]], None], deadline: float
+) -> dict[str, Any]:
+    """Seconds of one study in a folder of its own, by stage, both models together; `keep` gets those so far.
+
+    Raises:
+      NoTimeLeft: the study has come to `deadline`, by time.monotonic().
+    """
 
     class RandomStudy(Study):
         def _load(self, name: str) -> jm.Model:
@@ -101,6 +118,8 @@ def study(config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]]
             def progress(stage: str, part: str, done: int, total: int) -> None:
                 if done == total:
                     keep({"stages": seconds_of_stages(folder), "done": f"{stage} of {part}"})
+                if time.monotonic() > deadline:
+                    raise NoTimeLeft
 
             results = run(settings, folder, progress=progress)
             seconds, stages = time.perf_counter() - started, seconds_of_stages(folder)

@@ -107,6 +107,8 @@ class StudyCommand:
     """Repeats of activation patching, with new pairs each."""
     patched: int = 500
     """Pairs of one repeat."""
+    single_head_prompts: int = 100
+    """Prompts on which cross-model patching patches every single head, too."""
     seed: int = 0
     """Seed of all draws."""
     add_bos: OptionalBool = None

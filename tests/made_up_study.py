@@ -156,7 +156,13 @@ def cmap(rng, before, after, layers, heads) -> dict:
     for role in dict.fromkeys(role for role, *_ in GROUPS.values()):
         change = rng.normal(0, 0.01, (layers, heads))
         change[rng.integers(layers), rng.integers(heads)] = 0.3
-        single[role] = {"accuracy": (before + change).tolist(), "score": (2 * change).tolist()}
+        accuracy = (before + 0.01 + change).tolist()  # fewer prompts, another accuracy
+        single[role] = {
+            "accuracy": accuracy,
+            "score": (2 * change).tolist(),
+            "unpatched": before + 0.01,
+            "prompts": 100,
+        }
     groups = {c: {g: entry(before + factor[c] * s * (after - before)) for g, s in share.items()} for c in COMPONENTS}
     return {"groups": groups, "heads": single}
 

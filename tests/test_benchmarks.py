@@ -23,6 +23,7 @@ import gpu_7b  # noqa: E402
 import gpu_study  # noqa: E402
 import kernels  # noqa: E402
 import measuring  # noqa: E402
+import precision  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 
@@ -56,6 +57,29 @@ def test_a_whole_study_of_random_models_runs_on_the_tiny_shape(tmp_path, monkeyp
     for heads in found["heads"].values():
         assert heads["found"]["struct_reader"] == expected["struct_reader"], "the chain did not come to its end"
         assert heads["found"].keys() == heads["kept"].keys() == expected.keys()
+
+
+def test_a_study_that_has_no_time_left_says_what_is_done(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "study.json"
+    options = ["--shape", "tiny", "--quick", "--once", "--minutes", "0", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["gpu_study", *options])
+    gpu_study.main()
+    found = json.loads(out.read_text())["with compilation"]
+    assert found["cut_off"] and "seconds" not in found and "cut_off" in capsys.readouterr().out
+
+
+def test_a_precision_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
+    out, broken = tmp_path / "precision.json", {"dtype": "float32", "precision": "of a watch"}
+    monkeypatch.setattr(precision, "PRECISIONS", {"float32": precision.PRECISIONS["float32"], "TF32": broken})
+    options = ["--scenes", "0", "--shapes", "tiny", "--stages", "1", "--prompts", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["precision", *options])
+    precision.main()
+    rows = json.loads(out.read_text())["models"]["tiny"]
+    assert rows["float32"]["stages"][0]["top_k"] == 1 and "of a watch" in rows["TF32"]["error"]
+    assert "| tiny | TF32 | failed: ValueError: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["precision", *options, "--minutes", "0"])
+    precision.main()
+    assert "tiny: no time left for float32." in capsys.readouterr().out
 
 
 @pytest.fixture

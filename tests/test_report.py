@@ -11,7 +11,7 @@ from made_up_study import COMPONENTS, GROUPS, entry, odd, study
 from matplotlib.image import imread
 
 from jaxmech.report import write_report
-from jaxmech.report.words import percent_interval
+from jaxmech.report.words import percent_interval, signed
 
 STAGES = {
     "accuracy": "Accuracy",
@@ -147,14 +147,15 @@ def test_the_tables_hold_the_numbers_of_the_results(report):
     for runs in results["dcm"]["tuned"].values():
         assert all(percent(run["test"]) in page.text for run in runs.values())
     layer, head = results["discovery"]["base"]["groups"]["object_lookup"][0]
-    single = results["cmap"]["tuned"]["heads"]["query_box"]["accuracy"][layer][head]
+    sweep = results["cmap"]["tuned"]["heads"]["query_box"]
+    single = sweep["accuracy"][layer][head] - sweep["unpatched"]
     row = next(line for line in _rows(report) if line[:3] == ["object_lookup", "query_box", f"{layer}.{head}"])
     score = results["discovery"]["base"]["heads"]["object_lookup"][0]
     assert row[3] == f"{100 * score['score']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]".replace(
         "-", "−"
     )
     kept = results["minimality"]["base"]["groups"]["object_lookup"][0]["kept"]
-    assert row[4] == ("yes" if kept else "no") and row[-1] == percent(single)
+    assert row[4] == ("yes" if kept else "no") and row[-1] == signed(single)
 
 
 def _rows(folder) -> list[list[str]]:

@@ -62,6 +62,7 @@ SETTINGS = Settings(  # none of the numbers is the default, so that one that is 
     repeats=2,
     patched=8,
     components=("z", "q+k+v"),
+    single_head_prompts=24,
     edges=EDGES[:3],
 )
 
@@ -153,8 +154,12 @@ def test_results_are_those_of_the_methods(results, models, pairs):
     for target, at in (("query_box", "query_box"), ("random", jm.random_target(pairs, "last", seed=2))):
         found = jm.knockout(models["tuned"], pairs, "last", at).accuracy.tolist()
         assert results["knockout"]["tuned"][f"last -> {target}"] == found
-    sweep = jm.cmap_heads(models["base"], models["tuned"], pairs, "last")
-    np.testing.assert_allclose(results["cmap"]["tuned"]["heads"]["last"]["accuracy"], sweep.accuracy)
+    single, sweep = (
+        results["cmap"]["tuned"]["heads"],
+        jm.cmap_heads(models["base"], models["tuned"], pairs[:24], "last"),
+    )
+    np.testing.assert_allclose(single["last"]["accuracy"], sweep.accuracy)
+    assert (single["last"]["unpatched"], single["last"]["prompts"]) == (sweep.clean_accuracy, 24)
     group = results["minimality"]["tuned"]["circuit"]["value_fetcher"]
     heads = {"last": [tuple(head) for head in group]}
     found = jm.cmap(models["base"], models["tuned"], pairs, heads, ("q", "k", "v")).accuracy
@@ -195,7 +200,8 @@ def test_circuits_are_those_that_minimality_leaves_and_are_saved(results, done):
         for group, rows in found["groups"].items():
             assert [row["head"] for row in rows if row["kept"]] == found["circuit"][group]
             assert all((row["score"] is None or row["score"] >= 0.02) == row["kept"] for row in rows)
-        assert json.loads((done.path / "circuits" / f"{name}.json").read_text()) == found["circuit"]
+        circuit = jm.Circuit.load(done.path / "circuits" / f"{name}.json")
+        assert circuit == jm.Circuit(found["circuit"], results["discovery"][name]["roles"])
 
 
 def test_faithfulness_and_patching_name_the_circuits_first_and_then_the_models(results):

@@ -166,7 +166,7 @@ def heads(results: Results) -> Section | None:
         columns = ["score, %", "kept"] if model in minimal else ["score, %"]
         header, spans = header + columns, [*spans, (model, len(columns))]
     header += [f"z of {tuned}" for tuned in crossed]
-    spans += [(f"accuracy of {results['models'][0]} with", len(crossed))] if crossed else []
+    spans += [(f"change of {results['models'][0]}'s accuracy by", len(crossed))] if crossed else []
     rows = []
     for group in once_each(entry["groups"] for entry in found.values()):
         role = next(entry["roles"][group] for entry in found.values() if group in entry["roles"])
@@ -180,7 +180,8 @@ def heads(results: Results) -> Section | None:
     text = (
         "All heads of the circuits as layer.head: the mean relative change of the right answer's probability with its "
         "95 % interval (without one where the model's own circuit does not have the head in this group), whether "
-        "minimality kept it, and the base's accuracy with the fine-tuned model's output (z) of this head alone."
+        "minimality kept it, and by how many points the fine-tuned model's output (z) of this head alone changes the "
+        "base's accuracy."
     )
     return Section(text, tables=[Table("Heads of the circuits.", header, rows, range(3, len(header)), spans)])
 
@@ -274,4 +275,5 @@ def _kept(entries: Sequence[Mapping[str, Any]], head: tuple[int, ...]) -> str:
 
 
 def _single(sweeps: Mapping[str, Any], role: str, head: tuple[int, ...]) -> str:
-    return percent(sweeps[role]["accuracy"][head[0]][head[1]]) if role in sweeps else "-"
+    """The change of accuracy by one head."""
+    return signed(sweeps[role]["accuracy"][head[0]][head[1]] - sweeps[role]["unpatched"]) if role in sweeps else "-"

@@ -92,10 +92,7 @@ def cmap(results: Results) -> Section | None:
         )
         draw, alt = partial(bars.cmap_bars, entry["groups"], lines), f"Bars of accuracy of {base} with {values}."
         pictures = [Picture(f"cmap-{tuned}", draw, alt, f"Accuracy of {base} with activations of {tuned}.")]
-        if base in known:
-            pictures += _single_heads(results, tuned)
-        elif entry["heads"]:
-            notes.append(f"Single heads of {tuned} are not shown: the accuracy of {base} was not measured.")
+        pictures += _single_heads(results, tuned)
         rows.append(pictures)
         tables.append(_cmap_table(base, tuned, entry["groups"]))
     text = (
@@ -212,8 +209,8 @@ def _selected(run: Mapping[str, Any]) -> str:
 def _single_heads(results: Results, tuned: str) -> list[Picture]:
     """Changes of the base's accuracy by each head, a map per role, all on one scale."""
     base, pictures = results["models"][0], []
-    own = results["accuracy"][base]["accuracy"]
-    changes = {r: np.array(x["accuracy"], float) - own for r, x in results["cmap"][tuned]["heads"].items()}
+    found = results["cmap"][tuned]["heads"]
+    changes = {role: np.array(x["accuracy"], float) - x["unpatched"] for role, x in found.items()}
     bound = max((float(abs(change).max()) for change in changes.values()), default=0)
     for role, change in changes.items():
         layer, head = (int(i) for i in np.unravel_index(change.argmax(), change.shape))
@@ -222,7 +219,8 @@ def _single_heads(results: Results, tuned: str) -> list[Picture]:
         title = f"single heads of {tuned} in {base}"
         draw = partial(heat_map, change, _heads_at(results, tuned, role), title, f"z at {role}", **look)
         alt = f"Heat map of the change of {base}'s accuracy by each head of {tuned} at {role}. Best: {best}."
-        pictures.append(Picture(f"cmap-heads-{role}-{tuned}", draw, alt, f"{tuned} at {role}; best: {best}."))
+        caption = f"{tuned} at {role}, {counted(found[role]['prompts'], 'prompt')}; best: {best}."
+        pictures.append(Picture(f"cmap-heads-{role}-{tuned}", draw, alt, caption))
     return pictures
 
 

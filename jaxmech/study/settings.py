@@ -53,6 +53,8 @@ class Settings:
       repeats: of activation patching.
       patched: pairs of one repeat.
       components: sets of activations that CMAP patches, "z" or several of q, k, v joined by "+".
+      single_head_prompts: on how many of the prompts CMAP patches every single head, too: at a role in the scene, which
+        many tokens follow, that takes longer than a circuit discovery.
       edges: attention that is knocked out, (source, target).
       seed: of all draws.
       add_bos: prepend the BOS token; None: if the tokenizer does so by itself.
@@ -84,6 +86,7 @@ class Settings:
     repeats: int = 10
     patched: int = 500
     components: tuple[str, ...] = ("z", "q", "k", "v", "q+k+v")
+    single_head_prompts: int = 100
     edges: tuple[tuple[str, str], ...] = EDGES
     seed: int = 0
     add_bos: bool | None = None
@@ -101,7 +104,7 @@ class Settings:
             raise ValueError("A study needs at least one fine-tuned model; give tuned.")
         _ = self.names
         counts = ("scenes", "contexts", "random_circuits", "train", "validation", "test", "epochs", "dcm_batch")
-        for name in (*counts, "repeats", "patched", "models_in_memory"):
+        for name in (*counts, "repeats", "patched", "single_head_prompts", "models_in_memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
         if self.random_subsets < 0:
@@ -156,6 +159,7 @@ class Settings:
             repeats=min(self.repeats, 2),
             patched=min(self.patched, 48),
             components=self.components[:2],
+            single_head_prompts=min(self.single_head_prompts, 28),
         )
 
 

@@ -186,10 +186,12 @@ def _completeness(study: Study, part: str, progress: Progress) -> JSON:
 
 def _cmap(study: Study, part: str, progress: Progress) -> JSON:
     settings, pairs, circuit = study.settings, study.data.pairs, study.circuit(part)
+    some = pairs[: settings.single_head_prompts]
     roles = list(dict.fromkeys(circuit.roles.values()))
     tuned: Model | HeadValues = study.model(part)
+    single = collect(tuned, some, roles, batch_size=settings.batch_size)
     if not settings.compat:  # which patches more than `collect` keeps
-        sites = {site for components in settings.components for site in ("z", *components.split("+"))}
+        sites = {site for components in settings.components for site in components.split("+")}
         tuned = collect(tuned, pairs, roles, sorted(sites), batch_size=settings.batch_size)
     base = study.model(settings.names[0])
     nothing: dict[str, list[Head]] = {role: [] for role in roles}  # all sets have all roles, so that they compile once
@@ -208,8 +210,13 @@ def _cmap(study: Study, part: str, progress: Progress) -> JSON:
             progress(done, steps)
     singles = {}
     for role in roles:
-        sweep = cmap_heads(base, tuned, pairs, role, batch_size=settings.batch_size)
-        singles[role] = {"accuracy": sweep.accuracy.tolist(), "score": sweep.scores.mean.astype(float).tolist()}
+        sweep = cmap_heads(base, single, some, role, batch_size=settings.batch_size)
+        singles[role] = {
+            "accuracy": sweep.accuracy.tolist(),
+            "score": sweep.scores.mean.astype(float).tolist(),
+            "unpatched": sweep.clean_accuracy,
+            "prompts": len(some),
+        }
     return {"groups": groups, "heads": singles}
 
 
