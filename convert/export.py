@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from safetensors.numpy import save_file
 from convert.families import TABLES, source
 from convert.hf_config import FAMILIES, LAYER_TYPES
 from jaxmech.config import Config
+from jaxmech.files import replacing, write_text
 from jaxmech.model import check_params
 
 
@@ -32,15 +32,14 @@ def write_hf(path: Path, config: Config, params: Any, tokenizer: Any = None) -> 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = hf_tensors(config, params)
-    temporary = path / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})  # transformers refuses files without a format
-    os.replace(temporary, path / "model.safetensors")
+    with replacing(path / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})  # transformers refuses files without a format
     fields = config_to_hf(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # transformers' own defaults may not be in V
         fields[name] = None if tokenizer is None else getattr(tokenizer, name)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_text(path / "config.json", json.dumps(fields, indent=2) + "\n")
 
 
 def hf_tensors(config: Config, params: Any) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.gathered import Gathered
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, Function
+from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions, answers
@@ -33,7 +33,7 @@ def predict(
     pairs: Pairs,
     *,
     batch_size: int | None = None,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
     keep_logits: bool = True,
 ) -> Predictions:

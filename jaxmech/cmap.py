@@ -20,7 +20,7 @@ from jaxmech.config import Config
 from jaxmech.gathered import Gathered
 from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, Function
+from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
 from jaxmech.patching import at_tokens, patched_predictions, positions_of
@@ -39,7 +39,7 @@ def cmap(
     *,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
     keep_logits: bool = True,
 ) -> Predictions:

@@ -17,7 +17,7 @@ from jaxmech.accuracy import predict
 from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
 from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model
-from jaxmech.metrics import Function, name_of
+from jaxmech.metrics import Metric, name_of
 from jaxmech.pairs import Pairs
 from jaxmech.path_patching import path_patch
 from jaxmech.scores import PathScores
@@ -35,7 +35,7 @@ def discover(
     chain: Sequence[Stage] | str | Path | None = None,
     min_effect: float = 1e-3,
     *,
-    metric: str | Function = "probability",
+    metric: Metric = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
     done: Mapping[str, PathScores] | None = None,
@@ -124,7 +124,7 @@ def moved_heads(circuit: Circuit, chain: Sequence[Stage], min_effect: float) -> 
     return found
 
 
-def check_min_effect(min_effect: float, metric: str | Function) -> None:
+def check_min_effect(min_effect: float, metric: Metric) -> None:
     """ValueError if no mean effect in units of `metric` is compared with such a number."""
     most = 1 if metric == "probability" else math.inf
     if not (0 <= min_effect <= most and math.isfinite(min_effect)):
@@ -154,7 +154,7 @@ def _check_roles(pairs: Pairs, chain: Sequence[Stage], default: bool) -> None:
 
 
 def _check_done(
-    model: Model, pairs: Pairs, done: Mapping[str, PathScores], metric: str | Function, batch_size: int | None
+    model: Model, pairs: Pairs, done: Mapping[str, PathScores], metric: Metric, batch_size: int | None
 ) -> None:
     """ValueError if scores are not of this model, these clean prompts and labels, and this metric."""
     config = model.config

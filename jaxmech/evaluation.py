@@ -28,7 +28,7 @@ from jaxmech.config import Config
 from jaxmech.gathered import Gathered
 from jaxmech.interventions import Interventions, Patch, head_mask
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, Function
+from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import (
     Params,
     attention_input,
@@ -62,7 +62,7 @@ def evaluate(
     *,
     batch_size: int | None = None,
     keep_logits: bool = True,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Predictions:
     """Runs many circuits at once on the clean prompts.

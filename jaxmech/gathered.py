@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxmech.config import Config
-from jaxmech.metrics import ACCURACY, Function, check_measure, measure
+from jaxmech.metrics import ACCURACY, Metric, check_measure, measure
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions, is_correct
 
@@ -25,7 +25,7 @@ class Gathered:
       measured: float32 [..., B], or None if the metric is "accuracy".
     """
 
-    metric: str | Function
+    metric: Metric
     labels: np.ndarray  # [B]
     wrong_labels: np.ndarray  # [B]
     answered: np.ndarray  # [..., B]
@@ -38,7 +38,7 @@ class Gathered:
         config: Config,
         pairs: Pairs,
         *axes: int,
-        metric: str | Function,
+        metric: Metric,
         wrong_labels: np.ndarray | None,
         keep_logits: bool,
     ) -> "Gathered":
@@ -65,9 +65,9 @@ class Gathered:
 
         Args:
           rows: which of the pairs they are.
-          answered: [b], or [R, b] with `at`.
-          logits: [b, V], or [R, b, V]; may be None where none are needed.
-          at: int [R], which interventions these are.
+          answered: [b], or [I, b] with `at`.
+          logits: [b, V], or [I, b, V]; may be None where none are needed.
+          at: int [I], which interventions these are.
         """
         place: Any = rows if at is None else np.ix_(at, rows)
         measured = None

@@ -15,7 +15,7 @@ from jaxmech.collected import HeadValues, check_components, values_of
 from jaxmech.cone import CleanCache, Cone, HeadPatch, live_cache, live_start, live_stream
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import Function, Outcome, check_metric, effect, function_of, name_of, outcome
+from jaxmech.metrics import LogitMetric, Metric, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import answers, is_correct
@@ -67,7 +67,7 @@ def cmap_heads(
     role: str = "last",
     components: Sequence[str] = ("z",),
     *,
-    metric: str | Function = "probability",
+    metric: Metric = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
 ) -> HeadSweep:
@@ -155,9 +155,9 @@ def _prepare(
 
 @partial(jax.jit, static_argnames=("config", "measure"))
 def _run_heads(
-    config: Config, weights: Params, inputs: _State, heads: Array, *, measure: Function | None = None
+    config: Config, weights: Params, inputs: _State, heads: Array, *, measure: LogitMetric | None = None
 ) -> tuple[Outcome, jax.Array]:
-    """Outcomes and answers, [R, B], of the heads [R]: NO_HEAD, and others in increasing order."""
+    """Outcomes and answers, [I, B], of the heads [I]: NO_HEAD, and others in increasing order."""
     cone = Cone(config, weights, inputs.clean, inputs.suffixes)
     start = live_start(config, heads[1] // config.num_heads)
 

@@ -18,7 +18,7 @@ from jaxmech.cone import CleanCache, Cone, Knockout, live_cache, live_start, liv
 from jaxmech.config import Config
 from jaxmech.gathered import Gathered
 from jaxmech.loading import Model, check_prompts
-from jaxmech.metrics import ACCURACY, Function
+from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions, answers
@@ -38,7 +38,7 @@ def knockout(
     window: int | None = None,
     batch_size: int | None = None,
     keep_logits: bool = True,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Predictions:
     """Forbids the attention from `source` to `target` in layers >= l, for every l.
@@ -138,7 +138,7 @@ def _clean_cache(config: Config, weights: Params, prompts, suffixes: Suffixes) -
 def _answers(
     config: Config, weights: Params, inputs: _State, starts: Array, *, keep_logits: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Answers [R, B] and logits [R, B, V] for the first blocked layers starts [R], in increasing order."""
+    """Answers [I, B] and logits [I, B, V] for the first blocked layers starts [I], in increasing order."""
     cone = Cone(config, weights, inputs.clean, inputs.suffixes)
     first_layer = live_start(config, starts[0])
 

@@ -5,7 +5,7 @@
   logit_difference   change of logit(correct) - logit(wrong), the wrong answer being named by the caller
 
 All are negative where the patch hurts. Where the answer is not one token, a metric can be a function of the logits
-(`Function`), and the score is its change. Of answers, as opposed to effects, what is measured is the accuracy, the
+(`LogitMetric`), and the score is its change. Of answers, as opposed to effects, what is measured is the accuracy, the
 probability, log-probability or logit difference itself, or what the function says.
 
 A function looks up what it needs of each prompt by `rows`, which count within the pairs that a method was given: for
@@ -25,7 +25,8 @@ import numpy as np
 from jaxmech.pairs import Pairs
 
 # From float32 logits [B, V] and rows [B], which of the pairs they are, to what is measured of each, [B]; for jit.
-Function = Callable[[jax.Array, jax.Array], jax.Array]
+LogitMetric = Callable[[jax.Array, jax.Array], jax.Array]
+Metric = str | LogitMetric  # a name, or a function
 METRICS = ("probability", "log_probability", "logit_difference")
 ACCURACY = "accuracy"  # whether the label is the most probable token; no effect is measured by it
 _NO_USE = "wrong_labels given, but metric={!r} has no use for them."
@@ -39,7 +40,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(
-    logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array, rows: jax.Array, function: Function | None
+    logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array, rows: jax.Array, function: LogitMetric | None
 ) -> Outcome:
     """The outcome, fields [B], of float32 logits [B, V] and the rest [B]; `function` is the metric, if it is one."""
     correct, wrong = (jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0] for index in (labels, wrong_labels))
@@ -47,19 +48,19 @@ def outcome(
     return Outcome(correct - jax.nn.logsumexp(logits, axis=-1), measured)
 
 
-def function_of(metric: "str | Function") -> "Function | None":
+def function_of(metric: Metric) -> LogitMetric | None:
     """The function that a metric is, if it is no name."""
     return metric if callable(metric) else None
 
 
-def name_of(metric: "str | Function") -> str:
+def name_of(metric: Metric) -> str:
     """How scores name their metric: a function by its name and "()"."""
     return f"{getattr(metric, '__name__', type(metric).__name__)}()" if callable(metric) else metric
 
 
 @partial(jax.jit, static_argnames="metric")
 def measure(
-    metric: "str | Function", logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array, rows: jax.Array
+    metric: Metric, logits: jax.Array, labels: jax.Array, wrong_labels: jax.Array, rows: jax.Array
 ) -> jax.Array:
     """What an effect by `metric`, one of METRICS or a function, is a change of: float32 [..., B].
 
@@ -82,7 +83,7 @@ def measure(
     return jnp.exp(log_probability) if metric == "probability" else log_probability
 
 
-def _said(function: Function, logits: jax.Array, rows: jax.Array) -> jax.Array:
+def _said(function: LogitMetric, logits: jax.Array, rows: jax.Array) -> jax.Array:
     """What a function says of logits [B, V], float32 [B]; ValueError if that is something else."""
     try:
         found = jnp.asarray(function(logits, rows))
@@ -99,7 +100,7 @@ def _said(function: Function, logits: jax.Array, rows: jax.Array) -> jax.Array:
     return found.astype(jnp.float32)
 
 
-def effect(metric: "str | Function", patched: Outcome, clean: Outcome) -> np.ndarray:
+def effect(metric: Metric, patched: Outcome, clean: Outcome) -> np.ndarray:
     """The score of a patch by `metric`, one of METRICS or a function."""
     if metric == "logit_difference" or callable(metric):
         return np.asarray(patched.measured) - np.asarray(clean.measured)
@@ -108,9 +109,7 @@ def effect(metric: "str | Function", patched: Outcome, clean: Outcome) -> np.nda
         return np.expm1(change) if metric == "probability" else change
 
 
-def check_metric(
-    metric: "str | Function", wrong_labels: np.ndarray | None, pairs: Pairs, vocab_size: int
-) -> np.ndarray:
+def check_metric(metric: Metric, wrong_labels: np.ndarray | None, pairs: Pairs, vocab_size: int) -> np.ndarray:
     """The wrong labels [B], those given or else those of the pairs, or any where `metric` does not need them.
 
     Raises:
@@ -141,9 +140,7 @@ def check_metric(
     return wrong.astype(np.int32)
 
 
-def check_measure(
-    metric: "str | Function", wrong_labels: np.ndarray | None, pairs: Pairs, vocab_size: int
-) -> np.ndarray:
+def check_measure(metric: Metric, wrong_labels: np.ndarray | None, pairs: Pairs, vocab_size: int) -> np.ndarray:
     """As `check_metric`, for what is measured of answers: "accuracy" is among the metrics."""
     if not callable(metric) and metric not in (ACCURACY, *METRICS):
         raise ValueError(f"metric={metric!r}; expected one of {', '.join((ACCURACY, *METRICS))}.")
@@ -154,7 +151,7 @@ def check_measure(
     return pairs.labels
 
 
-def _check_arguments(function: Function) -> None:
+def _check_arguments(function: LogitMetric) -> None:
     """ValueError if the function does not take logits and rows."""
     try:
         inspect.signature(function).bind("logits", "rows")

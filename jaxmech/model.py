@@ -4,7 +4,8 @@ There is one norm, one attention and one MLP in the code base, and they are here
 
 Axes, one letter each, in every shape and einsum of the project:
   B batch   T query token   S key token   D embed   N query heads   K kv heads   G = N / K query heads per kv head
-  H head dim   F mlp   V vocab   L layers   P patched positions of one prompt
+  H head dim   F mlp   V vocab   L layers   P patched positions of one prompt   R roles
+  I interventions that run together (senders, heads, first layers)
 
 Functions take `...` leading axes, so that the same function serves a batch and, vmapped, one example.
 """

@@ -21,7 +21,7 @@ from jaxmech.config import Config
 from jaxmech.gathered import Gathered
 from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts, check_tokens
-from jaxmech.metrics import ACCURACY, Function
+from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import Params, forward
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions, answers
@@ -37,7 +37,7 @@ def patch_activations(
     *,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
     keep_logits: bool = True,
 ) -> Predictions:

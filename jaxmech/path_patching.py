@@ -33,7 +33,7 @@ from jaxmech.cone import (
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
-from jaxmech.metrics import Function, Outcome, check_metric, effect, function_of, name_of, outcome
+from jaxmech.metrics import LogitMetric, Metric, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, einsum, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.scores import PathScores
@@ -56,7 +56,7 @@ def path_patch(
     receivers: Iterable[Sequence[int]] | None = None,
     via: str | None = None,
     *,
-    metric: str | Function = "probability",
+    metric: Metric = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -64,6 +64,7 @@ def path_patch(
     """Scores every head of the model as a sender at the role `sender`.
 
     Args:
+      model: the model whose heads are swept.
       pairs: clean and corrupt prompts.
       sender: role at which the sender's z is patched; its counterpart in the corrupt prompt has the same name.
       receivers: (layer, head) pairs that read the change at the same role, or None for the logits.
@@ -116,7 +117,7 @@ def path_patch(
 class Call(NamedTuple):
     """The senders of one call and the layers it runs through; traced, so that a sweep's calls share one compilation."""
 
-    senders: Array  # [R] layer * N + head; CLEAN is the row whose change is zero
+    senders: Array  # [I] layer * N + head; CLEAN is the row whose change is zero
     first_layer: int  # the lowest sender's
     live_start: int  # where the live stream starts: at the first receiver above, and below the last layer
     last_receiver: int  # its layer
@@ -172,7 +173,7 @@ def plan(
     receivers: Iterable[Sequence[int]] | None = None,
     via: str | None = None,
     *,
-    metric: str | Function = "probability",
+    metric: Metric = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
 ) -> Plan:
@@ -230,9 +231,9 @@ def sender_outcomes(
     receivers: jax.Array | None,
     *,
     via: str | None,
-    measure: Function | None = None,
+    measure: LogitMetric | None = None,
 ) -> Outcome:
-    """The outcomes, fields [R, B], of the senders of one call; `measure` is the metric, if it is a function."""
+    """The outcomes, fields [I, B], of the senders of one call; `measure` is the metric, if it is a function."""
     layer, head = jnp.divmod(call.senders, config.num_heads)
     delta = einsum(config, "rbh,rhd->rbd", inputs.delta_z[layer, :, head], weights["blocks"]["o"][layer, head])
     delta = jnp.where((call.senders == CLEAN)[:, None, None], 0, delta)
@@ -247,7 +248,7 @@ def _outcome(
     call: Call,
     receivers: jax.Array | None,
     via: str | None,
-    measure: Function | None,
+    measure: LogitMetric | None,
     change: Change,
 ) -> Outcome:
     """The outcome, fields [B], of one sender's `change`."""

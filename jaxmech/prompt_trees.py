@@ -38,7 +38,7 @@ Array = Any  # NumPy on the host, jax.Array inside jit
 
 
 class PromptTrees(NamedTuple):
-    """The trees of B examples; behind a tree's own tokens are such that no prompt has."""
+    """The trees of B examples; the rest of each row is padding, tokens that no prompt has."""
 
     tokens: Array  # [B, U]
     position: Array  # [B, U] in the prompts

@@ -41,10 +41,12 @@ class PathScores:
     def top(self, k: int, min_effect: float = 0.0, *, largest: bool = False) -> list[tuple[int, int]]:
         """The k heads with the most negative mean, strongest first, as (layer, head).
 
-        Heads whose mean is above -min_effect, or 0, as it is without a path to the receivers, are left out, so there
-        may be fewer; ties go to the lower head.
+        Ties go to the lower head.
 
         Args:
+          k: how many heads at most.
+          min_effect: heads whose mean is above -min_effect, or 0, as it is without a path to the receivers, are left
+            out.
           largest: the k heads with the most positive mean instead, those that work against the answer; heads whose mean
             is below min_effect, or 0, are left out.
 

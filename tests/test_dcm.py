@@ -14,6 +14,7 @@ from conftest import TOLERANCES, assert_close, right_in_turn
 import jaxmech as jm
 from jaxmech import dcm, memory
 from jaxmech.dcm import prompts, selection, stream, targets, training
+from jaxmech.metrics import name_of
 from jaxmech.model import forward
 
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
@@ -52,8 +53,18 @@ def answering(model, pairs, heads, role, mask) -> jm.Pairs:
     return jm.Pairs(pairs.clean, pairs.corrupt, labels, pairs.positions, pairs.corrupt_positions)
 
 
-def trained_by_full_forwards(model, pairs, heads, role, lam, orders) -> tuple[np.ndarray, np.ndarray]:
-    """Losses [steps] and masks [steps, n] of Adam, one full forward and backward pass a step."""
+def target_logit(pairs, logits) -> jax.Array:
+    return logits[np.arange(len(pairs)), pairs.labels]
+
+
+def trained_by_full_forwards(
+    model, pairs, heads, role, lam, orders, value=target_logit
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [steps] and masks [steps, n] of Adam, one full forward and backward pass a step.
+
+    Args:
+      value: what is raised of each example, a function from the pairs and their logits [B, V] to [B].
+    """
     adam, logits = optax.adam(0.1), patched(model, pairs, heads, role)
     mask = jnp.ones(len(heads))
     state, losses, masks = adam.init(mask), [], []
@@ -61,7 +72,7 @@ def trained_by_full_forwards(model, pairs, heads, role, lam, orders) -> tuple[np
     @jax.jit
     @jax.value_and_grad
     def loss(mask, share):  # of every example in the batch
-        return -logits(mask)[np.arange(len(pairs)), pairs.labels] @ share + lam * (1 - mask).sum()
+        return -value(pairs, logits(mask)) @ share + lam * (1 - mask).sum()
 
     for rows in orders:
         value, gradient = loss(mask, np.isin(np.arange(len(pairs)), rows) / (rows >= 0).sum())
@@ -84,6 +95,35 @@ def test_training_equals_adam_on_patched_full_forwards(model, pairs, role, shuff
     assert_close(run.history.loss, loss, TOLERANCES.cone)
     assert_close(run.history.mask, mask, TOLERANCES.cone)
     np.testing.assert_array_equal(run.mask, run.history.mask[-1])
+
+
+def squared_logit(logits, rows):
+    """Of the token whose id is the row."""
+    return logits[jnp.arange(len(rows)), rows] ** 2 / 10
+
+
+METRICS = {
+    "probability": lambda pairs, logits: jnp.exp(METRICS["log_probability"](pairs, logits)),
+    "log_probability": lambda pairs, logits: target_logit(pairs, jax.nn.log_softmax(logits)),
+    "logit_difference": lambda pairs, logits: (
+        target_logit(pairs, logits) - logits[np.arange(len(pairs)), pairs.wrong_labels]
+    ),
+    squared_logit: lambda pairs, logits: squared_logit(logits, np.arange(len(pairs))),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=name_of)
+def test_masks_can_be_trained_to_raise_another_metric(model, pairs, metric):
+    wrong = (pairs.labels + 7) % model.config.vocab_size
+    pairs = dataclasses.replace(answering(model, pairs, HEADS, "early", [0, 0, 0, 1]), wrong_labels=wrong)
+    options = {"lam": 1e-4, "batch_size": 4, "epochs": 2, "shuffle": True, "seed": 3}
+    run = dcm.train(model, pairs, HEADS, "early", **options, metric=metric)
+    loss, mask = trained_by_full_forwards(model, pairs, HEADS, "early", 1e-4, run.history.rows, METRICS[metric])
+    assert (mask < 1).any()
+    assert_close(run.history.loss, loss, TOLERANCES.cone)
+    assert_close(run.history.mask, mask, TOLERANCES.cone)
+    other = dcm.train(model, pairs, HEADS, "early", **options)
+    assert np.abs(run.history.loss - other.history.loss).max() > 0.1
 
 
 def test_every_epoch_is_shuffled_anew(random_model, random_pairs):
@@ -327,7 +367,7 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
     inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1), 0.1
-    traced = training._train.trace(model.config, model.weights, *inputs, first_layer=1)
+    traced = training._train.trace(model.config, model.weights, *inputs, first_layer=1, metric="target_logit")
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 
@@ -342,6 +382,9 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
         ({"batch_size": 0}, "batch_size=0"),
         ({"epochs": 0}, "epochs=0"),
         ({"lam": np.nan}, r"lams=\[nan\]"),
+        ({"metric": "accuracy"}, "metric='accuracy'; expected one of target_logit, probability, log_probability"),
+        ({"metric": "logit_difference"}, "needs wrong_labels.* the pairs have none"),
+        ({"metric": lambda logits: logits[:, 0]}, "metric <lambda>.*expected a function"),
     ],
 )
 def test_bad_arguments_are_named(random_model, random_pairs, change, message):

@@ -8,7 +8,7 @@ from jaxmech.circuits import Circuit, Head
 from jaxmech.criteria.measure import as_published, check_circuit, f_of, removed, span
 from jaxmech.evaluation import evaluate
 from jaxmech.loading import Model
-from jaxmech.metrics import ACCURACY, Function, name_of
+from jaxmech.metrics import ACCURACY, Metric, name_of
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
 
@@ -52,7 +52,7 @@ def completeness(
     seed: int = 0,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Completeness:
     """Takes the same sets K of the circuit's heads from the circuit and from the model.

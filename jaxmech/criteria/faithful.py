@@ -12,7 +12,7 @@ from jaxmech.config import Config
 from jaxmech.criteria.measure import POSITIVE, as_published, check_circuit, f_of, span
 from jaxmech.evaluation import evaluate
 from jaxmech.loading import Model
-from jaxmech.metrics import ACCURACY, Function, name_of
+from jaxmech.metrics import ACCURACY, Metric, name_of
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
 
@@ -118,7 +118,7 @@ def faithfulness(
     seed: int = 0,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Faithfulness:
     """Runs the circuit alone, the model, and `random` circuits with groups of the same sizes.
@@ -164,12 +164,18 @@ def faithfulness(
 def random_circuit(
     config: Config, circuit: Circuit, rng: np.random.Generator | int, *, compat: str | None = None
 ) -> Circuit:
-    """A circuit with groups of the same sizes at the same roles as those of `circuit`; `rng` is a generator, or a seed.
+    """A circuit with groups of the same sizes at the same roles as those of `circuit`.
 
-    The heads of one role are drawn without replacement from all heads that `config` has, so that its groups are
-    disjoint, as those of a discovered circuit are. compat="paper" draws with replacement, and takes a head's number
-    divided by the number of *layers* for its layer (j); layers that do not exist are left out, as they are there, and a
-    head that is drawn twice for a group counts once.
+    The heads of one role are drawn without replacement from all heads of the model, so that its groups are disjoint, as
+    those of a discovered circuit are.
+
+    Args:
+      config: that of the model.
+      circuit: whose sizes and roles are taken.
+      rng: a generator, or a seed.
+      compat: "paper" draws with replacement, and takes a head's number divided by the number of *layers* for its layer
+        (j); layers that do not exist are left out, as they are there, and a head that is drawn twice for a group counts
+        once.
 
     Raises:
       ValueError: the groups of a role have more heads together than `config` has.

@@ -6,13 +6,13 @@ import numpy as np
 
 from jaxmech.circuits import Circuit, Head
 from jaxmech.compat import check_compat
-from jaxmech.metrics import ACCURACY, Function, name_of
+from jaxmech.metrics import ACCURACY, Metric, name_of
 
 Subset = Mapping[str, Sequence[Head]]  # group -> some of its heads
 POSITIVE = (ACCURACY, "probability", "log_probability")  # metrics whose F is not negative
 
 
-def f_of(metric: str | Function, mean: np.ndarray) -> np.ndarray:
+def f_of(metric: Metric, mean: np.ndarray) -> np.ndarray:
     """F by the mean of a metric over prompts."""
     return np.exp(mean) if metric == "log_probability" else mean
 
@@ -26,7 +26,7 @@ def check_circuit(circuit: Circuit) -> None:
         )
 
 
-def as_published(compat: str | None, metric: str | Function) -> bool:
+def as_published(compat: str | None, metric: Metric) -> bool:
     """Whether it is to be as in the published code, which knows no metric but accuracy."""
     paper = check_compat(compat)
     if paper and metric != ACCURACY:

@@ -11,7 +11,7 @@ from jaxmech.circuits import Circuit, Head
 from jaxmech.criteria.measure import POSITIVE, Subset, as_published, check_circuit, f_of, removed, span
 from jaxmech.evaluation import evaluate
 from jaxmech.loading import Model
-from jaxmech.metrics import ACCURACY, Function, name_of
+from jaxmech.metrics import ACCURACY, Metric, name_of
 from jaxmech.pairs import Pairs
 
 EQUAL_DROPS = {True: 9, False: 5}  # decimals to which drops are compared: of accuracies, and of sums of float32
@@ -68,7 +68,7 @@ def minimality(
     fraction: float = 0.3,
     batch_size: int | None = None,
     compat: str | None = None,
-    metric: str | Function = ACCURACY,
+    metric: Metric = ACCURACY,
     wrong_labels: np.ndarray | None = None,
 ) -> Minimality:
     """Scores every head when the heads that could stand in for it are gone.

@@ -4,7 +4,7 @@ A mask over the heads of a group is trained so that patching the heads it select
 model say what a desideratum predicts (Prakash et al. 2024, section 4 and appendix):
 
     z <- m z + (1 - m) z_counterfactual        m = 1: the head is left alone, m = 0: it is patched
-    loss = -mean target logit + lam sum(1 - m)
+    loss = -mean target logit + lam sum(1 - m)              or another metric in place of the target's logit
 
 The counterfactual prompts are run once, up to the group's last layer, and of the base prompts only what is clean; a
 step then runs, forward and backward, the layers from the group's first on and the tokens from its role on

@@ -84,11 +84,18 @@ def examples_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first_lay
     return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, role, first_layer))
 
 
-def runs_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first_layer: int, examples: int) -> int:
-    """Runs whose steps of so many examples, forward and backward, fit half of the memory budget."""
+def runs_at_a_time(
+    model: Model, sets: Sequence[Pairs], role: str, first_layer: int, examples: int, *, logits: bool
+) -> int:
+    """Runs whose steps of so many examples, forward and backward, fit half of the memory budget.
+
+    Args:
+      logits: a step needs those of all tokens, not the target's alone.
+    """
     config, (T, width) = model.config, _lengths(sets, role)
     stream = memory.of_streams(config, width, config.num_layers - first_layer)
     stream += 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
+    stream += 2 * memory.of_logits(config) if logits else 0
     return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, role, first_layer) + stream))
 
 

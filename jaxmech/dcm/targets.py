@@ -37,10 +37,11 @@ class Targets(NamedTuple):
 
     z: Array  # [B, L, N, H], of the counterfactual prompts at the role; layers above those asked for may be 0
     labels: Array  # [B]
+    wrong_labels: Array  # [B], the labels where there are none
 
     def at(self, role: int, first_layer: int) -> "Targets":
         """At one of the roles that were collected, layers from `first_layer` on."""
-        return Targets(self.z[:, first_layer:, role], self.labels)
+        return Targets(self.z[:, first_layer:, role], self.labels, self.wrong_labels)
 
 
 def collect_targets(
@@ -66,7 +67,10 @@ def collect_targets(
             grown = [(trees, [layer]) for trees, layer in zip(alone, layers, strict=True)]
     multiple = ALIKE if len(desiderata) > 1 else 1
     found = [z for trees, wanted in grown for z in _values(model, trees, wanted, multiple)]
-    return [Targets(z, pairs.labels) for z, pairs in zip(found, desiderata, strict=True)]
+    return [
+        Targets(z, pairs.labels, pairs.labels if pairs.wrong_labels is None else pairs.wrong_labels)
+        for z, pairs in zip(found, desiderata, strict=True)
+    ]
 
 
 def _work(config: Config, trees: PromptTrees) -> float:

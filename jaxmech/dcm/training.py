@@ -21,10 +21,12 @@ from jaxmech.dcm.prompts import Base, BasePrompts, base_key, cut, examples_at_a_
 from jaxmech.dcm.stream import Heads, StepExamples, check_heads, first_layer_of, members, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.loading import Model
-from jaxmech.model import Params, label_logits
+from jaxmech.metrics import METRICS, Metric, check_metric, measure
+from jaxmech.model import Params, label_logits, unembed
 from jaxmech.pairs import Pairs
 from jaxmech.sharding import over_rows, row_devices
 
+TARGET_LOGIT = "target_logit"  # the logit of the target alone, which needs no others
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -81,6 +83,7 @@ def train(
     shuffle: bool = False,
     *,
     seed: int = 0,
+    metric: Metric = TARGET_LOGIT,
 ) -> Run:
     """Trains one mask with Adam (optax), from m = 1; m is clipped to [0, 1] after every step.
 
@@ -98,15 +101,19 @@ def train(
       batch_size: pairs in one step.
       shuffle: draw another order for every epoch from `seed`.
       seed: of these orders.
+      metric: what masks are trained to raise: "target_logit", the paper's; or one of `jaxmech.metrics`,
+        "logit_difference" by the pairs' `wrong_labels`; or a function of the logits, see `path_patch`, that can be
+        differentiated. The loss is minus its mean, and `lam` counts in its units.
 
     Returns:
       The run; `mask` is that after the last step.
 
     Raises:
       ValueError: no corrupt prompts, an unknown role or head, a head named twice, fewer pairs than a batch, no epochs,
-        a lambda or learning rate that is no number, or a loss that is not finite.
+        a lambda or learning rate that is no number, an unknown metric, or a loss that is not finite.
     """
     options = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "shuffle": shuffle}
+    options |= {"metric": metric}
     runs = train_many(model, {"": train_pairs}, {"": heads}, role, lams=[lam], seeds=[seed], **options)
     return runs["", "", lam, seed]
 
@@ -123,6 +130,7 @@ def train_many(
     epochs: int = 2,
     batch_size: int = 32,
     shuffle: bool = False,
+    metric: Metric = TARGET_LOGIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[str, str, float, int], Run]:
     """Trains a mask for every desideratum, group, lambda and seed at once; see `train`.
@@ -138,6 +146,7 @@ def train_many(
       epochs: passes over the pairs.
       batch_size: pairs in one step.
       shuffle: draw another order for every epoch from the seed.
+      metric: what masks are trained to raise; see `train`.
       progress: called with (calls done, calls in all); a call trains as many runs for as many steps as fit the memory.
 
     Returns:
@@ -147,17 +156,8 @@ def train_many(
     for name, given in {"desiderata": train_pairs, "groups": groups, "lams": lams, "seeds": seeds}.items():
         if not given:
             raise ValueError(f"train_many has no {name}; expected at least one.")
-    if epochs < 1 or not np.isfinite(lams).all():
-        raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and finite lambdas.")
-    if not (np.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate={learning_rate}; expected a positive number.")
+    count = _check_training(config, train_pairs, lams, learning_rate, epochs, batch_size, metric)
     chosen = {name: check_heads(config, heads) for name, heads in groups.items()}
-    counts = {len(pairs) for pairs in train_pairs.values()}
-    if len(counts) != 1:
-        raise ValueError(f"train_many needs equally many pairs for each desideratum; found {sorted(counts)}.")
-    (count,) = counts
-    if not 1 <= batch_size <= count:
-        raise ValueError(f"batch_size={batch_size}, but there are {count} pairs; expected at most that many.")
     first_layer = first_layer_of(config, [head for heads in chosen.values() for head in heads])
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
     key_of = {name: base_key(pairs, role) for name, pairs in train_pairs.items()}
@@ -172,7 +172,7 @@ def train_many(
         order=np.array([place[3][seed] for *_, seed in keys]),
     )
     prompts = list(sets.values()), list(train_pairs.values())
-    losses, masks = _run_all(model, *prompts, role, first_layer, arguments, orders, learning_rate, progress)
+    losses, masks = _run_all(model, *prompts, role, first_layer, arguments, orders, learning_rate, metric, progress)
     if not np.isfinite(losses).all():
         count = int((~np.isfinite(losses).all(axis=1)).sum())
         raise ValueError(
@@ -185,6 +185,33 @@ def train_many(
         history = History(losses[i], masks[i][:, layers - first_layer, heads], orders[arguments.order[i]])
         runs[key] = Run(chosen[key[1]], history.mask[-1], history, len(history.mask))
     return runs
+
+
+def _check_training(
+    config: Config,
+    train_pairs: Mapping[str, Pairs],
+    lams: Sequence[float],
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+    metric: Metric,
+) -> int:
+    """How many pairs every desideratum has; ValueError as `train`."""
+    if epochs < 1 or not np.isfinite(lams).all():
+        raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and finite lambdas.")
+    if not (np.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate={learning_rate}; expected a positive number.")
+    if not callable(metric) and metric not in (TARGET_LOGIT, *METRICS):
+        raise ValueError(f"metric={metric!r}; expected one of {', '.join((TARGET_LOGIT, *METRICS))}, or a function.")
+    for pairs in train_pairs.values() if metric != TARGET_LOGIT else ():
+        check_metric(metric, None, pairs, config.vocab_size)
+    counts = {len(pairs) for pairs in train_pairs.values()}
+    if len(counts) != 1:
+        raise ValueError(f"train_many needs equally many pairs for each desideratum; found {sorted(counts)}.")
+    (count,) = counts
+    if not 1 <= batch_size <= count:
+        raise ValueError(f"batch_size={batch_size}, but there are {count} pairs; expected at most that many.")
+    return count
 
 
 class _Arguments(NamedTuple):
@@ -206,6 +233,7 @@ def _run_all(
     arguments: _Arguments,
     orders: np.ndarray,
     learning_rate: float,
+    metric: Metric,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses [runs, steps] and masks [runs, steps, L, N], as many steps and runs at a time as fit the memory budget.
@@ -220,7 +248,7 @@ def _run_all(
     last = first_layer + int(np.flatnonzero(arguments.member.any(axis=(0, 2)))[-1])
     targets = _stacked(collect_targets(model, desiderata, [role], [last] * len(desiderata)), first_layer=first_layer)
     copies = row_devices(weights)
-    at_a_time = copies * runs_at_a_time(model, sets, role, first_layer, orders.shape[2])
+    at_a_time = copies * runs_at_a_time(model, sets, role, first_layer, orders.shape[2], logits=metric != TARGET_LOGIT)
     calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
@@ -229,7 +257,7 @@ def _run_all(
         base, (rows, orders), found = prompts.run(part), segments[part], []
         for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
             inputs = base, targets, call, rows, orders, states[i], learning_rate
-            states[i], history = _train(config, weights, *inputs, first_layer=first_layer)
+            states[i], history = _train(config, weights, *inputs, first_layer=first_layer, metric=metric)
             found.append([np.asarray(x)[new] for x in history])
             if progress:
                 progress(part * len(calls) + i + 1, len(segments) * len(calls))
@@ -247,7 +275,7 @@ def _stacked(targets: Sequence[Targets], *, first_layer: int) -> Targets:
     return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(0, first_layer) for found in targets))
 
 
-@partial(jax.jit, static_argnames=("config", "first_layer"))
+@partial(jax.jit, static_argnames=("config", "first_layer", "metric"))
 def _train(
     config: Config,
     weights: Params,
@@ -260,6 +288,7 @@ def _train(
     learning_rate: float,
     *,
     first_layer: int,
+    metric: Metric,
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     """The states behind all steps, and losses [runs, steps] and masks [runs, steps, L, N].
 
@@ -277,8 +306,14 @@ def _train(
             mask, state = carry
             in_base, in_data = one.base * len(examples) + rows, (one.data, examples[rows])
             batch = StepExamples(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[in_data], data))
-            loss = partial(_loss, config, weights, batch, rows >= 0, one.lam, first_layer)
-            loss, gradient = jax.value_and_grad(loss)(mask)
+
+            def loss_of(mask):
+                x = patched_stream(config, weights, batch, 1 - mask, first_layer)
+                values = _values(config, weights, x, batch.targets, examples[rows], metric)
+                present = rows >= 0
+                return -jnp.sum(values * present) / present.sum() + one.lam * (1 - mask).sum()
+
+            loss, gradient = jax.value_and_grad(loss_of)(mask)
             gradient = gradient * one.member  # Adam leaves alone what has never had a gradient
             updates, state = optimizer.update(gradient, state)
             mask = jnp.clip(mask + jnp.asarray(updates), 0, 1)
@@ -296,19 +331,13 @@ def _unpatched(member: Array, learning_rate: float) -> tuple[jax.Array, Any]:
     return masks, jax.vmap(optax.adam(learning_rate).init)(masks)
 
 
-def _loss(
-    config: Config,
-    weights: Params,
-    batch: StepExamples,
-    present: Array,
-    lam: Array,
-    first_layer: int,
-    mask: jax.Array,
+def _values(
+    config: Config, weights: Params, x: jax.Array, targets: Targets, rows: jax.Array, metric: Metric
 ) -> jax.Array:
-    """The loss of a mask [L, N] on the examples of `batch` that are `present`, bool [E]."""
-    x = patched_stream(config, weights, batch, 1 - mask, first_layer)
-    target_logit = label_logits(config, weights, x, batch.targets.labels)
-    return -jnp.sum(target_logit * present) / present.sum() + lam * (1 - mask).sum()
+    """What the metric says of each example by its last stream x [E, D], float32 [E]; `rows` [E] are those examples."""
+    if metric == TARGET_LOGIT:
+        return label_logits(config, weights, x, targets.labels)
+    return measure(metric, unembed(config, weights, x), targets.labels, targets.wrong_labels, rows)
 
 
 def _order(count: int, epochs: int, batch_size: int, seed: int | None) -> np.ndarray:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def path(name: str) -> Path:
-    """Path of a file or folder of the demo: "base", "tuned", "chain.toml" or "MODEL_CARD.md".
+    """Path of a file or folder of the demo.
+
+    Args:
+      name: "base", "tuned", "chain.toml" or "MODEL_CARD.md".
 
     Raises:
       FileNotFoundError: there is none of that name.

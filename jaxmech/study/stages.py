@@ -38,7 +38,7 @@ class StudyStage:
       needs: earlier stages.
       uses: prompts that it uses beside those that are evaluated, "contexts" or "desiderata".
       tuned_only: its parts are the fine-tuned models, not all.
-      turned: its parts are the models something is run in; results are given by what was run there first.
+      assembled: from the results of all parts, by part, to those of the stage.
     """
 
     title: str
@@ -46,15 +46,32 @@ class StudyStage:
     needs: tuple[str, ...] = ()
     uses: str = ""
     tuned_only: bool = False
-    turned: bool = False
+    assembled: Callable[[Mapping[str, JSON]], JSON] = dict
 
     def parts(self, settings: Settings) -> list[str]:
         """Names of its parts."""
         return settings.names[self.tuned_only :]
 
-    def assembled(self, parts: Mapping[str, JSON]) -> JSON:
-        """The results of all parts as one."""
-        return _turned(parts) if self.turned else dict(parts)
+
+def _by_circuit(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:
+    """{in model: {circuit of: x}} as {circuit of: {in model: x}}."""
+    found: dict[str, JSON] = {}
+    for in_model, by_circuit in parts.items():
+        for circuit_of, result in by_circuit.items():
+            found.setdefault(circuit_of, {})[in_model] = result
+    return found
+
+
+def _by_desideratum(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:
+    """{in model: {circuit of: {group: {desideratum: x}}}} as {circuit of: {group: {desideratum: {in model: x}}}}."""
+    found: dict[str, JSON] = {}
+    for circuit_of, by_model in _by_circuit(parts).items():
+        found[circuit_of] = {}
+        for in_model, groups in by_model.items():
+            for group, desiderata in groups.items():
+                for name, values in desiderata.items():
+                    found[circuit_of].setdefault(group, {}).setdefault(name, {})[in_model] = values
+    return found
 
 
 def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
@@ -234,31 +251,16 @@ STAGES = {
     "accuracy": StudyStage("accuracy", _accuracy),
     "discovery": StudyStage("circuit discovery", _discovery),
     "minimality": StudyStage("minimality", _minimality, ("discovery",), uses="contexts"),
-    "faithfulness": StudyStage("faithfulness", _faithfulness, ("minimality",), uses="contexts", turned=True),
+    "faithfulness": StudyStage("faithfulness", _faithfulness, ("minimality",), uses="contexts", assembled=_by_circuit),
     "overlap": StudyStage("overlap of circuits", _overlap, ("minimality",), tuned_only=True),
     "completeness": StudyStage("completeness", _completeness, ("minimality",), uses="contexts"),
     "dcm": StudyStage("DCM", run_dcm, ("minimality",), uses="desiderata"),
     "activation_patching": StudyStage(
-        "activation patching", run_activation_patching, ("dcm",), uses="desiderata", turned=True
+        "activation patching", run_activation_patching, ("dcm",), uses="desiderata", assembled=_by_desideratum
     ),
     "cmap": StudyStage("cross-model patching", _cmap, ("minimality",), tuned_only=True),
     "knockout": StudyStage("attention knockout", _knockout),
 }
-
-
-def _turned(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:
-    """{in model: {circuit of: x}} as {circuit of: {in model: x}}; of activation patching, the model is innermost."""
-    found: dict[str, JSON] = {}
-    for in_model, by_circuit in parts.items():
-        for circuit_of, result in by_circuit.items():
-            place = found.setdefault(circuit_of, {})
-            if "ratio" in result:
-                place[in_model] = result
-                continue
-            for group, desiderata in result.items():
-                for name, values in desiderata.items():
-                    place.setdefault(group, {}).setdefault(name, {})[in_model] = values
-    return found
 
 
 def _with_interval(found: Predictions) -> JSON:
