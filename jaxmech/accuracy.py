@@ -47,7 +47,7 @@ def predict(
       batch_size: prompts in one call; None picks as many as fit the memory budget.
       metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function
         (logits [B, V], rows [B]) -> [B] that jit can trace, rows being which of the pairs these are.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
       keep_logits: return the logits, float32 [B, V]; without, they stay on the device.
 
     Returns:

@@ -79,7 +79,7 @@ def evaluate(
       keep_logits: return the logits, float32 [C, B, V]; many circuits of a large vocabulary need much memory.
       metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
         logits, see `predict`; it is measured whether or not logits are kept.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
 
     Returns:
       Predictions with `accuracy` [C], `correct` [C, B], `logits` [C, B, V] and, of another metric, `measured` [C, B].

@@ -84,7 +84,7 @@ def cmap_heads(
       components: what is patched: any of "z", "q", "k" and "v"; see `cmap`.
       metric: what a score is, see `jaxmech.metrics`: "probability", "log_probability", "logit_difference" or a function
         of the logits, as for `path_patch`.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
       batch_size: examples in one call; None picks as many as fit the memory budget.
 
     Raises:

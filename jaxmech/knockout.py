@@ -55,7 +55,7 @@ def knockout(
       keep_logits: return the logits, float32 [L, B, V].
       metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
         logits, see `predict`; it is measured whether or not logits are kept.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
 
     Returns:
       Predictions with `accuracy` [L], `correct` [L, B], `logits` [L, B, V] and, of another metric, `measured` [L, B];

@@ -52,7 +52,7 @@ def patch_activations(
         last column of the padded prompts for their last token (docs/paper_compat.md, e and f).
       metric: what `mean` and `per_example` of the result are, "accuracy", one of `jaxmech.metrics` or a function of the
         logits, see `predict`; it is measured whether or not logits are kept.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
       keep_logits: return the logits, float32 [B, V]; without, they stay on the device.
 
     Returns:

@@ -75,7 +75,7 @@ def path_patch(
         pairs these are, so that it can look up what it needs of them. The score is its change, which `top` and
         `discover` take for important where it is negative; so it must fall where the model is worse. Each new function
         compiles anew.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
       batch_size: examples in one call; None picks as many as fit a memory budget.
       progress: called with (calls done, calls in all); a call runs the senders of one or more layers.
 

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,6 +191,15 @@ def test_scores_are_checked_in_float32_against_full_forwards_and_pytorch(monkeyp
     monkeypatch.setattr(gpu_7b, "ALLOWED", 1e-9)
     with pytest.raises(RuntimeError, match="scores differ by more than 1e-09 of the largest"):
         gpu_7b.check(shapes.SHAPES["tiny"], sample=0)
+
+
+def test_what_a_gpu_is_to_measure_is_one_command(tmp_path):
+    """With no time at all, so that nothing is; a whole study would load its models before it looks at the time."""
+    bin = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", "MINUTES": "0"}
+    command = ["sh", str(Path(__file__).parent.parent / "benchmarks" / "gpu.sh"), str(tmp_path), "7b precision"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **bin})
+    assert done.returncode == 0, done.stderr
+    assert "7b: no time left for stage 4 struct_reader" in done.stdout and "1b: no time left for bf16x3" in done.stdout
 
 
 def test_kernels_of_a_trace_are_those_that_ran(tmp_path):

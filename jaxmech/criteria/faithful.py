@@ -135,7 +135,7 @@ def faithfulness(
         rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.
       metric: what is measured, "accuracy", "probability", "log_probability", "logit_difference" or a function of the
         logits; see `evaluate`. Of log-probabilities, F is exp of the mean, the geometric mean of the probability.
-      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference".
+      wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
 
     Raises:
       ValueError: see `evaluate`; random < 1, or compat="paper" with another metric than accuracy.
