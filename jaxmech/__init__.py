@@ -1,7 +1,7 @@
 """jaxmech: circuit discovery and activation patching for Llama-family models as jit-compiled JAX functions."""
 
 from jaxmech import boxes, dcm, demo
-from jaxmech.ablation import mean_activations, resampled_activations
+from jaxmech.ablation import RoleMeans, mean_activations, resampled_activations, role_means
 from jaxmech.accuracy import accuracy, predict
 from jaxmech.chain import PAPER_CHAIN, Stage, read_chain
 from jaxmech.circuits import Circuit, overlap
@@ -51,6 +51,7 @@ __all__ = [
     "Patch",
     "PathScores",
     "Predictions",
+    "RoleMeans",
     "Rope",
     "Stage",
     "accuracy",
@@ -80,4 +81,5 @@ __all__ = [
     "read_chain",
     "read_scores",
     "resampled_activations",
+    "role_means",
 ]

@@ -3,6 +3,8 @@
 Axes as in `jaxmech.model`.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +25,31 @@ from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class RoleMeans:
+    """Means of z for prompts in which a role is not always at the same position.
+
+    Attributes:
+      by_position: float32 [T, L, N, H], for tokens without one of the roles.
+      by_role: {role: float32 [L, N, H]}, for those with one; with several, the first counts.
+    """
+
+    by_position: np.ndarray  # [T, L, N, H]
+    by_role: Mapping[str, np.ndarray]  # of [L, N, H]
+
+    def __repr__(self) -> str:
+        return f"RoleMeans({', '.join(self.by_role)}; [T, L, N, H] = {list(self.by_position.shape)})"
+
+
+AblatedValues = np.ndarray | RoleMeans  # what `evaluate` takes
+
+
 def mean_activations(
     model: Model, tokens: np.ndarray | Pairs, last: np.ndarray | None = None, *, batch_size: int | None = None
 ) -> np.ndarray:
     """z of every head averaged over prompts, position by position: float32 [T, L, N, H].
+
+    Where roles are at other positions from prompt to prompt, take `role_means`.
 
     Args:
       model: the model that is run.
@@ -40,17 +63,66 @@ def mean_activations(
       ValueError: no prompts, ids outside the vocabulary, or `last` is not [B] positions.
     """
     prompts, last = _prompts_to_ablate_by(model.config, tokens, last)
+    reached = np.arange(prompts.shape[1]) <= last[:, None]
+    return _means(model, prompts, reached[None], batch_size)[0]
+
+
+def role_means(
+    model: Model, pairs: Pairs, roles: Sequence[str] | None = None, *, batch_size: int | None = None
+) -> RoleMeans:
+    """z of every head averaged over the tokens that have a role, and over the other tokens position by position.
+
+    For prompts of unequal length: `last`, say, stands at many positions, so that a mean over what stands at one of them
+    mixes it with tokens of other kinds. A position that only tokens with roles have is averaged over these.
+
+    Args:
+      model: the model that is run.
+      pairs: whose clean prompts are taken.
+      roles: the roles; None: all that the pairs have.
+      batch_size: prompts in one call; None picks as many as fit the memory budget.
+
+    Raises:
+      ValueError: ids outside the vocabulary, or an unknown role.
+    """
+    prompts, last = _prompts_to_ablate_by(model.config, pairs, None)
+    roles = list(pairs.positions) if roles is None else list(roles)
+    token = np.arange(prompts.shape[1])
+    at = np.stack([token == pairs.position(role)[:, None] for role in roles])  # [R, B, T]
+    reached = token <= last[:, None]
+    others = reached & ~at.any(0)
+    others = np.where(others.any(0), others, reached)
+    by_position, *found = _means(model, prompts, np.stack([others, *at]), batch_size, together=slice(1, None))
+    return RoleMeans(by_position, {role: found[i][0] for i, role in enumerate(roles)})
+
+
+def _means(
+    model: Model,
+    prompts: np.ndarray,
+    counted: np.ndarray,
+    batch_size: int | None,
+    together: slice = slice(0),
+) -> list[np.ndarray]:
+    """Means of z over tokens that are `counted`, bool [M, B, T]: [T, L, N, H] each, NaN where there is no token.
+
+    Args:
+      together: which of the M are averaged over positions, too: [1, L, N, H].
+    """
     count, length = prompts.shape
-    reached = (np.arange(length) <= last[:, None]).astype(np.float32)  # [B, T]
     if batch_size is None:
         z = memory.of_heads(model.config, 2 * length, 1)  # of a layer, in float32
         batch_size = memory.fitting(model.weights, z + memory.of_forward(model.config, length))
     total = np.zeros((), np.float32)
     for rows, new in equal_parts(count, batch_size, row_devices(model.weights)):
-        here = over_rows(model.weights, (prompts[rows], reached[rows] * new[:, None]))
+        weight = np.moveaxis(counted[:, rows] * new[:, None], 0, 1).astype(np.float32)  # [b, M, T]
+        here = over_rows(model.weights, (prompts[rows], weight))
         total = total + np.asarray(_sum_of_z(model.config, model.weights, *here))
-    counts = np.where(reached.any(0), reached.sum(0), np.nan).astype(np.float32)
-    return np.moveaxis(total, 0, 1) / counts[:, None, None, None]
+    sums, numbers = list(np.moveaxis(total, 0, 2)), list(counted.sum(1).astype(np.float32))  # [M, T, ...]
+    for i in range(len(sums))[together]:
+        sums[i], numbers[i] = sums[i].sum(0, keepdims=True), numbers[i].sum(keepdims=True)
+    return [
+        total / np.where(number > 0, number, np.nan)[:, None, None, None]
+        for total, number in zip(sums, numbers, strict=True)
+    ]
 
 
 def resampled_activations(
@@ -135,10 +207,10 @@ def _prompts_to_ablate_by(
 
 @partial(jax.jit, static_argnames="config")
 def _sum_of_z(config: Config, weights: Params, tokens: Array, weight: Array) -> jax.Array:
-    """Sum over prompts of z, each token with its weight [B, T]: float32 [L, T, N, H]."""
+    """Sums over prompts of z, each token with its weights [B, M, T]: float32 [L, M, T, N, H]."""
     whole = SharedPrompts(jnp.zeros((1, 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32), tokens)
 
     def observe(sites):
-        return jnp.einsum("bt,btnh->tnh", weight, sites["z"].astype(jnp.float32), precision="highest")
+        return jnp.einsum("bmt,btnh->mtnh", weight, sites["z"].astype(jnp.float32), precision="highest")
 
     return observe_prompts(config, weights, whole, observe)

@@ -9,7 +9,7 @@ that could bring in anything else. So it is computed once for every distinct pai
 prompts and circuits, and each circuit costs a forward pass of its vital tokens, which attend to the ablated ones.
 
 Axes as in `jaxmech.model`; R vital tokens of a prompt, C circuits, U distinct tokens, and S sources of ablated values:
-1, or one for each example.
+one, or one for each example, or one for each role and one for tokens without a role.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import memory, rope
+from jaxmech.ablation import AblatedValues, RoleMeans
 from jaxmech.batches import equal_parts
 from jaxmech.circuits import Circuit, HeadsByRole, as_heads_by_role
 from jaxmech.compiled_sizes import few_counts
@@ -57,7 +58,7 @@ def evaluate(
     model: Model,
     pairs: Pairs,
     circuits: Sequence[HeadsByRole],
-    means: np.ndarray,
+    means: AblatedValues,
     ablate_elsewhere: bool = True,
     *,
     batch_size: int | None = None,
@@ -71,8 +72,9 @@ def evaluate(
       model: the model that is run.
       pairs: prompts and labels; only the clean prompts are run.
       circuits: C of them: a `Circuit`, or {role: [(layer, head)]}; a role may have no heads.
-      means: float [T or more, L, N, H], what ablated heads put out, see `mean_activations`;
-        or [B, T or more, L, N, H], values for each example, see `resampled_activations`; or 0, for zero ablation.
+      means: float [T or more, L, N, H], what ablated heads put out, see `mean_activations`; or what `role_means` found,
+        for prompts of unequal length; or [B, T or more, L, N, H], values for each example, see `resampled_activations`;
+        or 0, for zero ablation.
       ablate_elsewhere: ablate all heads at the tokens that are not in a circuit's roles; False leaves these tokens as
         they are, and runs every circuit in a full forward pass.
       batch_size: examples in one call; None picks as many as fit the memory budget.
@@ -96,13 +98,13 @@ def evaluate(
         vital=np.stack([pairs.position(role) for role in roles], axis=1),
         last=pairs.position("last"),
     )
-    values = _ablated_values(config, means, pairs)
+    ablation = _ablation(config, means, pairs)
     options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(config, pairs, len(keep), **options)
     # Circuits that fill up a call are the first again: few numbers of circuits, so few compilations.
     filled = _Circuits(*(np.resize(x, (few_counts(len(x)), *x.shape[1:])) for x in (keep, named)))
     run = _vital_passes if ablate_elsewhere else _full_passes
-    for chosen, rows, found in run(model, prompts, values, filled, batch_size, keep_logits=gathered.needs_logits):
+    for chosen, rows, found in run(model, prompts, ablation, filled, batch_size, keep_logits=gathered.needs_logits):
         gathered.add(rows, *found, at=chosen % len(keep))
     return gathered.predictions()
 
@@ -110,7 +112,7 @@ def evaluate(
 def _vital_passes(
     model: Model,
     prompts: "_Prompts",
-    values: np.ndarray,
+    ablation: "_Ablation",
     circuits: "_Circuits",
     batch_size: int | None,
     *,
@@ -118,14 +120,14 @@ def _vital_passes(
 ) -> Passes:
     """Runs the vital tokens of all circuits, every other token ablated; a role that one does not name has no heads."""
     config, weights, copies = model.config, model.weights, row_devices(model.weights)
-    per_example = len(values) > 1
-    size, parts = _parts(model, prompts, per_example=per_example, batch_size=batch_size)
+    size, parts = _parts(model, prompts, ablation, batch_size)
     vital = prompts.vital.shape[1]
     circuit = memory.of_tokens(config, vital) + memory.of_attention(config, vital, vital + prompts.tokens.shape[1])
     per_call = memory.fitting(weights, size * (circuit + memory.of_logits(config)))
     for rows, index, distinct in parts:
-        batch = _Vital(*prompts.of(rows), index)
-        ablated = _ablated_everywhere(config, weights, batch, _by_layer(config, values, rows), distinct)
+        values, source = ablation.of(config, rows)
+        batch = _Vital(*prompts.of(rows), index, source)
+        ablated = _ablated_everywhere(config, weights, batch, values, distinct)
         for chosen, _ in equal_parts(len(circuits.keep), per_call, copies):
             here = over_rows(weights, circuits.keep[chosen])
             yield chosen, rows, _vital_answers(config, weights, batch, ablated, here, keep_logits=keep_logits)
@@ -134,7 +136,7 @@ def _vital_passes(
 def _full_passes(
     model: Model,
     prompts: "_Prompts",
-    values: np.ndarray,
+    ablation: "_Ablation",
     circuits: "_Circuits",
     batch_size: int | None,
     *,
@@ -149,7 +151,8 @@ def _full_passes(
     per_call = memory.fitting(weights, size * logits)
     for rows, _ in equal_parts(len(prompts.tokens), size, row_devices(weights)):
         here = over_rows(weights, prompts.of(rows))
-        at_vital = _values_at_vital(here.vital, _by_layer(config, values, rows))
+        values, source = ablation.of(config, rows)
+        at_vital = _values_at_vital(here.vital, source, values)
         for chosen, _ in equal_parts(len(circuits.keep), per_call):
             masks = circuits.keep[chosen], circuits.named[chosen]
             yield chosen, rows, _full_answers(config, weights, here, at_vital, *masks, keep_logits=keep_logits)
@@ -174,13 +177,32 @@ class _Prompts(NamedTuple):
         return _Prompts(*(x[rows] for x in self))
 
 
+class _Ablation(NamedTuple):
+    """What ablated heads put out, by source and position, and the source of each token."""
+
+    values: np.ndarray  # [S, T, L, N, H]
+    source: np.ndarray  # [B, T]
+    own: bool  # every example has a source of its own
+
+    def sources(self, rows: np.ndarray) -> np.ndarray:
+        """The source of each token of some examples among those that `of` gives, int32 [b, T]."""
+        own = np.broadcast_to(np.arange(len(rows))[:, None], (len(rows), self.source.shape[1]))
+        return np.asarray(own if self.own else self.source[rows], np.int32)
+
+    def of(self, config: Config, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values [L, S, T, N, H] of some examples, in the compute dtype, and their sources [b, T]."""
+        here = self.values[rows] if self.own else self.values
+        return np.moveaxis(here, 2, 0).astype(config.compute_dtype), self.sources(rows)
+
+
 class _Vital(NamedTuple):
-    """`_Prompts`, and their tokens among the distinct ones."""
+    """`_Prompts`, their tokens among the distinct ones, and the sources of what ablated heads put out there."""
 
     tokens: Array  # [B, T]
     vital: Array  # [B, R]
     last: Array  # [B]
     index: Array  # [B, T] which distinct token each is
+    source: Array  # [B, T]
 
 
 class _Distinct(NamedTuple):
@@ -210,7 +232,7 @@ def _ablated_everywhere(config: Config, weights: Params, batch: _Vital, values: 
         k, v = (project(config, layer_weights, site, normed) for site in ("k", "v"))
         attn_out = attention_output(config, layer_weights, z.astype(x.dtype))  # [S, T, D]
         x = mlp_half(config, layer_weights, x + attn_out[distinct.source, distinct.position])
-        return x, _Ablated(rope.rotate(k, *rotation), v, _at_vital(batch.vital, z))
+        return x, _Ablated(rope.rotate(k, *rotation), v, _at_vital(batch.vital, batch.source, z))
 
     x = embed(config, weights, distinct.token)
     return jax.lax.scan(layer, x, (weights["blocks"], values))[1]
@@ -255,15 +277,14 @@ def _circuit_logits(config: Config, weights: Params, batch: _Vital, ablated: _Ab
 
 
 @jax.jit
-def _values_at_vital(vital: Array, values: Array) -> jax.Array:
-    """The ablated values [L, B, R, N, H] at the vital positions [B, R]."""
-    return jax.vmap(partial(_at_vital, vital))(values)
+def _values_at_vital(vital: Array, source: Array, values: Array) -> jax.Array:
+    """The ablated values [L, B, R, N, H] at the vital positions [B, R] of prompts with sources [B, T]."""
+    return jax.vmap(partial(_at_vital, vital, source))(values)
 
 
-def _at_vital(vital: jax.Array, values: jax.Array) -> jax.Array:
-    """One layer's values [S, T, N, H] at the vital positions [B, R]: [B, R, N, H]."""
-    source = jnp.arange(len(vital)) if len(values) > 1 else jnp.zeros(len(vital), jnp.int32)
-    return values[source[:, None], vital]
+def _at_vital(vital: jax.Array, source: jax.Array, values: jax.Array) -> jax.Array:
+    """One layer's values [S, T, N, H] at the vital positions [B, R] of prompts with sources [B, T]: [B, R, N, H]."""
+    return values[jnp.take_along_axis(source, vital, axis=1), vital]
 
 
 @partial(jax.jit, static_argnames=("config", "keep_logits"))
@@ -300,72 +321,74 @@ def _circuit_masks(config: Config, circuits: Sequence[HeadsByRole]) -> tuple[lis
     return roles, keep, np.array([[role in heads for role in roles] for heads in by_role])
 
 
-def _ablated_values(config: Config, means: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """The ablated values as [S, T, L, N, H]."""
-    length, heads = pairs.clean.shape[1], (config.num_layers, config.num_heads, config.head_dim)
-    means = np.asarray(means)
-    if not means.ndim and means == 0:
-        means = np.zeros((length, *heads), np.float32)
-    values = means[None] if means.ndim == 4 else means
-    if values.ndim != 5 or values.shape[2:] != heads or values.shape[1] < length or len(values) not in (1, len(pairs)):
+def _ablation(config: Config, means: AblatedValues, pairs: Pairs) -> _Ablation:
+    """The ablated values and their sources; ValueError unless they fit the model and reach as far as the prompts."""
+    (count, length), heads = pairs.clean.shape, (config.num_layers, config.num_heads, config.head_dim)
+    if isinstance(means, RoleMeans):
+        given, own, source = means.by_position, False, _source_by_role(means, pairs)
+        values = np.stack([given, *(np.broadcast_to(x, given.shape) for x in means.by_role.values())])
+    else:
+        given = np.asarray(means)
+        values = np.zeros((length, *heads), np.float32) if not given.ndim and given == 0 else given
+        values = values[None] if values.ndim == 4 else values
+        own = values.ndim == 5 and len(values) > 1
+        source = np.broadcast_to(np.arange(count)[:, None] * own, (count, length))
+    fits = values.ndim == 5 and values.shape[2:] == heads and values.shape[1] >= length
+    if not fits or (own and len(values) != count):
         raise ValueError(
-            f"means has shape {means.shape}; this model and these prompts need [{length} or more, L, N, H] with "
-            f"L, N, H = {heads}, or [{len(pairs)}, {length} or more, L, N, H]. Means must come from prompts at least "
+            f"means has shape {given.shape}; this model and these prompts need [{length} or more, L, N, H] with "
+            f"L, N, H = {heads}, or [{count}, {length} or more, L, N, H]. Means must come from prompts at least "
             "as long."
         )
-    values = values[:, :length]
-    reached = np.arange(length) <= pairs.position("last")[:, None]  # [B, T]
+    values, token = values[:, :length], np.arange(length)
     missing = ~np.isfinite(values.sum(axis=(2, 3, 4), dtype=np.float64))  # [S, T]
-    if (needed := missing & (reached if len(values) > 1 else reached.any(0))).any():
+    needed = missing[source, token] & (token <= pairs.position("last")[:, None])
+    if needed.any():
         raise ValueError(
             f"means holds numbers that are not finite at position {int(needed.any(0).argmax())}, which the prompts "
             "reach. Did none of the prompts that they come from reach it? Else look at the model and its dtype."
         )
-    return np.where(missing[..., None, None, None], 0, values) if missing.any() else values
+    return _Ablation(np.where(missing[..., None, None, None], 0, values) if missing.any() else values, source, own)
 
 
-def _by_layer(config: Config, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The ablated values [S, T, L, N, H] for some examples, as [L, S, T, N, H] in the compute dtype."""
-    here = values[rows] if len(values) > 1 else values
-    return np.moveaxis(here, 2, 0).astype(config.compute_dtype)
+def _source_by_role(means: RoleMeans, pairs: Pairs) -> np.ndarray:
+    """1 and more for tokens with the roles of `means`, of several the first; 0 for others: int [B, T]."""
+    source = np.zeros(pairs.clean.shape, int)
+    for i, role in reversed(list(enumerate(means.by_role, start=1))):
+        source[np.arange(len(pairs)), pairs.position(role)] = i
+    return source
 
 
 def _parts(
-    model: Model, prompts: _Prompts, *, per_example: bool, batch_size: int | None
+    model: Model, prompts: _Prompts, ablation: _Ablation, batch_size: int | None
 ) -> tuple[int, list[tuple[np.ndarray, np.ndarray, _Distinct]]]:
     """The examples in parts that fit the memory budget, and how many each has.
 
     Of each part: its examples, and what `_distinct_tokens` says of them.
-
-    Args:
-      per_example: every example has ablated values of its own.
     """
     config, length = model.config, prompts.tokens.shape[1]
     layers, vital = config.num_layers, prompts.vital.shape[1]
     distinct = memory.of_keys_and_values(config, 1, layers) + memory.of_tokens(config, 1)  # what such a token takes
-    example = memory.of_heads(config, vital + length * per_example, layers) + memory.of_logits(config)
+    example = memory.of_heads(config, vital + length * ablation.own, layers) + memory.of_logits(config)
     example += memory.of_keys_and_values(config, length, 1) + memory.of_tokens(config, vital)
     size, budget = len(prompts.tokens) if batch_size is None else batch_size, memory.budget(model.weights)
     while True:
         rows = [rows for rows, _ in equal_parts(len(prompts.tokens), size)]
-        found = _distinct_tokens([prompts.tokens[part] for part in rows], per_example=per_example)
+        found = _distinct_tokens([(prompts.tokens[part], ablation.sources(part)) for part in rows])
         size, taken = len(rows[0]), len(found[0][1].token) * distinct + len(rows[0]) * example
         if batch_size is not None or taken <= budget or size == 1:
             return size, [(part, *which) for part, which in zip(rows, found, strict=True)]
         size = max(1, min(size - 1, int(size * budget / taken)))  # smaller parts share fewer tokens: look again
 
 
-def _distinct_tokens(batches: Sequence[np.ndarray], *, per_example: bool) -> list[tuple[np.ndarray, _Distinct]]:
-    """For each batch of tokens [B, T]: which distinct token each is, int [B, T], and these, equally many in each batch.
+def _distinct_tokens(batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, _Distinct]]:
+    """For each batch of tokens and their sources [B, T]: which distinct token each is, int [B, T], and these.
 
-    Args:
-      per_example: the ablated values are those of each example, so that no two examples share a token.
+    They are equally many in each batch.
     """
     found = []
-    for tokens in batches:
-        count, length = tokens.shape
-        source = np.broadcast_to(np.arange(count)[:, None] * per_example, tokens.shape)
-        position = np.broadcast_to(np.arange(length), tokens.shape)
+    for tokens, source in batches:
+        position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         rows = np.stack([tokens, position, source], axis=-1).reshape(-1, 3)
         distinct, index = np.unique(rows, axis=0, return_inverse=True)
         found.append((index.reshape(tokens.shape), distinct))

@@ -1,5 +1,7 @@
 """Circuit evaluation: equal to full forward passes with patched z, for any ablation, and its identities."""
 
+import dataclasses
+
 import full_forward
 import jax
 import numpy as np
@@ -88,6 +90,48 @@ def test_every_prompt_can_have_ablated_values_of_its_own(model, random_pairs, el
         assert_close(logits, full_forward.evaluate(model, pairs, circuit, values, elsewhere), TOLERANCES.cone)
 
 
+@pytest.mark.parametrize("roles", [None, ("last",), ("query_box", "also")], ids=["all roles", "last", "shared token"])
+def test_means_by_role_are_those_of_the_tokens_that_have_it(model, random_pairs, roles):
+    pairs, position = random_pairs(model, count=30), np.arange(12)
+    also = np.where(np.arange(30) % 2, pairs.positions["query_box"], pairs.positions["early"])
+    pairs = dataclasses.replace(pairs, positions={**pairs.positions, "also": also})
+    found = jm.role_means(model, pairs, roles, batch_size=7)
+    roles = tuple(pairs.positions) if roles is None else roles
+    z = np.asarray(model(pairs.clean, capture=("z",))[1]["z"])  # [L, B, T, N, H]
+    named = np.zeros(pairs.clean.shape, bool)
+    assert tuple(found.by_role) == roles
+    for role in roles:
+        assert_close(found.by_role[role], z[:, np.arange(30), pairs.position(role)].mean(1), TOLERANCES.recompiled)
+        named[np.arange(30), pairs.position(role)] = True
+    reached = position <= pairs.position("last")[:, None]
+    for t in position:
+        rows = reached[:, t] & ~named[:, t]
+        rows = rows if rows.any() else reached[:, t]
+        assert_close(found.by_position[t], z[:, rows, t].mean(1), TOLERANCES.recompiled)
+    assert (reached & named).any(0).sum() >= 3, "one role, many positions"
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_heads_can_be_ablated_by_means_of_their_role(model, random_pairs, elsewhere, batch_size):
+    """As values for each example that are put together by hand; the first of two roles counts."""
+    pairs = random_pairs(model)
+    shared = np.where(np.arange(len(pairs)) % 2, pairs.positions["query_box"], pairs.positions["early"])
+    pairs = dataclasses.replace(pairs, positions={**pairs.positions, "also": shared})
+    means = jm.role_means(model, random_pairs(model, count=20, seed=3), ["last", "query_box"])
+    means = jm.RoleMeans(means.by_position, {**means.by_role, "also": means.by_position[0]})
+    values = np.repeat(means.by_position[None], len(pairs), axis=0)  # [B, T, L, N, H]
+    for role in ("also", "query_box", "last"):
+        values[np.arange(len(pairs)), pairs.position(role)] = means.by_role[role]
+    found = jm.evaluate(model, pairs, CIRCUITS, means, elsewhere, batch_size=batch_size).logits
+    expected = [full_forward.evaluate(model, pairs, circuit, values, elsewhere) for circuit in CIRCUITS]
+    assert_close(found, expected, TOLERANCES.cone)
+    by_position = jm.evaluate(model, pairs, CIRCUITS, means.by_position, elsewhere).logits
+    assert np.abs(found - by_position).max() > 1e-2
+    with pytest.raises(ValueError, match="Unknown role 'first'"):
+        jm.evaluate(model, pairs, CIRCUITS, jm.RoleMeans(means.by_position, {"first": means.by_position[0]}))
+
+
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])
 def test_resampling_takes_other_prompts_that_are_as_long_and_nothing_of_their_padding(model, random_pairs, elsewhere):
     pairs = random_pairs(model)
@@ -169,6 +213,12 @@ def recorded(run, calls: list[tuple[int, int]]):
     return wrapped
 
 
+def ablation_of(pairs: jm.Pairs, own: bool) -> evaluation._Ablation:
+    """Of one source, or of one for each example."""
+    values = np.zeros((len(pairs) if own else 1, pairs.clean.shape[1], 4, 4, 8), np.float32)
+    return evaluation._ablation(jm.Config(50, 24, 4, 4, 4, 8, 8), values, pairs)
+
+
 def test_prompts_that_share_no_tokens_are_split_more(model, random_pairs, monkeypatch):
     """Keys and values of all layers are kept for each distinct token: the budget counts these, not the prompts."""
     pairs = random_pairs(model, count=12)
@@ -178,10 +228,10 @@ def test_prompts_that_share_no_tokens_are_split_more(model, random_pairs, monkey
     monkeypatch.setattr(evaluation.memory, "budget", lambda weights: 150_000)
     for name, tokens in (("alike", alike), ("different", pairs.clean)):
         prompts = evaluation._Prompts(tokens, vital, last)
-        sizes[name], parts = evaluation._parts(model, prompts, per_example=False, batch_size=None)
+        sizes[name], parts = evaluation._parts(model, prompts, ablation_of(pairs, own=False), None)
         assert sorted(set(np.concatenate([rows for rows, *_ in parts]))) == list(range(12))
     assert 1 <= sizes["different"] < sizes["alike"] == 12
-    fewer, _ = evaluation._parts(model, evaluation._Prompts(alike, vital, last), per_example=True, batch_size=None)
+    fewer, _ = evaluation._parts(model, evaluation._Prompts(alike, vital, last), ablation_of(pairs, own=True), None)
     assert fewer <= sizes["different"], "examples with ablated values of their own share nothing"
 
 
@@ -210,17 +260,17 @@ def test_evaluation_lowers_for_every_platform(random_model, random_pairs, elsewh
     pairs = random_pairs(model)
     means = np.zeros((pairs.clean.shape[1], 4, 4, 8), np.float32)
     roles, keep, named = evaluation._circuit_masks(model.config, CIRCUITS)
-    ((index, distinct),) = evaluation._distinct_tokens([pairs.clean], per_example=False)
+    values, source = evaluation._ablation(model.config, means, pairs).of(model.config, np.arange(len(pairs)))
+    ((index, distinct),) = evaluation._distinct_tokens([(pairs.clean, source)])
     vital = np.stack([pairs.position(role) for role in roles], axis=1)
     prompts = evaluation._Prompts(pairs.clean, vital, pairs.position("last"))
-    batch, model_arguments = evaluation._Vital(*prompts, index), (model.config, model.weights)
-    values = np.moveaxis(evaluation._ablated_values(model.config, means, pairs), 2, 0)
+    batch, model_arguments = evaluation._Vital(*prompts, index, source), (model.config, model.weights)
     if elsewhere:
         prepare, arguments = evaluation._ablated_everywhere, (*model_arguments, batch, values, distinct)
         inputs = jax.eval_shape(lambda *rest: prepare(model.config, *rest), *arguments[1:])
         run = evaluation._vital_answers.trace(*model_arguments, batch, inputs, keep, keep_logits=True)
     else:
-        prepare, arguments = evaluation._values_at_vital, (vital, values)
+        prepare, arguments = evaluation._values_at_vital, (vital, source, values)
         inputs = jax.eval_shape(prepare, *arguments)
         run = evaluation._full_answers.trace(*model_arguments, prompts, inputs, keep, named, keep_logits=True)
     for traced in (prepare.trace(*arguments), run):
@@ -242,6 +292,11 @@ def test_bad_arguments_are_named(random_model, random_pairs, circuits, shape, me
     model = random_model()
     with pytest.raises(ValueError, match=message):
         jm.evaluate(model, random_pairs(model), circuits, np.zeros(shape, np.float32))
+
+
+def test_no_number_but_zero_stands_for_all_ablated_values(random_model, random_pairs):
+    with pytest.raises(ValueError, match=r"means has shape \(\); this model and these prompts need"):
+        jm.evaluate(random_model(), random_pairs(random_model()), [{"last": [(0, 0)]}], np.float32(1))
 
 
 @pytest.mark.parametrize(

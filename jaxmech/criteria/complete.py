@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxmech.ablation import AblatedValues
 from jaxmech.circuits import Circuit, Head
 from jaxmech.criteria.measure import as_published, check_circuit, f_of, removed, span
 from jaxmech.evaluation import evaluate
@@ -46,7 +47,7 @@ def completeness(
     model: Model,
     pairs: Pairs,
     circuit: Circuit,
-    means: np.ndarray,
+    means: AblatedValues,
     *,
     random: int = 20,
     seed: int = 0,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxmech.ablation import AblatedValues
 from jaxmech.accuracy import predict
 from jaxmech.bootstrap import bounds, resampled_means
 from jaxmech.circuits import Circuit, Head
@@ -112,7 +113,7 @@ def faithfulness(
     model: Model,
     pairs: Pairs,
     circuit: Circuit,
-    means: np.ndarray,
+    means: AblatedValues,
     *,
     random: int = 10,
     seed: int = 0,

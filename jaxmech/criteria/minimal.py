@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from jaxmech.ablation import AblatedValues
 from jaxmech.circuits import Circuit, Head
 from jaxmech.criteria.measure import POSITIVE, Subset, as_published, check_circuit, f_of, removed, span
 from jaxmech.evaluation import evaluate
@@ -62,7 +63,7 @@ def minimality(
     model: Model,
     pairs: Pairs,
     circuit: Circuit,
-    means: np.ndarray,
+    means: AblatedValues,
     *,
     threshold: float = 0.01,
     fraction: float = 0.3,
