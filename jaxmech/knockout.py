@@ -48,7 +48,7 @@ def knockout(
       pairs: prompts and labels; only the clean prompts are run.
       source: role of the query.
       target: the keys, which are before the source: a role, or several; the position of one in each clean prompt, int
-        [B], see `random_target`; or which tokens of each clean prompt they are, bool [B, T], such as all of a name.
+        [B], see `random_target`; or which tokens of each clean prompt they are, bool [B, T], see `Pairs.between`.
       window: how many layers are blocked, from l on, or as many as there are; None: all. Geva et al. block windows
         around a layer: with an odd window, theirs around l + window // 2 is entry l here.
       batch_size: examples in one call; None picks as many as fit the memory budget.

@@ -181,6 +181,27 @@ class Pairs:
             wrong_labels=None if self.wrong_labels is None else self.wrong_labels[rows],
         )
 
+    def between(self, first: str, last: str) -> np.ndarray:
+        """The tokens of each clean prompt from one role to another, both included, bool [B, T].
+
+        Those of a name of several tokens, say, for `knockout`: `from_text` finds its first token as the place (start,
+        start + 1) of its first character, and its last by the name itself.
+
+        Args:
+          first, last: the roles.
+
+        Raises:
+          ValueError: an unknown role, or one that is before the other in some prompt.
+        """
+        start, stop = self.position(first), self.position(last)
+        if (start > stop).any():
+            row = int((start > stop).argmax())
+            raise ValueError(
+                f"{first!r} is token {start[row]} of example {row}, {last!r} token {stop[row]}, before it."
+            )
+        token = np.arange(self.clean.shape[1])
+        return (token >= start[:, None]) & (token <= stop[:, None])
+
     def show(self, tokenizer: Any, row: int = 0) -> str:
         """The prompts of one example as text, every role behind its token, to see that they are where they should be.
 

@@ -237,3 +237,11 @@ def test_unknown_tokens_that_are_meant_are_not_warned_of(tokenizer):
     jm.Pairs.from_text(known, ["The <unk> is in Box X"], None, [","], between="")
     known.unk_token = "<s>"  # as GPT-2's, whose only special token it is
     jm.Pairs.from_text(known, CLEAN, None, ANSWERS)
+
+
+def test_all_tokens_of_a_name_are_those_from_its_first_character_to_its_end(tokenizer):
+    name = "the engine is in Box T"
+    start = CLEAN[0].index(name)
+    pairs = jm.Pairs.from_text(tokenizer, CLEAN[:1], None, ["fig"], {"first": (start, start + 1), "whole": name})
+    tokens = pairs.clean[0, pairs.between("first", "whole")[0]]
+    assert "".join(tokenizer.decode(tokens).split()) == "".join(name.split())

@@ -28,6 +28,16 @@ def test_rows_are_taken_of_everything():
     assert pairs != pairs[:], "two objects; arrays are compared one by one"
 
 
+def test_tokens_between_roles_are_those_of_both_and_all_that_stand_there():
+    pairs = jm.Pairs(**GOOD)
+    assert pairs.between("early", "last").tolist() == [[True, True, True], [False, True, False]]
+    assert pairs.between("last", "last").tolist() == [[False, False, True], [False, True, False]]
+    with pytest.raises(ValueError, match="'last' is token 2 of example 0, 'early' token 0, before it"):
+        pairs.between("last", "early")
+    with pytest.raises(ValueError, match="Unknown role 'first'"):
+        pairs.between("first", "last")
+
+
 @pytest.mark.parametrize("rows", [0, np.int64(1)])
 def test_one_row_is_a_slice(rows):
     with pytest.raises(TypeError, match=r"for one example take pairs\[i : i \+ 1\]"):
