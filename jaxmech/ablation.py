@@ -64,7 +64,7 @@ def mean_activations(
     """
     prompts, last = _prompts_to_ablate_by(model.config, tokens, last)
     reached = np.arange(prompts.shape[1]) <= last[:, None]
-    return _means(model, prompts, reached[None], batch_size)[0]
+    return _averaged(_sums(model, prompts, reached[None], batch_size)[0], reached)
 
 
 def role_means(
@@ -91,22 +91,13 @@ def role_means(
     reached = token <= last[:, None]
     others = reached & ~at.any(0)
     others = np.where(others.any(0), others, reached)
-    by_position, *found = _means(model, prompts, np.stack([others, *at]), batch_size, together=slice(1, None))
-    return RoleMeans(by_position, {role: found[i][0] for i, role in enumerate(roles)})
+    by_position, *by_role = _sums(model, prompts, np.stack([others, *at]), batch_size)
+    means = {role: x.sum(0) / np.float32(len(pairs)) for role, x in zip(roles, by_role, strict=True)}
+    return RoleMeans(_averaged(by_position, others), means)
 
 
-def _means(
-    model: Model,
-    prompts: np.ndarray,
-    counted: np.ndarray,
-    batch_size: int | None,
-    together: slice = slice(0),
-) -> list[np.ndarray]:
-    """Means of z over tokens that are `counted`, bool [M, B, T]: [T, L, N, H] each, NaN where there is no token.
-
-    Args:
-      together: which of the M are averaged over positions, too: [1, L, N, H].
-    """
+def _sums(model: Model, prompts: np.ndarray, counted: np.ndarray, batch_size: int | None) -> np.ndarray:
+    """Sums of z over the tokens of all prompts that are `counted`, bool [M, B, T]: float32 [M, T, L, N, H]."""
     count, length = prompts.shape
     if batch_size is None:
         z = memory.of_heads(model.config, 2 * length, 1)  # of a layer, in float32
@@ -116,13 +107,13 @@ def _means(
         weight = np.moveaxis(counted[:, rows] * new[:, None], 0, 1).astype(np.float32)  # [b, M, T]
         here = over_rows(model.weights, (prompts[rows], weight))
         total = total + np.asarray(_sum_of_z(model.config, model.weights, *here))
-    sums, numbers = list(np.moveaxis(total, 0, 2)), list(counted.sum(1).astype(np.float32))  # [M, T, ...]
-    for i in range(len(sums))[together]:
-        sums[i], numbers[i] = sums[i].sum(0, keepdims=True), numbers[i].sum(keepdims=True)
-    return [
-        total / np.where(number > 0, number, np.nan)[:, None, None, None]
-        for total, number in zip(sums, numbers, strict=True)
-    ]
+    return np.moveaxis(total, 0, 2)
+
+
+def _averaged(sums: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Sums [T, L, N, H] over as many tokens as are `counted` [B, T] at each position; NaN where none is."""
+    counts = np.where(counted.any(0), counted.sum(0), np.nan).astype(np.float32)
+    return sums / counts[:, None, None, None]
 
 
 def resampled_activations(
