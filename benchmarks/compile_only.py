@@ -83,9 +83,10 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     weights = abstract_params(shape.config)
     size = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
     free = options.share * target.memory - options.models * size
-    memory.CPU_BUDGET = int(memory.DEVICE_FRACTION * free)
-    if memory.CPU_BUDGET < GIB:
+    budget = int(memory.DEVICE_FRACTION * free)
+    if budget < GIB:
         raise SystemExit(f"{options.target} has {target.memory / GIB:.0f} GiB; the models of {name} do not fit.")
+    memory.CPU_BUDGET = budget
     compiled_sizes.ALIGNMENT["cpu"] = compiled_sizes.ALIGNMENT["gpu"]  # what is planned here is for the target
     model = jm.Model(shape.config, weights)
     work = bench_methods.Work(shape, model, model, shapes.pairs(shape), None)

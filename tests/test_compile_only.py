@@ -97,7 +97,9 @@ def test_every_kernel_of_every_method_is_compiled_and_none_is_run(tmp_path, monk
     assert len(list((tmp_path / "hlo").iterdir())) == len(kernels)
 
 
-def test_a_model_that_does_not_fit_is_refused(monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_and_changes_nothing(monkeypatch):
+    before = memory.CPU_BUDGET
     monkeypatch.setattr(sys, "argv", ["compile_only", "--target", "v6e", "--shapes", "8b"])
     with pytest.raises(SystemExit, match="v6e has 32 GiB; the models of 8b do not fit."):
         compile_only.main()
+    assert memory.CPU_BUDGET == before
