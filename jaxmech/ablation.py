@@ -82,10 +82,12 @@ def role_means(
       batch_size: prompts in one call; None picks as many as fit the memory budget.
 
     Raises:
-      ValueError: ids outside the vocabulary, or an unknown role.
+      ValueError: ids outside the vocabulary, an unknown role, or none.
     """
     prompts, last = _prompts_to_ablate_by(model.config, pairs, None)
     roles = list(pairs.positions) if roles is None else list(roles)
+    if not roles:
+        raise ValueError("No roles given: without any, the means are those of `mean_activations`.")
     token = np.arange(prompts.shape[1])
     at = np.stack([token == pairs.position(role)[:, None] for role in roles])  # [R, B, T]
     reached = token <= last[:, None]

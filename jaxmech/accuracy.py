@@ -59,8 +59,9 @@ def predict(
     options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(model.config, pairs, **options)
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
-    size = memory.fitting_prompts(model.config, model.weights, tokens.shape[1]) if batch_size is None else batch_size
-    for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
+    if batch_size is None:
+        batch_size = memory.fitting_prompts(model.config, model.weights, tokens.shape[1])
+    for rows, _ in equal_parts(len(pairs), batch_size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], last[rows]))
         gathered.add(rows, *_answers(model.config, model.weights, *prompts))
     return gathered.predictions()

@@ -118,7 +118,7 @@ class StudyCommand:
     precision: str = "highest"
     """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
     batch_size: OptionalInt = None
-    """Examples per call; without it, as many as fit the memory budget."""
+    """Examples per call, but of DCM, whose calls fit the memory budget; without it, all do."""
     copies: OptionalInt = None
     """Use all devices, with so many copies of the model, each split over its part of them; a divisor of their number.
     Without it, one device."""

@@ -90,10 +90,9 @@ def collect(
     """
     components, roles = check_components(components), tuple(roles)
     source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
-    size = (
-        memory.fitting_prompts(model.config, model.weights, pairs.clean.shape[1]) if batch_size is None else batch_size
-    )
-    parts = list(equal_parts(len(pairs), size, row_devices(model.weights)))
+    if batch_size is None:
+        batch_size = memory.fitting_prompts(model.config, model.weights, pairs.clean.shape[1])
+    parts = list(equal_parts(len(pairs), batch_size, row_devices(model.weights)))
     found = [jax.device_get(capture_heads(model, source, rows, sites=components)) for rows, _ in parts]
     kept = {
         site: np.concatenate([x[site][:, new] for x, (_, new) in zip(found, parts, strict=True)], axis=1)
@@ -103,6 +102,7 @@ def collect(
 
 
 def check_components(components: Sequence[str]) -> tuple[str, ...]:
+    """The components as a tuple; ValueError unless they are some of COMPONENTS."""
     if isinstance(components, str) or not components or set(components) - set(COMPONENTS):
         raise ValueError(f"components={components!r}; expected a tuple of {', '.join(map(repr, COMPONENTS))}.")
     return tuple(components)

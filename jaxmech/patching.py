@@ -91,8 +91,9 @@ def patched_predictions(
     """
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
     positions = positions_of(pairs.position, roles)
-    size = memory.fitting_prompts(model.config, model.weights, tokens.shape[1]) if batch_size is None else batch_size
-    for rows, _ in equal_parts(len(pairs), size, row_devices(model.weights)):
+    if batch_size is None:
+        batch_size = memory.fitting_prompts(model.config, model.weights, tokens.shape[1])
+    for rows, _ in equal_parts(len(pairs), batch_size, row_devices(model.weights)):
         prompts = over_rows(model.weights, (tokens[rows], positions[rows], last[rows]))
         here = on_devices_of(model.weights, values(rows))
         gathered.add(rows, *_patched_answers(model.config, model.weights, *prompts, mask, here))

@@ -109,6 +109,9 @@ def test_means_by_role_are_those_of_the_tokens_that_have_it(model, random_pairs,
         rows = rows if rows.any() else reached[:, t]
         assert_close(found.by_position[t], z[:, rows, t].mean(1), TOLERANCES.recompiled)
     assert (reached & named).any(0).sum() >= 3, "one role, many positions"
+    for none, message in (([], "No roles given"), (["first"], "Unknown role 'first'")):
+        with pytest.raises(ValueError, match=message):
+            jm.role_means(model, pairs, none)
 
 
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["ablated elsewhere", "left elsewhere"])

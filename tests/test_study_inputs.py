@@ -198,7 +198,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_is_loaded_and_anything_
         ({"seed": -1}, "seed=-1"),
         ({"random_subsets": -1}, "random_subsets=-1"),
         ({"boxes": 1}, "boxes=1; expected 2 to 10"),
-        ({"components": ("z", "q+zz")}, r"components has 'q\+zz', but \['zz'\] are none of z, q, k, v"),
+        ({"components": ("z", "q+zz")}, r"components=\['q', 'zz'\]; expected a tuple of 'z', 'q', 'k', 'v'"),
         ({"edges": (("lsat", "object"),)}, r"edges has \('lsat', 'object'\); expected a source of last, query_box"),
         ({"edges": (("last", "subject"),)}, "a target of last, query_box, prev_query_box, object, random"),
         ({"chain": (jm.Stage("whole circuit", "last"),)}, "named 'whole circuit', as all groups together are"),

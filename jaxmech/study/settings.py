@@ -9,7 +9,7 @@ from typing import Any
 from jaxmech.boxes import ROLES
 from jaxmech.boxes.scenes import MAX_BOXES, MIN_BOXES
 from jaxmech.chain import PAPER_CHAIN, Stage
-from jaxmech.collected import COMPONENTS
+from jaxmech.collected import check_components
 from jaxmech.compat import check_compat
 from jaxmech.study.chains import check_boxes_chain
 from jaxmech.study.models import model_names
@@ -111,7 +111,8 @@ class Settings:
             raise ValueError(f"random_subsets={self.random_subsets}; expected at least 0.")
         if not MIN_BOXES <= self.boxes <= MAX_BOXES:
             raise ValueError(f"boxes={self.boxes}; expected {MIN_BOXES} to {MAX_BOXES} in a scene.")
-        _check_components(self.components)
+        for together in self.components:
+            check_components(together.split("+"))
         _check_edges(self.edges)
         if WHOLE_CIRCUIT in [stage.group for stage in self.chain]:
             raise ValueError(f"A group is named {WHOLE_CIRCUIT!r}, as all groups together are; choose another name.")
@@ -161,12 +162,6 @@ class Settings:
             components=self.components[:2],
             single_head_prompts=min(self.single_head_prompts, 28),
         )
-
-
-def _check_components(components: tuple[str, ...]) -> None:
-    for together in components:
-        if unknown := [site for site in together.split("+") if site not in COMPONENTS]:
-            raise ValueError(f"components has {together!r}, but {unknown} are none of {', '.join(COMPONENTS)}.")
 
 
 def _check_edges(edges: tuple[tuple[str, str], ...]) -> None:
