@@ -46,12 +46,14 @@ def test_logit_difference_equals_that_of_full_forwards(sweep, receivers, via):
 def test_wrong_labels_may_be_part_of_the_pairs_and_are_selected_with_them(sweep):
     model, pairs, wrong = sweep
     with_wrong, some = dataclasses.replace(pairs, wrong_labels=wrong), np.array([3, 0])
+    tuned = jm.Model(model.config, jax.tree.map(lambda x: x * 1.3, model.params))
     for method in (
         lambda pairs, **options: jm.path_patch(model, pairs, **options).per_example,
         lambda pairs, **options: jm.predict(model, pairs, **options).per_example,
-        lambda pairs, **options: jm.cmap_heads(model, model, pairs, **options).scores.per_example,
+        lambda pairs, **options: jm.cmap_heads(model, tuned, pairs, **options).scores.per_example,
     ):
         expected = method(pairs, metric="logit_difference", wrong_labels=wrong)
+        assert np.abs(expected).max() > 0.01
         np.testing.assert_array_equal(method(with_wrong, metric="logit_difference"), expected)
         found = method(with_wrong[some], metric="logit_difference")
         np.testing.assert_allclose(found, expected[..., some], atol=1e-4)
