@@ -1,5 +1,5 @@
 #!/bin/sh
-# What one large NVIDIA GPU is to measure, each part in so many minutes, saved as it goes:
+# What one large NVIDIA GPU (80 GB or more) is to measure, each part in so many minutes, saved as it goes:
 #
 #   sh benchmarks/gpu.sh out                    # 7b (8 minutes), precision (3), study (10)
 #   MINUTES=5 sh benchmarks/gpu.sh out study    # one part, shorter

@@ -32,6 +32,7 @@ from jaxmech.provenance import versions
 from jaxmech.run_folder import read_scores
 from jaxmech.scores import PathScores
 from jaxmech.sharding import make_mesh, parameter_shardings
+from jaxmech.text_pairs import read_pairs
 
 __version__ = versions(["jaxmech"])["jaxmech"]  # "unknown" when run from sources that are not installed
 
@@ -79,6 +80,7 @@ __all__ = [
     "random_circuit",
     "random_target",
     "read_chain",
+    "read_pairs",
     "read_scores",
     "resampled_activations",
     "role_means",

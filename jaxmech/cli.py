@@ -19,10 +19,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import jaxmech as jm
 from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
 from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
+from jaxmech.cli_prompts import Prompts, prompts_of
 from jaxmech.discovery import discover, moved_heads
 from jaxmech.files import check_file, check_folder, write_text
 from jaxmech.provenance import versions
 from jaxmech.report import (
+    CHANGED,
     accuracy_table,
     circuit_table,
     deviation_tables,
@@ -33,10 +35,10 @@ from jaxmech.report import (
     study_tables,
     write_report,
 )
-from jaxmech.run_folder import CIRCUIT, SCORES, RunFolder, earlier_config, fingerprint, text_hash
+from jaxmech.run_folder import CIRCUIT, SCORES, RunFolder, earlier_config, fingerprint
 from jaxmech.scores import PathScores
-from jaxmech.study import STAGES, Settings, StudyFolder, chance, doubt, run
-from jaxmech.study.chains import check_boxes_chain
+from jaxmech.study import STAGES, Settings, StudyFolder, doubt, run
+from jaxmech.study.chains import check_chain_on
 from jaxmech.verify import verify
 
 console = Console()
@@ -116,7 +118,6 @@ def run_study(options: StudyCommand) -> None:
     names = [f.name for f in fields(Settings) if f.name not in NO_OPTIONS]
     values: dict[str, Any] = {name: getattr(options, name) for name in names}
     values["chain"] = _chain(options.chain)
-    _check_data(options.data)
     _check_copies(options.copies)
     settings = Settings(**values)
     settings = settings.quick() if options.quick else settings
@@ -163,20 +164,20 @@ def _study_progress():
 def run_discover(options: Discover) -> None:
     """`jaxmech discover`."""
     chain = _chain(options.chain)
-    check_boxes_chain(chain, options.k, options.min_effect, options.metric)
+    prompts = prompts_of(options)
+    check_chain_on(prompts.roles, chain, options.k, options.min_effect, options.metric)
+    if options.metric == "logit_difference" and not prompts.wrong_answers:
+        raise ValueError('--metric logit_difference is of pairs with wrong answers: --pairs, with "wrong_answer".')
     check_folder(options.out)
     _check_copies(options.copies)
-    examples = _examples(options)
     mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
     model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision, mesh=mesh)
     if model.tokenizer is None:
         raise ValueError(f"{options.model} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
     check_number_of_heads(with_k(chain, options.k), model.config)
     with _warnings_printed():
-        pairs = jm.boxes.pairs(
-            examples, model.tokenizer, seed=options.seed, split_objects="drop", add_bos=options.add_bos
-        )
-    run = _run_folder(options, chain, examples)
+        pairs = prompts.pairs(model.tokenizer)
+    run = _run_folder(options, chain, prompts)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
     name = (options.adapter or options.model).resolve().name
@@ -184,7 +185,7 @@ def run_discover(options: Discover) -> None:
     console.print(accuracy_table({name: correct.mean()}, len(pairs)))
     if options.correct_only:
         pairs = _right(pairs, correct, name)
-    elif warning := doubt(name, correct.mean(), chance(examples)):
+    elif warning := doubt(name, correct.mean(), prompts.chance):
         _note(warning)
     values = {field: getattr(options, field) for field in ("k", "min_effect", "metric", "batch_size")}
     _discover_into(run, model, pairs, chain, **values)
@@ -201,23 +202,24 @@ def _right(pairs: jm.Pairs, correct: np.ndarray, name: str) -> jm.Pairs:
     return pairs[correct]
 
 
-def _run_folder(options: Discover, chain: Sequence[Stage], examples: Sequence[jm.boxes.Example]) -> RunFolder:
+def _run_folder(options: Discover, chain: Sequence[Stage], prompts: Prompts) -> RunFolder:
     """The folder at --out. Models and data are the same if their files are, however their paths are spelt, and how many
     examples are computed at a time, and where, makes no difference."""
     settings = _settings(options)
-    given = {name: settings.pop(name) for name in ("model", "adapter", "data", "chain", "batch_size", "copies")}
+    names = ("model", "adapter", "data", "pairs", "chain", "batch_size", "copies")
+    given = {name: settings.pop(name) for name in names}
     settings["stages"] = [asdict(stage) for stage in chain]
     sources = {
         "model_files": fingerprint(options.model),
         "adapter_files": options.adapter and fingerprint(options.adapter),
-        "examples": text_hash(example.sentence for example in examples),
+        "examples": prompts.fingerprint,
     }
     earlier = earlier_config(options.out).get("stages") or []
     groups = [stage.group for stage in chain] + [
         str(stage.get("group")) for stage in earlier if isinstance(stage, dict)
     ]
-    names = [SCORES, CIRCUIT, *[f"{group}.png" for group in groups if Path(group).name == group]]
-    outputs = [options.out / name for name in names]
+    files = [SCORES, CIRCUIT, *[f"{group}.png" for group in groups if Path(group).name == group]]
+    outputs = [options.out / name for name in files]
     return RunFolder.open(options.out, settings | sources, given=given, outputs=outputs, overwrite=options.overwrite)
 
 
@@ -235,9 +237,9 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
         if stage.group in circuit.scores:
             mean, chosen = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
             reads = "direct effect on the logits" if stage.receivers is None else stage.reads
-            look: dict[str, Any] = {"moved": [one["head"] for one in moved.get(stage.group, [])]}
-            if options["metric"] == "log_probability":
-                look |= {"label": "change of log p(correct)", "unit": 1}
+            words, unit = CHANGED[options["metric"]]
+            look: dict[str, Any] = {"label": f"change of {words}{', %' * (unit == 100)}", "unit": unit}
+            look |= {"moved": [one["head"] for one in moved.get(stage.group, [])]}
             figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}", **look)
             save_figure(figure, run.path / f"{stage.group}.png")
     console.print(circuit_table(chain, circuit, moved))
@@ -253,26 +255,12 @@ def _chain(file: Path | None) -> tuple[Stage, ...]:
     return read_chain(file)
 
 
-def _check_data(file: Path | None) -> None:
-    """FileNotFoundError if --data is given and not there."""
-    if file is not None and not file.is_file():
-        raise FileNotFoundError(f"--data {file}: there is no such file; expected a JSONL file of examples.")
-
-
 def _check_copies(copies: int | None) -> None:
     """ValueError if --copies is given and does not divide the number of devices."""
     count = jax.device_count()
     if copies is not None and (copies < 1 or count % copies):
         there = "is 1 device" if count == 1 else f"are {count} devices"
         raise ValueError(f"--copies {copies}: there {there} here; expected a divisor of that number.")
-
-
-def _examples(options: Discover) -> list[jm.boxes.Example]:
-    """The examples of --data, or made."""
-    if options.data is None:
-        return jm.boxes.make(options.scenes, options.boxes, options.seed)
-    _check_data(options.data)
-    return jm.boxes.read(options.data)
 
 
 def _earlier_report(out: Path) -> list[Path]:

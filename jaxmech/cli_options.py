@@ -133,7 +133,8 @@ class StudyCommand:
 
 @dataclass(frozen=True)
 class Discover:
-    """Find the entity-tracking circuit of a model by the chain of path-patching sweeps."""
+    """Find the circuit of a model for a task, entity tracking unless told otherwise, by a chain of path-patching
+    sweeps."""
 
     model: Path
     """Checkpoint: a directory (Hugging Face's, Meta's, or one that `python -m convert` wrote), or the name of a model
@@ -144,6 +145,13 @@ class Discover:
     """LoRA adapter of --model to merge in; --model then is not one that `python -m convert` wrote."""
     data: OptionalPath = None
     """JSONL file of examples (key "sentence"); without it, scenes are made."""
+    pairs: OptionalPath = None
+    """JSONL file of pairs of prompts of another task, in place of boxes prompts: keys "clean", "corrupt" and "answer",
+    and as needed "wrong_answer", "roles" and "corrupt_roles"; needs a --chain of their roles."""
+    first_token: bool = False
+    """Of answers of several tokens in --pairs, take the first."""
+    between: str = " "
+    """What stands between a prompt of --pairs and its answer, unless the answer begins with a space."""
     scenes: int = 50
     """Scenes to make; every box of a scene is queried in turn."""
     boxes: int = 7
@@ -151,13 +159,15 @@ class Discover:
     seed: int = 0
     """Seed of scenes and corrupt prompts."""
     chain: OptionalPath = None
-    """TOML file of stages; without it, the paper's four."""
+    """TOML file of stages; without it, the paper's four, on boxes prompts."""
     k: HeadsPerGroup = field(default_factory=dict)
     """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
     min_effect: float = 1e-3
-    """Smallest mean loss for which a head is selected: of the probability, a fraction; of its logarithm, in nats."""
-    metric: Literal["probability", "log_probability"] = "probability"
-    """What scores are: relative changes of the right answer's probability, or changes of its logarithm."""
+    """Smallest mean loss for which a head is selected: of the probability, a fraction; of its logarithm or of the logit
+    difference, in nats."""
+    metric: Literal["probability", "log_probability", "logit_difference"] = "probability"
+    """What scores are: relative changes of the right answer's probability, changes of its logarithm, or of its logit
+    minus that of the wrong answer (--pairs)."""
     correct_only: bool = False
     """Take the prompts that the model answers right, and no others."""
     add_bos: OptionalBool = None

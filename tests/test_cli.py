@@ -295,7 +295,7 @@ def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_p
     ("arguments", "message"),
     [
         (["--model", "no/such/model"], "No checkpoint directory at no/such/model"),
-        (["--data", "no/such/file.jsonl"], "--data no/such/file.jsonl: there is no such file"),
+        (["--data", "no/such/file.jsonl"], "There is no file no/such/file.jsonl; expected a JSONL file of examples"),
         (["--chain", "no/such/chain.toml"], "--chain no/such/chain.toml: there is no such file"),
         (["--out", f"{BASE}/config.json"], "config.json is a file; expected a folder"),
         (["--out", BASE], "holds a run with other settings"),

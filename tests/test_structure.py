@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # From top to bottom: a module may import what stands in a later row, and within its own row.
 ROWS = (
-    ("jaxmech.cli", "jaxmech.cli_options"),
+    ("jaxmech.cli", "jaxmech.cli_options", "jaxmech.cli_prompts"),
     ("jaxmech.report",),
     ("jaxmech.study",),
     ("jaxmech", "jaxmech.demo"),  # the package's own re-exports
@@ -33,7 +33,7 @@ ROWS = (
     ("jaxmech.collected", "jaxmech.ablation"),
     ("jaxmech.patching", "jaxmech.accuracy"),
     ("jaxmech.circuits",),
-    ("jaxmech.boxes", "jaxmech.chain"),
+    ("jaxmech.boxes", "jaxmech.text_pairs", "jaxmech.chain"),
     ("jaxmech.gathered",),
     ("jaxmech.cone", "jaxmech.batches", "jaxmech.metrics", "jaxmech.scores", "jaxmech.memory", "jaxmech.compat"),
     ("jaxmech.predictions", "jaxmech.bootstrap", "jaxmech.shared_prefix", "jaxmech.prompt_trees", "jaxmech.suffixes"),
@@ -42,7 +42,7 @@ ROWS = (
     ("convert",),
     ("jaxmech.checkpoint", "jaxmech.sharding", "jaxmech.provenance", "jaxmech.host_arrays"),
     ("jaxmech.model", "jaxmech.rope", "jaxmech.interventions", "jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
-    ("jaxmech.tokenized", "jaxmech.compiled_sizes"),
+    ("jaxmech.tokenized", "jaxmech.compiled_sizes", "jaxmech.json_lines"),
 )
 # They read what PyTorch wrote, or run transformers' models; all else runs where it is not installed.
 IMPORT_TORCH_WHEN_CALLED = ("jaxmech.hf_sites", "convert.torch_files")

@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxmech.boxes.objects import OBJECTS
 from jaxmech.files import write_text
+from jaxmech.json_lines import read_json_lines
 
 LABELS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 MIN_BOXES, MAX_BOXES = (
@@ -118,29 +120,7 @@ def read(path: str | Path) -> list[Example]:
       IsADirectoryError: `path` is a folder.
       ValueError: names the file and the line that is not JSON, has no "sentence", or whose sentence is not an example.
     """
-    path = Path(path)
-    examples = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(_example(_sentence(line)))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not examples:
-        raise ValueError(f'{path} holds no examples; expected one JSON object a line with the key "{KEY}".')
-    return examples
-
-
-def _lines(path: Path) -> list[str]:
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; expected a JSONL file of examples.")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {path}; expected a JSONL file of examples.")
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}); expected JSONL, one JSON object a line.") from error
+    return read_json_lines(path, lambda record: _example(_sentence(record)), "examples")
 
 
 def write(path: str | Path, examples: Iterable[Example]) -> None:
@@ -149,11 +129,7 @@ def write(path: str | Path, examples: Iterable[Example]) -> None:
     write_text(path, "".join(lines))
 
 
-def _sentence(line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error}); expected an object with the key {KEY!r}.") from error
+def _sentence(record: Any) -> str:
     if not isinstance(record, dict) or not isinstance(record.get(KEY), str):
         found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"no string under the key {KEY!r} (found: {found}).")

@@ -15,9 +15,10 @@ from jaxmech.report.figures import heat_map
 from jaxmech.report.html import report_files, write_report
 from jaxmech.report.style import save_figure
 from jaxmech.report.tables import accuracy_table, circuit_table, deviation_tables, study_tables
-from jaxmech.report.words import doubts
+from jaxmech.report.words import CHANGED, doubts
 
 __all__ = [
+    "CHANGED",
     "accuracy_table",
     "circuit_table",
     "deviation_tables",

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from jaxmech.chain import Stage, receivers_text
 from jaxmech.circuits import Circuit
+from jaxmech.report.words import CHANGED
 from jaxmech.verify import Report
 
 
@@ -28,17 +29,18 @@ def circuit_table(
     moved: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
     most: int = 8,
 ) -> Table:
-    """The first `most` heads of every stage that was run, with the mean change of p(correct) or its logarithm.
+    """The first `most` heads of every stage that was run, with the mean change of what their metric measures.
 
     Args:
       chain: the stages.
       circuit: what `discover` found.
       moved: heads that a later stage took into its own group, see `jaxmech.study.chains.moved_heads`.
     """
-    relative = all(scores.metric == "probability" for scores in circuit.scores.values())
-    table = Table(title=f"Circuit: heads by group, mean change of {'' if relative else 'log '}p(correct)")
-    unit, change = (100, "{:+.1f}") if relative else (1, "{:+.3f}")
-    for column in ("group", "sender at", "receivers", f"layer.head (change{', %' if relative else ''})"):
+    metric = next((scores.metric for scores in circuit.scores.values()), "probability")
+    words, unit = CHANGED.get(metric, (metric, 1))
+    table = Table(title=f"Circuit: heads by group, mean change of {words}")
+    change = "{:+.1f}" if unit == 100 else "{:+.3f}"
+    for column in ("group", "sender at", "receivers", f"layer.head (change{', %' * (unit == 100)})"):
         table.add_column(column)
     for stage in chain:
         if stage.group not in circuit.scores:

@@ -7,6 +7,10 @@ from jaxmech.study import WHOLE_CIRCUIT, doubt
 
 SPACE, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 
+# What the scores of a metric are changes of, and what numbers are multiplied with to be read.
+CHANGED = {"probability": ("p(correct)", 100), "log_probability": ("log p(correct)", 1)}
+CHANGED |= {"logit_difference": ("the logit difference", 1)}
+
 
 class Recovery(NamedTuple):
     """The head group that, patched from the tuned model into the base, helps most."""

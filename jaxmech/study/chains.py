@@ -1,31 +1,36 @@
-"""What is checked of a chain of sweeps on the boxes task before it is run."""
+"""What is checked of a chain of sweeps on prompts of known roles before it is run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxmech.boxes import ROLES
-from jaxmech.chain import Stage, with_k
+from jaxmech.chain import PAPER_CHAIN, Stage, with_k
 from jaxmech.discovery import check_min_effect
 
 
-def check_boxes_chain(
-    chain: Sequence[Stage], k: Mapping[str, int], min_effect: float, metric: str = "probability"
+def check_chain_on(
+    roles: Collection[str], chain: Sequence[Stage], k: Mapping[str, int], min_effect: float, metric: str = "probability"
 ) -> None:
     """Checks what can be checked without a model.
 
     Args:
+      roles: those of the prompts.
       chain: the stages.
       k: {group: number of heads}, in place of the chain's own.
       min_effect, metric: see `discover`.
 
     Raises:
-      ValueError: the stages do not fit together (see `check_chain`), a sender is no role of boxes prompts, or one other
+      ValueError: the stages do not fit together (see `check_chain`), a sender is no role of the prompts, or one other
         than "last" without receivers, k names an unknown group or is below 1, or min_effect is out of range.
     """
     for stage in with_k(chain, k):
-        if stage.sender not in ROLES:
+        if stage.sender not in roles:
+            boxes = set(roles) == set(ROLES)
+            missing = tuple(chain) == PAPER_CHAIN and not boxes
             raise ValueError(
-                f"Stage {stage.group!r} of the chain has the sender {stage.sender!r}; boxes prompts have the roles "
-                f"{', '.join(ROLES)}."
+                f"Stage {stage.group!r} of the {'default ' * missing}chain has the sender {stage.sender!r}; "
+                f"{'boxes' if boxes else 'these'} prompts have the roles {', '.join(roles)}."
+                + " Give the chain of your task, --chain FILE.toml."
+                * missing
             )
         if stage.receivers is None and stage.sender != "last":
             raise ValueError(

@@ -11,7 +11,7 @@ from jaxmech.boxes.scenes import MAX_BOXES, MIN_BOXES
 from jaxmech.chain import PAPER_CHAIN, Stage
 from jaxmech.collected import check_components
 from jaxmech.compat import check_compat
-from jaxmech.study.chains import check_boxes_chain
+from jaxmech.study.chains import check_chain_on
 from jaxmech.study.models import model_names
 
 # Attention that is knocked out: source and target role; "random" is a token without a role.
@@ -98,7 +98,7 @@ class Settings:
     compat: str | None = None
 
     def __post_init__(self):
-        check_boxes_chain(self.chain, self.k, self.min_effect)
+        check_chain_on(ROLES, self.chain, self.k, self.min_effect)
         check_compat(self.compat)
         if not self.tuned:
             raise ValueError("A study needs at least one fine-tuned model; give tuned.")

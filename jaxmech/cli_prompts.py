@@ -1,0 +1,66 @@
+"""The prompts of `jaxmech discover`: of the boxes task, made or from a file, or pairs of another task from a file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmech import boxes
+from jaxmech.cli_options import Discover
+from jaxmech.pairs import Pairs
+from jaxmech.run_folder import text_hash
+from jaxmech.study import chance
+from jaxmech.text_pairs import pairs_of, read_texts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as text.
+
+    Attributes:
+      roles: names of their token positions.
+      fingerprint: changes when they do.
+      chance: accuracy of naming any object of the scene, or None where there is none.
+      wrong_answers: whether each has one.
+      pairs: what they are for a tokenizer.
+    """
+
+    roles: Sequence[str]
+    fingerprint: str
+    chance: float | None
+    wrong_answers: bool
+    pairs: Callable[[Any], Pairs]
+
+
+def prompts_of(options: Discover) -> Prompts:
+    """The prompts that the options name.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: two files, or a line that cannot be read.
+    """
+    if options.pairs is not None:
+        return _of_pairs(options)
+    examples = boxes.make(options.scenes, options.boxes, options.seed) if options.data is None else None
+    examples = examples or boxes.read(options.data)  # pyright: ignore
+
+    def pairs(tokenizer: Any) -> Pairs:
+        return boxes.pairs(examples, tokenizer, seed=options.seed, split_objects="drop", add_bos=options.add_bos)
+
+    of_all = text_hash(example.sentence for example in examples)
+    return Prompts(boxes.ROLES, of_all, chance(examples), wrong_answers=False, pairs=pairs)
+
+
+def _of_pairs(options: Discover) -> Prompts:
+    """Those of --pairs."""
+    if options.data is not None:
+        raise ValueError("--data and --pairs: give one of them, boxes prompts or pairs of another task.")
+    texts = read_texts(options.pairs)  # pyright: ignore
+    if texts[0].corrupt is None:
+        raise ValueError(f'{options.pairs} has no "corrupt" prompts; path patching needs one for each clean prompt.')
+
+    def pairs(tokenizer: Any) -> Pairs:
+        how = {"first_token": options.first_token, "between": options.between, "add_bos": options.add_bos}
+        return pairs_of(texts, tokenizer, **how)
+
+    roles, wrong = ["last", *texts[0].roles], texts[0].wrong_answer is not None
+    return Prompts(roles, text_hash(map(repr, texts)), None, wrong_answers=wrong, pairs=pairs)

@@ -1,0 +1,138 @@
+"""The commands on prompts of the user's own task, from a file of pairs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxmech as jm
+from jaxmech import cli
+
+BASE = str(jm.demo.path("base"))
+CHAIN = """
+[[stage]]
+group = "movers"
+sender = "last"
+k = 6
+
+[[stage]]
+group = "lookup"
+sender = "asked"
+receivers = "movers"
+via = "v"
+k = 4
+"""
+
+
+def records(count: int, seed: int = 5) -> list[dict]:
+    """Pairs about the demo's boxes, with roles of this file, of scenes of two sizes: prompts differ in length."""
+    found = []
+    for i, size in ((i, size) for i in range(count) for size in (3, 4)):
+        scene = jm.boxes.make(1, size, seed=seed + i)[0].scene
+        held = [f"the {word} is in Box {box}" for word, box in zip(scene.objects, scene.labels, strict=True)]
+        text = f"T{', '.join(held)[1:]}."
+        record = {"answer": scene.objects[0], "wrong_answer": scene.objects[-1]}
+        for name, roles, at in (("clean", "roles", 0), ("corrupt", "corrupt_roles", -1)):
+            record[name] = f"{text} Box {scene.labels[at]} contains the"
+            record[roles] = {"asked": f". Box {scene.labels[at]}", "before": held[at][4:]}
+        found.append(record)
+    return found
+
+
+@pytest.fixture
+def task(tmp_path) -> Path:
+    """A folder with pairs.jsonl and chain.toml."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(6)))
+    (tmp_path / "chain.toml").write_text(CHAIN)
+    return tmp_path
+
+
+def discover(task: Path, *more: str) -> None:
+    files = ["--pairs", str(task / "pairs.jsonl"), "--chain", str(task / "chain.toml")]
+    cli.main(["discover", "--model", BASE, "--out", str(task / "run"), *files, *more])
+
+
+@pytest.mark.parametrize("metric", ["probability", "logit_difference"])
+def test_discovery_on_pairs_of_a_file_is_that_of_the_library(task, capsys, metric):
+    discover(task, "--metric", metric)
+    model = jm.load(BASE)
+    pairs = jm.read_pairs(task / "pairs.jsonl", model.tokenizer)
+    assert len(set(pairs.position("last"))) == 2 and set(pairs.positions) == {"last", "asked", "before"}
+    expected = jm.discover(model, pairs, chain=task / "chain.toml", metric=metric)
+    assert len(expected.groups) == 2
+    assert jm.Circuit.load(task / "run" / "circuit.json", task / "chain.toml").groups == expected.groups
+    found = jm.read_scores(task / "run")
+    for group, scores in expected.scores.items():
+        np.testing.assert_array_equal(found[group].per_example, scores.per_example)
+    printed = capsys.readouterr().out
+    assert "Accuracy on 12 prompts" in printed and (task / "run" / "lookup.png").exists()
+    words = {"probability": "mean change of p(correct)", "logit_difference": "mean change of the logit difference"}
+    assert words[metric] in printed and "layer.head (change" in printed
+
+
+def test_a_run_on_pairs_goes_on_and_other_pairs_are_other_settings(task, capsys):
+    discover(task)
+    discover(task)
+    assert "finished stages: movers, lookup" in " ".join(capsys.readouterr().out.split())
+    changed = records(6)
+    changed[3]["wrong_answer"] = changed[2]["wrong_answer"]
+    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
+    with pytest.raises(SystemExit):
+        discover(task)
+    assert "other settings (examples differ)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_that_cannot_do_the_task_of_a_file_is_warned_of(task, capsys):
+    wrong = [record | {"answer": record["wrong_answer"]} for record in records(2)]
+    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in wrong))
+    discover(task)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "base answers no prompt right. A model that cannot do the task" in printed
+
+
+def test_how_answers_are_read_can_be_chosen(task, capsys):
+    several = [record | {"answer": f" {record['answer']} is"} for record in records(1)]
+    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in several))
+    with pytest.raises(SystemExit):
+        discover(task)
+    assert "is 2 tokens behind" in capsys.readouterr().err
+    discover(task, "--first-token")
+    assert json.loads((task / "run" / "config.json").read_text())["first_token"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines", "message"),
+    [
+        (["--data", "data.jsonl"], records(1), "--data and --pairs: give one of them"),
+        (["--pairs", "none.jsonl"], records(1), "There is no file none.jsonl; expected a JSONL file of pairs"),
+        ([], [{"clean": "The fig is", "answer": "in"}], 'has no "corrupt" prompts; path patching needs one'),
+        ([], [{**records(1)[0], "roles": {}, "corrupt_roles": {}}], "'asked'; these prompts have the roles last."),
+        (
+            ["--metric", "logit_difference"],
+            [{**records(1)[0], "wrong_answer": None}],
+            "--metric logit_difference is of pairs with wrong answers",
+        ),
+        ([], [{**records(1)[0], "answer": 3.5}], """pairs.jsonl, line 1: "answer" is 3.5; expected a text"""),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_leaves_nothing(task, capsys, arguments, lines, message):
+    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    with pytest.raises(SystemExit) as stop:
+        discover(task, *arguments)
+    assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert not (task / "run").exists()
+
+
+def test_the_default_chain_is_not_that_of_another_task(task, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["discover", "--model", BASE, "--out", str(task / "run"), "--pairs", str(task / "pairs.jsonl")])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "Stage 'pos_detector' of the default chain has the sender 'query_box'; these prompts have" in printed
+    assert "Give the chain of your task, --chain FILE.toml." in printed
+
+
+def test_boxes_prompts_have_no_wrong_answers(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["discover", "--model", BASE, "--out", str(tmp_path / "run"), "--metric", "logit_difference"])
+    assert "is of pairs with wrong answers" in " ".join(capsys.readouterr().err.split())
