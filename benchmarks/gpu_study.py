@@ -36,7 +36,7 @@ import convert  # noqa: E402
 import jaxmech as jm  # noqa: E402
 from jaxmech import discovery  # noqa: E402
 from jaxmech.study import Settings, StudyFolder, dcm_stages, run, running  # noqa: E402
-from jaxmech.study.data import StudyData  # noqa: E402
+from jaxmech.study.boxes_data import BoxesData  # noqa: E402
 from jaxmech.study.models import Known  # noqa: E402
 from jaxmech.study.study import Study  # noqa: E402
 
@@ -101,8 +101,8 @@ def study(
             return Known(settings.base, config, convert.read_tokenizer(settings.base, config))
 
         @cached_property
-        def data(self) -> StudyData:
-            data = StudyData(settings, self.base.tokenizer)
+        def data(self) -> BoxesData:
+            data = BoxesData(settings, self.base.tokenizer)
             logits = jm.predict(self.model(settings.names[0]), data.pairs).logits
             assert logits is not None
             vars(data)["pairs"] = dataclasses.replace(data.pairs, labels=logits.argmax(-1))

@@ -77,14 +77,24 @@ class StudyCommand:
     """Far fewer prompts and steps, to see that everything runs; rough numbers."""
     data: OptionalPath = None
     """JSONL file of examples (key "sentence"); without it, scenes are made."""
+    pairs: OptionalPath = None
+    """JSONL file of pairs of prompts of another task, in place of boxes prompts (see jaxmech discover --help): two
+    thirds are evaluated, over the others ablated activations are averaged. Stages dcm and activation_patching are left
+    out."""
+    first_token: bool = False
+    """Of answers of several tokens in --pairs, take the first."""
+    between: str = " "
+    """What stands between a prompt of --pairs and its answer, unless the answer begins with a space."""
+    prompts: OptionalInt = None
+    """Prompts of --pairs that are evaluated at most; without it, two thirds of them all."""
     scenes: int = 50
-    """Scenes of the prompts that are evaluated; every box of a scene is queried in turn."""
+    """Scenes of the boxes prompts that are evaluated; every box of a scene is queried in turn."""
     boxes: int = 7
     """Boxes in a scene, 2 to 10."""
     contexts: int = 500
     """Prompts over which ablated activations are averaged."""
     chain: OptionalPath = None
-    """TOML file of stages of discovery; without it, the paper's four."""
+    """TOML file of stages of discovery; without it, the paper's four, on boxes prompts."""
     k: HeadsPerGroup = field(default_factory=dict)
     """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
     min_effect: float = 1e-3

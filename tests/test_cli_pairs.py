@@ -5,46 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pairs_task import records, write_task
 
 import jaxmech as jm
 from jaxmech import cli
 
 BASE = str(jm.demo.path("base"))
-CHAIN = """
-[[stage]]
-group = "movers"
-sender = "last"
-k = 6
-
-[[stage]]
-group = "lookup"
-sender = "asked"
-receivers = "movers"
-via = "v"
-k = 4
-"""
-
-
-def records(count: int, seed: int = 5) -> list[dict]:
-    """Pairs about the demo's boxes, with roles of this file, of scenes of two sizes: prompts differ in length."""
-    found = []
-    for i, size in ((i, size) for i in range(count) for size in (3, 4)):
-        scene = jm.boxes.make(1, size, seed=seed + i)[0].scene
-        held = [f"the {word} is in Box {box}" for word, box in zip(scene.objects, scene.labels, strict=True)]
-        text = f"T{', '.join(held)[1:]}."
-        record = {"answer": scene.objects[0], "wrong_answer": scene.objects[-1]}
-        for name, roles, at in (("clean", "roles", 0), ("corrupt", "corrupt_roles", -1)):
-            record[name] = f"{text} Box {scene.labels[at]} contains the"
-            record[roles] = {"asked": f". Box {scene.labels[at]}", "before": held[at][4:]}
-        found.append(record)
-    return found
 
 
 @pytest.fixture
 def task(tmp_path) -> Path:
     """A folder with pairs.jsonl and chain.toml."""
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(6)))
-    (tmp_path / "chain.toml").write_text(CHAIN)
+    write_task(tmp_path, records(6))
     return tmp_path
 
 
@@ -60,7 +32,7 @@ def test_discovery_on_pairs_of_a_file_is_that_of_the_library(task, capsys, metri
     pairs = jm.read_pairs(task / "pairs.jsonl", model.tokenizer)
     assert len(set(pairs.position("last"))) == 2 and set(pairs.positions) == {"last", "asked", "before"}
     expected = jm.discover(model, pairs, chain=task / "chain.toml", metric=metric)
-    assert len(expected.groups) == 2
+    assert len(expected.groups) == 4
     assert jm.Circuit.load(task / "run" / "circuit.json", task / "chain.toml").groups == expected.groups
     found = jm.read_scores(task / "run")
     for group, scores in expected.scores.items():
@@ -74,10 +46,10 @@ def test_discovery_on_pairs_of_a_file_is_that_of_the_library(task, capsys, metri
 def test_a_run_on_pairs_goes_on_and_other_pairs_are_other_settings(task, capsys):
     discover(task)
     discover(task)
-    assert "finished stages: movers, lookup" in " ".join(capsys.readouterr().out.split())
+    assert "finished stages: movers, lookup, binders, matchers" in " ".join(capsys.readouterr().out.split())
     changed = records(6)
     changed[3]["wrong_answer"] = changed[2]["wrong_answer"]
-    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
+    write_task(task, changed)
     with pytest.raises(SystemExit):
         discover(task)
     assert "other settings (examples differ)" in " ".join(capsys.readouterr().err.split())
@@ -85,7 +57,7 @@ def test_a_run_on_pairs_goes_on_and_other_pairs_are_other_settings(task, capsys)
 
 def test_a_model_that_cannot_do_the_task_of_a_file_is_warned_of(task, capsys):
     wrong = [record | {"answer": record["wrong_answer"]} for record in records(2)]
-    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in wrong))
+    write_task(task, wrong)
     discover(task)
     printed = " ".join(capsys.readouterr().out.split())
     assert "base answers no prompt right. A model that cannot do the task" in printed
@@ -93,7 +65,7 @@ def test_a_model_that_cannot_do_the_task_of_a_file_is_warned_of(task, capsys):
 
 def test_how_answers_are_read_can_be_chosen(task, capsys):
     several = [record | {"answer": f" {record['answer']} is"} for record in records(1)]
-    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in several))
+    write_task(task, several)
     with pytest.raises(SystemExit):
         discover(task)
     assert "is 2 tokens behind" in capsys.readouterr().err
@@ -117,7 +89,7 @@ def test_how_answers_are_read_can_be_chosen(task, capsys):
     ],
 )
 def test_bad_input_ends_with_a_message_and_leaves_nothing(task, capsys, arguments, lines, message):
-    (task / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    write_task(task, lines)
     with pytest.raises(SystemExit) as stop:
         discover(task, *arguments)
     assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())

@@ -25,7 +25,7 @@ from jaxmech.report.tables import circuit_table
 from jaxmech.scores import PathScores
 from jaxmech.sharding import row_devices
 from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
-from jaxmech.study.data import StudyData
+from jaxmech.study.boxes_data import BoxesData
 from jaxmech.study.study import Study
 
 running = import_module("jaxmech.study.running")
@@ -280,7 +280,9 @@ def test_activation_patching_is_that_of_full_forwards(results, models):
     for circuit_of, group, name, heads in found[:3]:
         role = results["discovery"][circuit_of]["roles"][group]
         for repeat, accuracy in enumerate(results["activation_patching"][circuit_of][group][name]["base"]["values"]):
-            expected = jm.patch_activations(models["base"], study.data.patching(name, repeat), {role: heads}).accuracy
+            expected = jm.patch_activations(
+                models["base"], study.boxes_data.patching(name, repeat), {role: heads}
+            ).accuracy
             assert accuracy == pytest.approx(expected)
 
 
@@ -308,7 +310,7 @@ def test_draws_of_all_repeats_and_seeds_differ_on_the_same_scenes(tmp_path, mode
     jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(20, seed=3))
     drawn = []
     for seed in (0, 1):
-        data = StudyData(
+        data = BoxesData(
             dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl", seed=seed), models["base"].tokenizer
         )
         drawn += [data.desideratum("positional")["test"], *(data.patching("positional", repeat) for repeat in range(2))]

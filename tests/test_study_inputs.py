@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
 from jaxmech.study import StudyFolder, run
-from jaxmech.study.data import StudyData
+from jaxmech.study.boxes_data import BoxesData
 from jaxmech.study.study import Study
 
 FETCHERS_AND_OBJECTS = (jm.Stage("fetchers", "last"), jm.Stage("objects", "object", "fetchers", "v"))
@@ -36,7 +36,7 @@ def test_dcm_is_tested_on_prompts_that_it_was_not_trained_on_with_a_file_too(tmp
     """Examples are fewer than the pairs asked for, so each use repeats its own."""
     jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(scenes, seed=3))
     settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl", train=100, validation=50, test=50)
-    data = StudyData(settings, jm.load(jm.demo.path("base")).tokenizer)
+    data = BoxesData(settings, jm.load(jm.demo.path("base")).tokenizer)
     data.check(contexts=True, desiderata=True)
     for name in ("positional", "object_value"):
         found = {use: {tuple(row) for row in part.clean.tolist()} for use, part in data.desideratum(name).items()}
@@ -59,7 +59,7 @@ def test_objects_that_the_tokenizer_splits_are_left_out_of_all_prompts_alike(tmp
     word = examples[0].scene.objects[0]
     jm.boxes.write(tmp_path / "data.jsonl", examples)
     settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl" if from_file else None)
-    data = StudyData(settings, splitting(word))
+    data = BoxesData(settings, splitting(word))
     with pytest.warns(UserWarning, match=rf"does not know 1 objects: {word}. Dropped \d+ of ") as caught:
         data.check(contexts=True, desiderata=True)
         assert len(data.desideratum("positional")["train"]) == 48

@@ -34,7 +34,7 @@ def accuracy(results: Results) -> Section | None:
         "How often the most probable next token is the right answer. Whiskers here and below are 95 % intervals over "
         "prompts: of accuracies by Wilson's score, of ratios and scores by bootstrap, unless said otherwise."
     )
-    if "chance" in results:
+    if results.get("chance") is not None:
         text += f" Naming any object of the scene would be right for {percent(results['chance'])}."
     draw = partial(bars.accuracy_bars, found, results["models"])
     return Section(text, rows=[[Picture("accuracy", draw, alt, caption)]])

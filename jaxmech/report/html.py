@@ -67,7 +67,7 @@ def write_report(
             "title": title,
             "section": section,
             "rows": _rows(folder, section, files),
-            "not_run": "Not run, because no head is left in any circuit." if results.get(stage) else "Not run.",
+            "not_run": _not_run(results, stage),
         }
         for title, stage, section in built
     ]
@@ -86,6 +86,12 @@ def write_report(
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _not_run(results: Results, stage: str) -> str:
+    if stage in results.get("left_out", ()):
+        return "Left out: it needs the counterfactual prompts of the boxes task."
+    return "Not run, because no head is left in any circuit." if results.get(stage) else "Not run."
 
 
 def report_files(folder: str | Path, results: Mapping[str, Any]) -> list[Path]:

@@ -82,10 +82,8 @@ def headline(results: Mapping[str, Any]) -> list[str]:
 
 def doubts(results: Mapping[str, Any]) -> list[str]:
     """What makes the study of a model doubtful: one that hardly does the task."""
-    if "chance" not in results:
-        return []
-    known = results.get("accuracy") or {}
-    found = [doubt(model, known[model]["accuracy"], results["chance"]) for model in results["models"] if model in known]
+    known, chance = results.get("accuracy") or {}, results.get("chance")
+    found = [doubt(model, known[model]["accuracy"], chance) for model in results["models"] if model in known]
     return [warning for warning in found if warning]
 
 

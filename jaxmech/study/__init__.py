@@ -3,7 +3,7 @@
 settings.py   what a study is of and how large it is
 models.py     its models' names, and what is checked of them before they are loaded
 chains.py     what is checked of its chain of sweeps
-data.py       its prompts
+data.py       its prompts: boxes_data.py those of the boxes task, pairs_data.py pairs of another one
 doubt.py      whether a model does the task well enough
 study.py      its models, prompts and results, as the stages see them
 stages.py     its stages, each a function from what is known so far to a piece of JSON; those of DCM in dcm_stages.py

@@ -8,12 +8,16 @@ from jaxmech.discovery import check_min_effect
 
 
 def check_chain_on(
-    roles: Collection[str], chain: Sequence[Stage], k: Mapping[str, int], min_effect: float, metric: str = "probability"
+    roles: Collection[str] | None,
+    chain: Sequence[Stage],
+    k: Mapping[str, int],
+    min_effect: float,
+    metric: str = "probability",
 ) -> None:
     """Checks what can be checked without a model.
 
     Args:
-      roles: those of the prompts.
+      roles: those of the prompts; None: they are not known yet.
       chain: the stages.
       k: {group: number of heads}, in place of the chain's own.
       min_effect, metric: see `discover`.
@@ -23,7 +27,7 @@ def check_chain_on(
         than "last" without receivers, k names an unknown group or is below 1, or min_effect is out of range.
     """
     for stage in with_k(chain, k):
-        if stage.sender not in roles:
+        if roles is not None and stage.sender not in roles:
             boxes = set(roles) == set(ROLES)
             missing = tuple(chain) == PAPER_CHAIN and not boxes
             raise ValueError(

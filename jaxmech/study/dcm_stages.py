@@ -15,7 +15,7 @@ from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model
 from jaxmech.pairs import Pairs
 from jaxmech.patching import patch_activations
-from jaxmech.study.data import MAIN_DESIDERATA
+from jaxmech.study.boxes_data import MAIN_DESIDERATA
 from jaxmech.study.settings import Settings
 from jaxmech.study.study import JSON, Study
 

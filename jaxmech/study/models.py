@@ -1,7 +1,7 @@
 """What is known of the models of a study without their weights: their names, and whether a study of them can end."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -9,11 +9,9 @@ from typing import Any
 
 import convert
 from convert.tensors import open_tensors
-from jaxmech import boxes, checkpoint
+from jaxmech import checkpoint
 from jaxmech.config import Config
 from jaxmech.loading import describe
-
-SCENES = 20  # whose prompts the tokenizers must read alike, or so many examples of a file
 
 
 def model_names(paths: Sequence[Path]) -> list[str]:
@@ -52,13 +50,13 @@ class Known:
     tokenizer: Any
 
 
-def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **changes: Any) -> None:
+def check_models(base: Path, tuned: Sequence[Path], texts: Sequence[str], **changes: Any) -> None:
     """Checks what can be checked of the models of a study without loading weights.
 
     Args:
       base: checkpoint folder of the base.
       tuned: folders of its fine-tuned descendants, or of adapters of the base.
-      data: JSONL file of examples that the tokenizers must read alike; None: made ones.
+      texts: prompts that the tokenizers must read alike.
       changes: fields of `Config`, such as dtype.
 
     Raises:
@@ -76,7 +74,7 @@ def check_models(base: Path, tuned: Sequence[Path], data: Path | None = None, **
                 f"{path} has (layers, heads, head_dim, vocabulary) = {found.config.patched_shape}, the base model "
                 f"{base} {first.config.patched_shape}; a study needs fine-tunes of the base's shape."
             )
-        _check_same_tokens(first, found, data)
+        _check_same_tokens(first, found, texts)
 
 
 def known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> Known:
@@ -93,8 +91,8 @@ def known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> Known
     return Known(named, config, tokenizer)
 
 
-def _check_same_tokens(base: Known, tuned: Known, data: Path | None) -> None:
-    for text in _texts(data):
+def _check_same_tokens(base: Known, tuned: Known, texts: Sequence[str]) -> None:
+    for text in texts:
         ours, theirs = (known.tokenizer(text).input_ids for known in (base, tuned))
         if ours != theirs:
             i = next(i for i, (one, other) in enumerate(zip_longest(ours, theirs)) if one != other)
@@ -102,11 +100,3 @@ def _check_same_tokens(base: Known, tuned: Known, data: Path | None) -> None:
                 f"The tokenizer of {tuned.path} reads {text!r} as {theirs[i : i + 3]} from token {i} on, that of the "
                 f"base model {base.path} as {ours[i : i + 3]}; models of a study must share one tokenizer."
             )
-
-
-def _texts(data: Path | None) -> Iterator[str]:
-    """Prompts, and every object that made prompts may name."""
-    examples = boxes.make(SCENES) if data is None else boxes.read(data)[:SCENES]
-    yield from (example.sentence for example in examples)
-    if data is None:
-        yield " the ".join(["The box contains", *boxes.OBJECTS])

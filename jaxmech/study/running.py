@@ -16,6 +16,7 @@ from typing import Any
 from jaxmech.chain import check_number_of_heads, with_k
 from jaxmech.files import check_folder, write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
+from jaxmech.study.data import sample_of
 from jaxmech.study.models import check_models
 from jaxmech.study.settings import AT_A_TIME, Settings
 from jaxmech.study.stages import STAGES
@@ -63,17 +64,18 @@ class StudyFolder:
         check_models(
             settings.base,
             settings.tuned,
-            settings.data,
+            sample_of(settings),
             dtype=settings.dtype,
             param_dtype=settings.dtype,
             precision=settings.precision,
         )
         values = settings.to_dict()
-        given = {name: values.pop(name) for name in ("base", "tuned", "data", *AT_A_TIME)}
+        given = {name: values.pop(name) for name in ("base", "tuned", "data", "pairs", *AT_A_TIME)}
+        file = settings.data or settings.pairs
         sources = {
             "models": settings.names,  # the base first
             "model_files": {name: fingerprint(folder) for name, folder in settings.paths.items()},
-            "examples": None if settings.data is None else file_hash(settings.data),
+            "examples": None if file is None else file_hash(file),
         }
         outputs = [*_outputs(Path(path)), *report]
         run_folder = RunFolder.open(path, values | sources, given=given, outputs=outputs, overwrite=overwrite)
@@ -126,6 +128,7 @@ class StudyFolder:
             "prompts": len(study.data.pairs),
             "example": study.data.example,
             "chance": study.data.chance,
+            "left_out": [name for name, stage in STAGES.items() if not stage.fits(settings)],
             "chain": [vars(stage) | {"k": settings.k.get(stage.group, stage.k)} for stage in settings.chain],
         }
         for name, stage in STAGES.items():
@@ -160,8 +163,8 @@ def run(
       ValueError: an unknown stage, one whose needs are not met, or prompts or a model with which a stage cannot run;
         nothing has been computed or removed then.
     """
-    _check_stages([*only, *([start] if start else [])])
-    chosen = [name for name in STAGES if not only or name in only]
+    _check_stages([*only, *([start] if start else [])], settings)
+    chosen = [name for name, stage in STAGES.items() if stage.fits(settings) and (not only or name in only)]
     _check_needs(chosen, folder, settings)
     study = Study(settings, folder.parts, folder.unfinished)
     _check_prompts(study, chosen)
@@ -212,9 +215,11 @@ def _complete(parts: Mapping[str, Mapping[str, Any]], stage: str, settings: Sett
     return all(part in parts.get(stage, {}) for part in STAGES[stage].parts(settings))
 
 
-def _check_stages(names: list[str]) -> None:
+def _check_stages(names: list[str], settings: Settings) -> None:
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"Unknown stages {', '.join(unknown)}; the stages are {', '.join(STAGES)}.")
+    if without := [name for name in names if not STAGES[name].fits(settings)]:
+        raise ValueError(f"Stages {', '.join(without)} use the desiderata of boxes prompts; {settings.pairs} has none.")
 
 
 def _outputs(path: Path) -> list[Path]:

@@ -14,13 +14,14 @@ from jaxmech.compat import check_compat
 from jaxmech.study.chains import check_chain_on
 from jaxmech.study.models import model_names
 
-# Attention that is knocked out: source and target role; "random" is a token without a role.
+RANDOM = "random"  # a token without a role, as the target of attention that is knocked out
+# Attention that is knocked out in boxes prompts: source and target role.
 EDGES = (
     ("last", "object"),
     ("last", "query_box"),
-    ("last", "random"),
+    ("last", RANDOM),
     ("query_box", "prev_query_box"),
-    ("query_box", "random"),
+    ("query_box", RANDOM),
     ("prev_query_box", "object"),
 )
 WHOLE_CIRCUIT = "whole circuit"  # the name of all groups together in the results of cross-model patching
@@ -38,8 +39,12 @@ class Settings:
       chain: the sweeps of circuit discovery.
       k: {group: number of heads}, in place of the chain's own.
       min_effect: see `discover`.
-      data: JSONL file of examples, or None: scenes are made. The scenes of a file are split between the uses below.
-      scenes: scenes of the prompts on which circuits are found and evaluated, every box asked about.
+      data: JSONL file of boxes examples, or None: scenes are made. Those of a file are split between the uses below.
+      pairs: JSONL file of pairs of another task (`read_pairs`), in place of boxes prompts: two thirds are evaluated,
+        over the others ablated activations are averaged, by role; there are no desiderata, and so no DCM.
+      first_token, between: how answers of these pairs are read.
+      prompts: how many of these pairs are evaluated at most; None: all of the two thirds.
+      scenes: scenes of the boxes prompts on which circuits are found and evaluated, every box asked about.
       boxes: boxes in a scene.
       contexts: prompts over which ablated activations are averaged; none of their scenes is evaluated.
       random_circuits: of faithfulness.
@@ -55,7 +60,8 @@ class Settings:
       components: sets of activations that CMAP patches, "z" or several of q, k, v joined by "+".
       single_head_prompts: on how many of the prompts CMAP patches every single head, too: at a role in the scene, which
         many tokens follow, that takes longer than a circuit discovery.
-      edges: attention that is knocked out, (source, target).
+      edges: attention that is knocked out, (source, target); None: EDGES, or in pairs from each role to those before
+        it.
       seed: of all draws.
       add_bos: prepend the BOS token; None: if the tokenizer does so by itself.
       dtype, precision, batch_size: see `load` and the methods.
@@ -70,6 +76,10 @@ class Settings:
     k: dict[str, int] = dataclasses.field(default_factory=dict)
     min_effect: float = 1e-3
     data: Path | None = None
+    pairs: Path | None = None
+    first_token: bool = False
+    between: str = " "
+    prompts: int | None = None
     scenes: int = 50
     boxes: int = 7
     contexts: int = 500
@@ -87,7 +97,7 @@ class Settings:
     patched: int = 500
     components: tuple[str, ...] = ("z", "q", "k", "v", "q+k+v")
     single_head_prompts: int = 100
-    edges: tuple[tuple[str, str], ...] = EDGES
+    edges: tuple[tuple[str, str], ...] | None = None
     seed: int = 0
     add_bos: bool | None = None
     dtype: str = "float32"
@@ -98,8 +108,10 @@ class Settings:
     compat: str | None = None
 
     def __post_init__(self):
-        check_chain_on(ROLES, self.chain, self.k, self.min_effect)
+        check_chain_on(ROLES if self.pairs is None else None, self.chain, self.k, self.min_effect)
         check_compat(self.compat)
+        if self.pairs is not None and (self.data is not None or self.compat is not None):
+            raise ValueError("pairs are another task than boxes prompts; they go without data and compat.")
         if not self.tuned:
             raise ValueError("A study needs at least one fine-tuned model; give tuned.")
         _ = self.names
@@ -107,13 +119,16 @@ class Settings:
         for name in (*counts, "repeats", "patched", "single_head_prompts", "models_in_memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+        if self.prompts is not None and self.prompts < 1:
+            raise ValueError(f"prompts={self.prompts}; expected at least 1, or None.")
         if self.random_subsets < 0:
             raise ValueError(f"random_subsets={self.random_subsets}; expected at least 0.")
         if not MIN_BOXES <= self.boxes <= MAX_BOXES:
             raise ValueError(f"boxes={self.boxes}; expected {MIN_BOXES} to {MAX_BOXES} in a scene.")
         for together in self.components:
             check_components(together.split("+"))
-        _check_edges(self.edges)
+        if self.edges is not None and self.pairs is None:
+            _check_edges(self.edges)
         if WHOLE_CIRCUIT in [stage.group for stage in self.chain]:
             raise ValueError(f"A group is named {WHOLE_CIRCUIT!r}, as all groups together are; choose another name.")
         if self.batch_size is not None and self.batch_size < 1:
@@ -143,12 +158,14 @@ class Settings:
             "base": str(self.base),
             "tuned": [str(path) for path in self.tuned],
             "data": None if self.data is None else str(self.data),
+            "pairs": None if self.pairs is None else str(self.pairs),
         }
 
     def quick(self) -> "Settings":
         """A study that is through in a fraction of the time, to see that everything runs; its numbers are rough."""
         return dataclasses.replace(
             self,
+            prompts=84 if self.prompts is None else min(self.prompts, 84),
             scenes=min(self.scenes, 12),
             contexts=min(self.contexts, 60),
             random_circuits=min(self.random_circuits, 3),
@@ -165,7 +182,7 @@ class Settings:
 
 
 def _check_edges(edges: tuple[tuple[str, str], ...]) -> None:
-    targets = (*ROLES, "object", "random")
+    targets = (*ROLES, "object", RANDOM)
     for source, target in edges:
         if source not in ROLES or target not in targets:
             raise ValueError(

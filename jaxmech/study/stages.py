@@ -24,7 +24,7 @@ from jaxmech.loading import Model
 from jaxmech.predictions import Predictions
 from jaxmech.study.dcm_stages import Progress, run_activation_patching, run_dcm, step_of
 from jaxmech.study.doubt import doubt
-from jaxmech.study.settings import WHOLE_CIRCUIT, Settings
+from jaxmech.study.settings import RANDOM, WHOLE_CIRCUIT, Settings
 from jaxmech.study.study import JSON, Study, heads_of
 
 
@@ -51,6 +51,10 @@ class StudyStage:
     def parts(self, settings: Settings) -> list[str]:
         """Names of its parts."""
         return settings.names[self.tuned_only :]
+
+    def fits(self, settings: Settings) -> bool:
+        """Whether there can be prompts for it: desiderata are of boxes prompts alone."""
+        return self.uses != "desiderata" or settings.pairs is None
 
 
 def _by_circuit(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:
@@ -239,11 +243,12 @@ def _cmap(study: Study, part: str, progress: Progress) -> JSON:
 
 def _knockout(study: Study, part: str, progress: Progress) -> JSON:
     settings, pairs, found = study.settings, study.data.pairs, {}
-    for i, (source, target) in enumerate(settings.edges):
-        at = random_target(pairs, source, settings.seed) if target == "random" else target
+    edges = study.data.edges
+    for i, (source, target) in enumerate(edges):
+        at = random_target(pairs, source, settings.seed) if target == RANDOM else target
         options = {"batch_size": settings.batch_size, "keep_logits": False}
         found[f"{source} -> {target}"] = knockout(study.model(part), pairs, source, at, **options).accuracy.tolist()
-        progress(i + 1, len(settings.edges))
+        progress(i + 1, len(edges))
     return found
 
 

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
-
 import convert
-from jaxmech.ablation import mean_activations
+from jaxmech.ablation import AblatedValues
 from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh
-from jaxmech.study.data import StudyData
+from jaxmech.study.boxes_data import BoxesData
+from jaxmech.study.data import StudyData, data_of
 from jaxmech.study.models import Known, known
 from jaxmech.study.settings import Settings
 from jaxmech.study.unfinished import Unfinished
@@ -38,8 +37,8 @@ class Study:
         self.unfinished = unfinished or Unfinished()  # which keeps nothing
         self.means = lru_cache(maxsize=None)(self._means)
         # To make pairs of text takes a while, and all models are given the same.
-        self.desideratum = lru_cache(maxsize=None)(lambda name: self.data.desideratum(name))
-        self.patching = lru_cache(maxsize=None)(lambda name, repeat: self.data.patching(name, repeat))
+        self.desideratum = lru_cache(maxsize=None)(lambda name: self.boxes_data.desideratum(name))
+        self.patching = lru_cache(maxsize=None)(lambda name, repeat: self.boxes_data.patching(name, repeat))
         self._models: dict[str, Model] = {}  # the one used last is the last
         self._mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
 
@@ -64,7 +63,13 @@ class Study:
     @cached_property
     def data(self) -> StudyData:
         """The prompts."""
-        return StudyData(self.settings, self.base.tokenizer)
+        return data_of(self.settings, self.base.tokenizer)
+
+    @property
+    def boxes_data(self) -> BoxesData:
+        """The prompts, of the boxes task, whose desiderata DCM uses."""
+        assert isinstance(self.data, BoxesData)
+        return self.data
 
     def circuit(self, name: str) -> Circuit:
         """The circuit of a model: what minimality left of it."""
@@ -76,8 +81,8 @@ class Study:
         source, adapter = (self.settings.base, path) if convert.is_adapter(convert.local_path(path)) else (path, None)
         return load(source, self.settings.dtype, adapter, precision=self.settings.precision, mesh=self._mesh)
 
-    def _means(self, name: str) -> np.ndarray:
-        return mean_activations(self.model(name), self.data.contexts, batch_size=self.settings.batch_size)
+    def _means(self, name: str) -> AblatedValues:
+        return self.data.means(self.model(name))
 
 
 def heads_of(groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[Head]]:

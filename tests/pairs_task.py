@@ -1,0 +1,56 @@
+"""A task of pairs in a file: the demo's boxes, with roles of this file."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import jaxmech as jm
+
+CHAIN = """
+[[stage]]
+group = "movers"
+sender = "last"
+k = 10
+
+[[stage]]
+group = "lookup"
+sender = "asked"
+receivers = "movers"
+via = "v"
+k = 6
+
+[[stage]]
+group = "binders"
+sender = "before"
+receivers = "lookup"
+via = "v"
+k = 6
+
+[[stage]]
+group = "matchers"
+sender = "asked"
+receivers = "lookup"
+via = "q"
+k = 8
+"""
+
+
+def records(count: int, seed: int = 5) -> list[dict]:
+    """Pairs about the demo's boxes, with roles of this file, of scenes of two sizes: prompts differ in length."""
+    found = []
+    for i, size in ((i, size) for i in range(count) for size in (3, 4)):
+        scene = jm.boxes.make(1, size, seed=seed + i)[0].scene
+        held = [f"the {word} is in Box {box}" for word, box in zip(scene.objects, scene.labels, strict=True)]
+        text = f"T{', '.join(held)[1:]}."
+        record = {"answer": scene.objects[0], "wrong_answer": scene.objects[-1]}
+        for name, roles, at in (("clean", "roles", 0), ("corrupt", "corrupt_roles", -1)):
+            record[name] = f"{text} Box {scene.labels[at]} contains the"
+            record[roles] = {"asked": f". Box {scene.labels[at]}", "before": held[at][4:]}
+        found.append(record)
+    return found
+
+
+def write_task(folder: Path, lines: Iterable[dict]) -> None:
+    """Writes pairs.jsonl and chain.toml."""
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "chain.toml").write_text(CHAIN)
