@@ -1,7 +1,9 @@
 """Pairs of prompts of any task, read from a file: they are those of `from_text`, and every wrong line is named."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,15 @@ def test_how_answers_are_read_can_be_chosen(written):
     assert jm.read_pairs(spaced, word_tokenizer(), between="").labels.tolist() == [3]
     with pytest.raises(ValueError, match="has no BOS token to add|has no BOS token"):
         jm.read_pairs(spaced, word_tokenizer(), add_bos=True)
+
+
+def test_the_example_of_the_readme_is_a_pair(written):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = re.findall(r"```\n(\{\"clean\".*?)```", readme, flags=re.DOTALL)
+    (pair,) = read_texts(written([block.replace("\n", "")]))
+    assert (pair.answer, pair.wrong_answer) == ("Mary", "John")
+    for text, roles in ((pair.clean, pair.roles), (pair.corrupt, pair.corrupt_roles)):
+        assert text and text.count(str(roles["subject"])) == 1
 
 
 def test_a_sentence_is_the_prompt_with_its_answer(written):
