@@ -237,8 +237,8 @@ def _discover_into(run: RunFolder, model: jm.Model, pairs: jm.Pairs, chain: Sequ
         if stage.group in circuit.scores:
             mean, chosen = circuit.scores[stage.group].mean, circuit.groups.get(stage.group, [])
             reads = "direct effect on the logits" if stage.receivers is None else stage.reads
-            words, unit = CHANGED[options["metric"]]
-            look: dict[str, Any] = {"label": f"change of {words}{', %' * (unit == 100)}", "unit": unit}
+            changed = CHANGED[options["metric"]]
+            look: dict[str, Any] = {"label": changed.label, "unit": changed.unit}
             look |= {"moved": [one["head"] for one in moved.get(stage.group, [])]}
             figure = heat_map(mean, chosen, stage.group, f"sender at {stage.sender}, {reads}", **look)
             save_figure(figure, run.path / f"{stage.group}.png")

@@ -29,6 +29,7 @@ OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_h
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
 OptionalBool = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Metric = Literal["probability", "log_probability", "logit_difference"]
 HeadsPerGroup = Annotated[
     dict[str, int],
     PrimitiveConstructorSpec(
@@ -98,7 +99,11 @@ class StudyCommand:
     k: HeadsPerGroup = field(default_factory=dict)
     """Heads to select per group, in place of the chain's numbers: --k value_fetcher 20 pos_transmitter 5."""
     min_effect: float = 1e-3
-    """Smallest relative loss of probability for which a head is selected."""
+    """Smallest mean loss for which a head is selected: of the probability, a fraction; of its logarithm or of the logit
+    difference, in nats."""
+    metric: Metric = "probability"
+    """What scores of discovery are: relative changes of the right answer's probability, changes of its logarithm, or of
+    its logit minus that of the wrong answer (--pairs)."""
     random_circuits: int = 10
     """Random circuits to compare a circuit's faithfulness with."""
     random_subsets: int = 20
@@ -175,7 +180,7 @@ class Discover:
     min_effect: float = 1e-3
     """Smallest mean loss for which a head is selected: of the probability, a fraction; of its logarithm or of the logit
     difference, in nats."""
-    metric: Literal["probability", "log_probability", "logit_difference"] = "probability"
+    metric: Metric = "probability"
     """What scores are: relative changes of the right answer's probability, changes of its logarithm, or of its logit
     minus that of the wrong answer (--pairs)."""
     correct_only: bool = False

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 import jaxmech as jm
 from jaxmech import cli
+from jaxmech.report import write_report
 from jaxmech.study import STAGES, Settings, StudyFolder, run
 from jaxmech.study.pairs_data import PairsData
 
@@ -31,6 +32,8 @@ def settings(task) -> Settings:
         tuned=(jm.demo.path("tuned"),),
         pairs=task / "pairs.jsonl",
         chain=jm.read_chain(task / "chain.toml"),
+        min_effect=0.01,
+        metric="logit_difference",
         random_circuits=2,
         random_subsets=2,
         components=("z",),
@@ -89,7 +92,7 @@ def test_every_stage_but_those_of_desiderata_says_what_the_methods_say(settings,
     circuits = {name: jm.Circuit.load(done.path / "circuits" / f"{name}.json") for name in models}
     for name, model in models.items():
         assert results["accuracy"][name]["accuracy"] == jm.accuracy(model, data.pairs)
-        found = jm.discover(model, data.pairs, chain=settings.chain)
+        found = jm.discover(model, data.pairs, chain=settings.chain, min_effect=0.01, metric="logit_difference")
         groups = results["discovery"][name]["groups"]
         assert {group: [tuple(head) for head in heads] for group, heads in groups.items()} == found.groups
         assert len(groups) == 4
@@ -140,8 +143,7 @@ def test_stages_of_desiderata_cannot_be_asked_for(settings, done):
             run(settings, StudyFolder.open(done.path, settings), **options)
 
 
-def test_the_command_makes_a_report_that_says_what_is_left_out(task, done, tmp_path, capsys):
-    shutil.copytree(done.path, tmp_path / "out")
+def test_the_command_makes_a_report_that_says_what_is_left_out(task, tmp_path, capsys):
     files = ["--pairs", str(task / "pairs.jsonl"), "--chain", str(task / "chain.toml")]
     models = ["--base", str(jm.demo.path("base")), "--tuned", str(jm.demo.path("tuned"))]
     cli.main(
@@ -151,6 +153,16 @@ def test_the_command_makes_a_report_that_says_what_is_left_out(task, done, tmp_p
     page = (tmp_path / "quick" / "report.html").read_text()
     assert page.count("Left out: it needs the counterfactual prompts of the boxes task.") == 2
     assert "Naming any object" not in page
+
+
+def test_the_report_gives_scores_in_units_of_their_metric(results, tmp_path):
+    page = write_report(tmp_path, results, settings={}, versions={}, timings={}).read_text().replace("&#39;", "'")
+    assert page.count("mean change of the right answer's logit minus the wrong one's") == 2
+    score = results["discovery"]["tuned"]["heads"]["movers"][0]
+    number = f"{score['score']:+.3f} [{score['low']:.3f}, {score['high']:.3f}]".replace("-", "\N{MINUS SIGN}")
+    assert number in page and "score, %" not in page
+    layer, head = score["head"]
+    assert f"{layer}.{head}\N{NO-BREAK SPACE}({number.split()[0]})" in page
 
 
 def with_other_numbers(folder: Path) -> Path:
@@ -168,6 +180,9 @@ BAD = {
     "data, too": ({"data": Path("data.jsonl")}, records(2), "go without data and compat"),
     "compat": ({"compat": "paper"}, records(2), "go without data and compat"),
     "no prompts": ({"prompts": 0}, records(2), "prompts=0; expected at least 1"),
+    "no wrong answers": ({}, [line | {"wrong_answer": None} for line in records(2)], 'has no "wrong_answer"'),
+    "a metric": ({"metric": "accuracy"}, records(2), "metric='accuracy'; expected probability, log_probability or, of"),
+    "the logit difference of boxes prompts": ({"pairs": None}, records(2), "metric='logit_difference'; expected"),
     "no corrupt prompts": ({}, [{"clean": "The fig is", "answer": "in"}] * 4, 'has no "corrupt" prompts'),
     "two pairs": ({}, records(1), "has 2 pairs; a study needs at least 3"),
     "no file": ({"pairs": Path("none.jsonl")}, records(2), "There is no file none.jsonl"),

@@ -14,7 +14,17 @@ from jaxmech.chain import receivers_text
 from jaxmech.report import bars, curves
 from jaxmech.report.figures import heat_map
 from jaxmech.report.parts import Picture, Results, Section, Table, by_model, in_pairs, once_each, tint
-from jaxmech.report.words import SPACE, counted, head_name, listing, percent, percent_interval, signed, with_interval
+from jaxmech.report.words import (
+    CHANGED,
+    SPACE,
+    Changed,
+    counted,
+    head_name,
+    listing,
+    percent,
+    signed,
+    with_interval,
+)
 
 ROLES = {
     "last": "the last token",
@@ -52,10 +62,9 @@ def circuits(results: Results) -> Section | None:
     notes = [f"{model}: {entry['stopped']}" for model, entry in found.items() if entry.get("stopped")]
     text = (
         "Path patching: every head in turn gets its output on a corrupt prompt, and only the paths to the stage's "
-        "receivers carry the change. Colour is the mean relative change of the right answer's probability, so the "
-        "reddest heads matter most; frames mark those chosen for the group, named layer.head. A head that a later "
-        "stage at the same token selects as well leaves the earlier group for the later one, and is struck out. The "
-        "maps of a group share one scale."
+        f"receivers carry the change. Colour is the mean {_changed(results).long}, so the reddest heads matter most; "
+        "frames mark those chosen for the group, named layer.head. A head that a later stage at the same token selects "
+        "as well leaves the earlier group for the later one, and is struck out. The maps of a group share one scale."
     )
     return Section(text, notes, [_chain(results["chain"])] if results.get("chain") else [], rows)
 
@@ -161,9 +170,10 @@ def heads(results: Results) -> Section | None:
     if not (found := by_model(results, "discovery")):
         return None
     minimal, crossed = by_model(results, "minimality"), by_model(results, "cmap")
-    header, spans = ["group", "role", "head"], [("", 3)]
+    header, spans, changed = ["group", "role", "head"], [("", 3)], _changed(results)
+    score = "score, %" if changed.unit == 100 else "score"
     for model in found:
-        columns = ["score, %", "kept"] if model in minimal else ["score, %"]
+        columns = [score, "kept"] if model in minimal else [score]
         header, spans = header + columns, [*spans, (model, len(columns))]
     header += [f"z of {tuned}" for tuned in crossed]
     spans += [(f"change of {results['models'][0]}'s accuracy by", len(crossed))] if crossed else []
@@ -173,15 +183,14 @@ def heads(results: Results) -> Section | None:
         for head in once_each(map(tuple, entry["groups"].get(group, [])) for entry in found.values()):
             row = [group, role, head_name(head)]
             for model, entry in found.items():
-                row.append(_score(entry, group, head))
+                row.append(_score(entry, group, head, changed))
                 if model in minimal:
                     row.append(_kept(minimal[model]["groups"].get(group, []), head))
             rows.append(row + [_single(entry["heads"], role, head) for entry in crossed.values()])
     text = (
-        "All heads of the circuits as layer.head: the mean relative change of the right answer's probability with its "
-        "95 % interval (without one where the model's own circuit does not have the head in this group), whether "
-        "minimality kept it, and by how many points the fine-tuned model's output (z) of this head alone changes the "
-        "base's accuracy."
+        f"All heads of the circuits as layer.head: the mean {changed.long} with its 95 % interval (without one where "
+        "the model's own circuit does not have the head in this group), whether minimality kept it, and by how many "
+        "points the fine-tuned model's output (z) of this head alone changes the base's accuracy."
     )
     return Section(text, tables=[Table("Heads of the circuits.", header, rows, range(3, len(header)), spans)])
 
@@ -208,22 +217,28 @@ def _stage_map(results: Results, group: str, model: str, mean: np.ndarray, bound
     if stage:
         reads = "logits" if stage["receivers"] is None else f"{stage['via']} of {_receivers(stage)}"
         where = f"from {stage['sender']} to {reads}"
-    named = [f"{head_name(h)}{SPACE}({signed(float(mean[tuple(h)]), '%')})" for h in chosen[:MOST_HEADS]]
+    changed = _changed(results)
+    named = [f"{head_name(h)}{SPACE}({changed.signed(float(mean[tuple(h)]))})" for h in chosen[:MOST_HEADS]]
     more = [f"{len(chosen) - MOST_HEADS} more"] if len(chosen) > MOST_HEADS else []
     scores = listing(named + more) or "no head chosen"
     moved = results["discovery"][model].get("moved", {}).get(group, [])
-    went = "".join(f" {sentence}" for sentence in _went(moved, mean))
+    went = "".join(f" {sentence}" for sentence in _went(moved, mean, changed))
     alt = f"Heat map of {mean.shape[0]} layers by {mean.shape[1]} heads. Framed: {scores}.{went}"
-    look = {"bound": bound, "moved": [one["head"] for one in moved]}
+    look = {"bound": bound, "moved": [one["head"] for one in moved], "label": changed.label, "unit": changed.unit}
     draw = partial(heat_map, mean, chosen, f"{group} in {model}", where, **look)
     return Picture(f"circuit-{group}-{model}", draw, alt, f"{group} in {model}: {scores}.{went}")
 
 
-def _went(moved: Sequence[Mapping[str, Any]], mean: np.ndarray) -> Iterable[str]:
+def _changed(results: Results) -> Changed:
+    """What the scores of discovery are changes of."""
+    return CHANGED[results.get("metric", "probability")]
+
+
+def _went(moved: Sequence[Mapping[str, Any]], mean: np.ndarray, changed: Changed) -> Iterable[str]:
     """Which heads went to which groups, a sentence for each of those."""
     for to in dict.fromkeys(one["to"] for one in moved):
         heads = [one["head"] for one in moved if one["to"] == to]
-        named = listing(f"{head_name(h)}{SPACE}({signed(float(mean[tuple(h)]), '%')})" for h in heads)
+        named = listing(f"{head_name(h)}{SPACE}({changed.signed(float(mean[tuple(h)]))})" for h in heads)
         yield f"{'Head' if len(heads) == 1 else 'Heads'} {named} went to {to}."
 
 
@@ -262,11 +277,16 @@ def _range(values: Sequence[float]) -> str:
     return high if low == high else f"{low.removesuffix(f'{SPACE}%')} to {high}"
 
 
-def _score(entry: Mapping[str, Any], group: str, head: tuple[int, ...]) -> str:
+def _score(entry: Mapping[str, Any], group: str, head: tuple[int, ...], changed: Changed) -> str:
     for one in entry["heads"].get(group, []):
         if tuple(one["head"]) == head:
-            return f"{signed(one['score'])} {percent_interval(one['low'], one['high'])}"
-    return signed(entry["means"][group][head[0]][head[1]]) if group in entry["means"] else "-"
+            return f"{_bare(changed, one['score'])} {changed.interval(one['low'], one['high'])}"
+    return _bare(changed, entry["means"][group][head[0]][head[1]]) if group in entry["means"] else "-"
+
+
+def _bare(changed: Changed, score: float) -> str:
+    """A score without its unit, which the column says."""
+    return changed.signed(score).removesuffix(f"{SPACE}%")
 
 
 def _kept(entries: Sequence[Mapping[str, Any]], head: tuple[int, ...]) -> str:

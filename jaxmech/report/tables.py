@@ -37,9 +37,9 @@ def circuit_table(
       moved: heads that a later stage took into its own group, see `jaxmech.study.chains.moved_heads`.
     """
     metric = next((scores.metric for scores in circuit.scores.values()), "probability")
-    words, unit = CHANGED.get(metric, (metric, 1))
-    table = Table(title=f"Circuit: heads by group, mean change of {words}")
-    change = "{:+.1f}" if unit == 100 else "{:+.3f}"
+    changed = CHANGED[metric]
+    unit, change = changed.unit, "{:+.1f}" if changed.unit == 100 else "{:+.3f}"
+    table = Table(title=f"Circuit: heads by group, mean change of {changed.short}")
     for column in ("group", "sender at", "receivers", f"layer.head (change{', %' * (unit == 100)})"):
         table.add_column(column)
     for stage in chain:

@@ -7,9 +7,33 @@ from jaxmech.study import WHOLE_CIRCUIT, doubt
 
 SPACE, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 
-# What the scores of a metric are changes of, and what numbers are multiplied with to be read.
-CHANGED = {"probability": ("p(correct)", 100), "log_probability": ("log p(correct)", 1)}
-CHANGED |= {"logit_difference": ("the logit difference", 1)}
+
+class Changed(NamedTuple):
+    """What the scores of a metric are changes of."""
+
+    short: str
+    long: str
+    unit: int  # what numbers are multiplied with to be read; 100 is percent
+
+    @property
+    def label(self) -> str:
+        """For an axis."""
+        return f"change of {self.short}{', %' * (self.unit == 100)}"
+
+    def signed(self, value: float) -> str:
+        """A mean score, "−1.5 %" or "−0.150"."""
+        return signed(value, "%") if self.unit == 100 else f"{value:+.3f}".replace("-", MINUS)
+
+    def interval(self, low: float, high: float) -> str:
+        """Its interval, "[−2.0, −1.0]" in percent, or "[−0.200, −0.100]"."""
+        return percent_interval(low, high) if self.unit == 100 else f"[{low:.3f}, {high:.3f}]".replace("-", MINUS)
+
+
+CHANGED = {
+    "probability": Changed("p(correct)", "relative change of the right answer's probability", 100),
+    "log_probability": Changed("log p(correct)", "change of the right answer's log-probability", 1),
+    "logit_difference": Changed("the logit difference", "change of the right answer's logit minus the wrong one's", 1),
+}
 
 
 class Recovery(NamedTuple):

@@ -60,7 +60,9 @@ class PairsData:
         """
         assert not desiderata
         settings, roles = self.settings, list(self.pairs.positions)
-        check_chain_on(roles, settings.chain, settings.k, settings.min_effect)
+        check_chain_on(roles, settings.chain, settings.k, settings.min_effect, settings.metric)
+        if settings.metric == "logit_difference" and self.pairs.wrong_labels is None:
+            raise ValueError(f'metric="logit_difference", but {settings.pairs} has no "wrong_answer".')
         for source, target in self.edges:
             if source not in roles or target not in (*roles, RANDOM):
                 raise ValueError(

@@ -128,6 +128,7 @@ class StudyFolder:
             "prompts": len(study.data.pairs),
             "example": study.data.example,
             "chance": study.data.chance,
+            "metric": settings.metric,
             "left_out": [name for name, stage in STAGES.items() if not stage.fits(settings)],
             "chain": [vars(stage) | {"k": settings.k.get(stage.group, stage.k)} for stage in settings.chain],
         }

@@ -11,6 +11,7 @@ from jaxmech.boxes.scenes import MAX_BOXES, MIN_BOXES
 from jaxmech.chain import PAPER_CHAIN, Stage
 from jaxmech.collected import check_components
 from jaxmech.compat import check_compat
+from jaxmech.metrics import METRICS
 from jaxmech.study.chains import check_chain_on
 from jaxmech.study.models import model_names
 
@@ -38,7 +39,7 @@ class Settings:
       tuned: checkpoint folders of its fine-tuned descendants, or folders of LoRA adapters of the base.
       chain: the sweeps of circuit discovery.
       k: {group: number of heads}, in place of the chain's own.
-      min_effect: see `discover`.
+      min_effect, metric: see `discover`; "logit_difference" is of pairs with wrong answers.
       data: JSONL file of boxes examples, or None: scenes are made. Those of a file are split between the uses below.
       pairs: JSONL file of pairs of another task (`read_pairs`), in place of boxes prompts: two thirds are evaluated,
         over the others ablated activations are averaged, by role; there are no desiderata, and so no DCM.
@@ -75,6 +76,7 @@ class Settings:
     chain: tuple[Stage, ...] = PAPER_CHAIN
     k: dict[str, int] = dataclasses.field(default_factory=dict)
     min_effect: float = 1e-3
+    metric: str = "probability"
     data: Path | None = None
     pairs: Path | None = None
     first_token: bool = False
@@ -108,7 +110,12 @@ class Settings:
     compat: str | None = None
 
     def __post_init__(self):
-        check_chain_on(ROLES if self.pairs is None else None, self.chain, self.k, self.min_effect)
+        if self.metric not in METRICS or (self.metric == "logit_difference" and self.pairs is None):
+            raise ValueError(
+                f"metric={self.metric!r}; expected probability, log_probability or, of pairs with wrong answers, "
+                "logit_difference."
+            )
+        check_chain_on(ROLES if self.pairs is None else None, self.chain, self.k, self.min_effect, self.metric)
         check_compat(self.compat)
         if self.pairs is not None and (self.data is not None or self.compat is not None):
             raise ValueError("pairs are another task than boxes prompts; they go without data and compat.")

@@ -105,6 +105,7 @@ def _discovery(study: Study, part: str, progress: Progress) -> JSON:
         k=settings.k,
         chain=settings.chain,
         min_effect=settings.min_effect,
+        metric=settings.metric,
         batch_size=settings.batch_size,
         done=done,
         on_stage=keep,
