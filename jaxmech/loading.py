@@ -1,7 +1,7 @@
 """`Model`, the bundle of config, parameters and tokenizer that every method takes, and `load`, which makes one."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +24,10 @@ from jaxmech.sharding import parameter_shardings
 @dataclass(frozen=True, eq=False)
 class Model:
     """A decoder with its parameters and tokenizer.
+
+    A pytree of its parameters: give it to functions under `jax.jit` as an argument. They can use a model from around
+    them, too, but then all weights become constants of the program, which for a large one takes minutes to compile and
+    the memory several times.
 
     `params` is {"params": tree}, what `module.init` would return, for users of jit, vmap and grad:
     `model.module.apply(model.params, tokens, interventions, capture)`. NumPy arrays in it are put on the device.
@@ -65,6 +69,7 @@ class Model:
         *,
         capture_at: jax.Array | np.ndarray | None = None,
         logits_at: jax.Array | np.ndarray | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits and captured activations; see `jaxmech.model.Llama.__call__`. Compiled once per shape.
 
@@ -75,6 +80,8 @@ class Model:
           capture_at: int [B, P]; return activations at these positions of each prompt only, [L, B, P, ...].
           logits_at: int [B]; compute logits at this position of each prompt only, [B, V]. Logits of all tokens of many
             prompts and a large vocabulary need much memory.
+          remat: for gradients through large models: the backward pass keeps each layer's input alone and computes the
+            layer again, a third more work in a fraction of the memory.
 
         Raises:
           ValueError: ids outside the vocabulary, an unknown site, positions outside the prompts, or an intervention
@@ -90,7 +97,8 @@ class Model:
         capture = check_capture(capture)
         _check_positions("capture_at", capture_at, tokens.shape, axes=2)
         _check_positions("logits_at", logits_at, tokens.shape, axes=1)
-        return _apply(self.config, self.weights, tokens, interventions, capture_at, logits_at, capture=capture)
+        arguments = self.config, self.weights, tokens, interventions, capture_at, logits_at
+        return _apply(*arguments, capture=capture, remat=bool(remat))
 
     def unembed(self, resid: jax.Array | np.ndarray) -> jax.Array:
         """Logits, float32 [..., V], of a residual stream `resid` [..., D], as if it were the last: the logit lens.
@@ -105,9 +113,24 @@ class Model:
         return _unembed(self.config, self.weights, jnp.asarray(resid, self.config.compute_dtype))
 
 
-@partial(jax.jit, static_argnames=("config", "capture"))
-def _apply(config: Config, weights: Params, tokens, interventions, capture_at, logits_at, capture):
-    options = {"capture": capture, "capture_at": capture_at, "logits_at": logits_at}
+def _with_params(static: tuple[Config, Any], children: Iterable[Any]) -> Model:
+    """A model as it is inside of jit and grad, where parameters are anything: they are not checked."""
+    model = object.__new__(Model)
+    for name, value in zip(("config", "tokenizer", "params"), (*static, *children), strict=True):
+        object.__setattr__(model, name, value)
+    return model
+
+
+jax.tree_util.register_pytree_with_keys(
+    Model,
+    lambda model: ([(jax.tree_util.GetAttrKey("params"), model.params)], (model.config, model.tokenizer)),
+    _with_params,
+)
+
+
+@partial(jax.jit, static_argnames=("config", "capture", "remat"))
+def _apply(config: Config, weights: Params, tokens, interventions, capture_at, logits_at, capture, remat):
+    options = {"capture": capture, "capture_at": capture_at, "logits_at": logits_at, "remat": remat}
     return forward(config, weights, tokens, interventions, **options)
 
 

@@ -44,6 +44,7 @@ class Llama(nn.Module):
         *,
         capture_at: jax.Array | None = None,
         logits_at: jax.Array | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits and captured activations of `tokens` [B, T].
 
@@ -53,6 +54,7 @@ class Llama(nn.Module):
           capture: sites to return (see `jaxmech.interventions.SITES`).
           capture_at: int [B, P]; return activations at these positions of each prompt only.
           logits_at: int [B]; compute logits at this position of each prompt only.
+          remat: keep each layer's input alone for the backward pass, which computes the layer again (`jax.checkpoint`).
 
         Returns:
           logits float32 [B, T, V], or [B, V] with `logits_at`, and {site: activation [L, B, T or P, ...]} after
@@ -64,7 +66,7 @@ class Llama(nn.Module):
         """
         shapes = parameter_shapes(self.config)
         params = {name: self.param(name, _init, shape, self.config) for name, shape in shapes.items()}
-        options = {"capture": capture, "capture_at": capture_at, "logits_at": logits_at}
+        options = {"capture": capture, "capture_at": capture_at, "logits_at": logits_at, "remat": remat}
         return forward(self.config, params, tokens, interventions, **options)
 
 
@@ -157,6 +159,7 @@ def forward(
     capture: Sequence[str] = (),
     capture_at: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The plain forward pass, layers scanned over their stacked parameters.
 
@@ -165,6 +168,7 @@ def forward(
       capture: sites to return, stacked over layers.
       capture_at: int [B, P]; activations are returned at these positions of each prompt only, [L, B, P, ...].
       logits_at: int [B]; logits are computed at this position of each prompt only.
+      remat: keep each layer's input alone for the backward pass.
 
     Returns:
       logits float32 [B, T, V], or [B, V] with `logits_at`; and {site: activation [L, B, T, ...]} of `capture`.
@@ -181,7 +185,8 @@ def forward(
         return x, keep(sites)
 
     x = embed(config, params, tokens)
-    x, captured = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["blocks"]))
+    run = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # nothing is shared across steps of a scan
+    x, captured = jax.lax.scan(run, x, (jnp.arange(config.num_layers), params["blocks"]))
     if logits_at is not None:
         x = x[jnp.arange(x.shape[0]), logits_at]
     return unembed(config, params, x), captured

@@ -118,9 +118,17 @@ def run(blocks: list[str]) -> dict:
 def test_the_recipes_run_as_written_and_find_what_the_methods_find():
     found = run(code_blocks("docs/recipes.md"))
     model, pairs = found["model"], found["pairs"]
-    assert found["grid"].shape == (4, 8) and (found["grid"] - found["outcome"]()).min() < -5
+    assert found["grid"].shape == (4, 8) and (found["grid"] - found["clean_outcome"]).min() < -5
     assert (found["lens"].argmax(-1)[-1] == pairs.labels).all(), "the prompts that the model answers right"
     assert np.corrcoef(found["estimate"].ravel(), found["exact"].ravel())[0, 1] > 0.4
+    # The masks keep some heads, and not any others as many.
+    z, mlp_out = found["kept"]["z"], found["kept"]["mlp_out"]
+    others = [np.random.default_rng(seed).permutation(z.ravel()).reshape(z.shape) for seed in range(4)]
+    _, swapped = model(pairs.corrupt, capture=("z", "mlp_out"))
+    args = model, found["answers"], swapped
+    lost = [float(found["divergence"](*args, {"z": x * 1.0, "mlp_out": mlp_out * 1.0})) for x in (z, *others)]
+    assert 4 < z.sum() < 28 and lost[0] == pytest.approx(float(found["lost"]), rel=1e-3)
+    assert lost[0] < min(lost[1:]) / 3
     # A head of the last layer has no path but that to the logits.
     direct = jm.path_patch(model, pairs, "last", metric="log_probability").mean
     np.testing.assert_allclose(found["exact"][-1], direct[-1], atol=1e-4)
@@ -128,7 +136,7 @@ def test_the_recipes_run_as_written_and_find_what_the_methods_find():
     last, rows = pairs.positions["last"][:, None], np.arange(len(pairs))
     stream = model(pairs.clean, capture=("resid_mid",), capture_at=last)[1]["resid_mid"][-1]
     logits = model.unembed(stream + found["corrupt"]["mlp_out"][-1])[:, 0]
-    expected = jax.nn.log_softmax(logits)[rows, pairs.labels].mean() - found["outcome"]()
+    expected = jax.nn.log_softmax(logits)[rows, pairs.labels].mean() - found["clean_outcome"]
     assert found["direct"][-1] == pytest.approx(float(expected), abs=1e-4) and expected < -1
     # One sender at one role is that of path_patch.
     receivers, (head,) = found["fetchers"], found["lookup"][:1]
