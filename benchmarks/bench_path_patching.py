@@ -119,7 +119,7 @@ def sweep_sizes(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage) -> flops.
     return flops.Sweep(
         receiver_layers=tuple(sorted({layer for layer, _ in stage.receivers or ()})),
         via=stage.via,
-        lengths=batches.last - batches.p + 1,
+        lengths=batches.lengths,
         tokens=pairs.clean.shape[1],
         computed_tokens=batches.computed_tokens,
     )

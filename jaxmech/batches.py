@@ -23,7 +23,7 @@ class Batches:
 
     Attributes:
       tokens: int32 [S, B, T], the S prompts of each example (clean and corrupt, say), padded to one length.
-      p: int [B], where each example's suffix starts, in its first prompt.
+      p: int [B, R], the tokens of each example's first prompt that are patched; its suffix starts at the first.
       last: int [B], where it ends.
       rows: the examples of each batch; all batches have equally many.
       capacity: packed suffix tokens of a batch.
@@ -33,7 +33,7 @@ class Batches:
     """
 
     tokens: np.ndarray  # [S, B, T]
-    p: np.ndarray  # [B]
+    p: np.ndarray  # [B, R]
     last: np.ndarray  # [B]
     rows: list[np.ndarray]
     capacity: int
@@ -47,6 +47,7 @@ class Batches:
 
         Args:
           prompts: token ids [B, T] of each of the S prompts; lengths may differ between them.
+          p, last: see `Batches`.
 
         Raises:
           ValueError: size < 1.
@@ -55,7 +56,8 @@ class Batches:
             raise ValueError(f"batch_size={size}; expected at least 1.")
         width = max(tokens.shape[1] for tokens in prompts)
         tokens = np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in prompts])
-        length = last - p + 1
+        start = p.min(axis=1)
+        length = last - start + 1
         count = -(-len(p) // size)
         order = np.argsort(-length, kind="stable")
         rows = [order[first::count] for first in range(count)]
@@ -68,10 +70,15 @@ class Batches:
             last=last,
             rows=rows,
             capacity=aligned(max(int(length[batch].sum()) for batch in rows)),
-            spans=_spans(rows, p, length, width),
+            spans=_spans(rows, start, length, width),
             shared_tokens=shared_tokens,
             shared_prefixes=shared_prefixes,
         )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example's suffix, [B]."""
+        return self.last - self.p.min(axis=1) + 1
 
     @property
     def computed_tokens(self) -> int:
@@ -131,14 +138,20 @@ def calls_of_equal_size(
     return [np.resize(rows[first : first + size], size) for first in range(0, len(rows), size)]
 
 
-def _spans(batches: list[np.ndarray], p: np.ndarray, length: np.ndarray, tokens: int) -> list[Span]:
-    """Buckets of similar lengths, the same for all batches: equal parts of the order. Prompts have `tokens` tokens."""
+def _spans(batches: list[np.ndarray], start: np.ndarray, length: np.ndarray, tokens: int) -> list[Span]:
+    """Buckets of similar lengths, the same for all batches: equal parts of the order.
+
+    Args:
+      start: [B], where each suffix starts.
+      length: [B], its tokens.
+      tokens: of a prompt.
+    """
     count = min(BUCKETS, len(np.unique(length)))
     bounds = [len(batches[0]) * i // count for i in range(count + 1)]
     spans = []
-    for start, stop in pairwise(bounds):
-        if start < stop:
-            rows = np.concatenate([batch[start:stop] for batch in batches])
-            prefix = min(aligned(max(1, int(p[rows].max()))), tokens)
-            spans.append(Span(start, stop, aligned(int(length[rows].max())), prefix))
+    for first, end in pairwise(bounds):
+        if first < end:
+            rows = np.concatenate([batch[first:end] for batch in batches])
+            prefix = min(aligned(max(1, int(start[rows].max()))), tokens)
+            spans.append(Span(first, end, aligned(int(length[rows].max())), prefix))
     return spans

@@ -22,8 +22,8 @@ from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import Params, forward
-from jaxmech.pairs import Pairs
-from jaxmech.patching import at_tokens, patched_predictions, positions_of
+from jaxmech.pairs import Pairs, positions_of
+from jaxmech.patching import at_tokens, patched_predictions
 from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import devices_of
 

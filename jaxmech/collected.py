@@ -18,8 +18,8 @@ from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.files import replacing
 from jaxmech.loading import Model, check_prompts
-from jaxmech.pairs import Pairs
-from jaxmech.patching import capture_heads, positions_of
+from jaxmech.pairs import Pairs, positions_of
+from jaxmech.patching import capture_heads
 from jaxmech.sharding import row_devices
 
 COMPONENTS = ("z", "q", "k", "v")

@@ -5,10 +5,11 @@ is read from one clean run. This file owns that clean run's cache and the two st
 Everything here is exact, and the mathematics of a layer is that of `jaxmech.model`. Functions are written for one
 sender (or mask, or start layer) and a batch of examples, and vmapped where they are used.
 
-The *frozen* stream is the residual stream at p when every attention output is held at its clean value and only the
-MLPs are recomputed: one token per example, no attention. The *live* stream is an ordinary forward pass of the suffix
-p, p+1, ..., last, in which queries attend to the clean keys and values of the prefix and to their own. Path patching
-sends both through the cone; DCM, sweeps of cross-model patching and of knockouts the live one alone.
+Each example has one or more tokens p that are patched, which may be the same. The *frozen* stream is the residual
+stream at p when every attention output is held at its clean value and only the MLPs are recomputed: no other token, no
+attention. The *live* stream is an ordinary forward pass of the suffix from the first p to the last token, in which
+queries attend to the clean keys and values of the prefix and to their own. Path patching sends both through the cone;
+DCM, sweeps of cross-model patching and of knockouts the live one alone.
 
 Suffixes are packed, see `jaxmech.suffixes`, whose axes this file shares. Layer bounds may be traced, so that one
 compilation serves every sender layer and every set of receivers.
@@ -49,7 +50,7 @@ class CleanCache:
     """What the cone reads from the clean run, in layers from `first_layer` on; None is what no stream reads."""
 
     resid_pre: jax.Array  # [L, C, D], at the suffix tokens
-    heads_out: jax.Array | None = None  # [L, B, D], the sum of all heads at p, for a frozen stream
+    heads_out: jax.Array | None = None  # [L, B, R, D], the sum of all heads at p, for a frozen stream
     k: jax.Array | None = None  # [L, B, K, T, H], rotated, for a live stream; heads first, as products over them want
     v: jax.Array | None = None  # [L, B, K, T, H]
     first_layer: int = field(default=0, metadata={"static": True})  # that of the first entries, also of a `HeadPatch`
@@ -68,21 +69,21 @@ class Change(NamedTuple):
     """What a sender adds to the sum of the heads of its layer at p (`jaxmech.model.heads_output`)."""
 
     layer: jax.Array  # []
-    delta: jax.Array  # [B, D]
+    delta: jax.Array  # [B, R, D]
 
 
 class HeadPatch(NamedTuple):
     """Other values for heads' q, k, v (before RoPE, per query head) or z at p; see `jaxmech.interventions.Patch`."""
 
     weight: jax.Array  # [L, N], bool or float
-    value: jax.Array  # [L, B, N, H]
+    value: jax.Array  # [L, B, R, N, H]
 
 
 Patches = Mapping[str, HeadPatch]  # by site: q, k, v or z
 
 
 class Knockout(NamedTuple):
-    """Forbids the queries at p to attend to tokens of the prefix, in the layers from `start` to before `stop`."""
+    """Forbids the queries at p to attend to tokens before them, in the layers from `start` to before `stop`."""
 
     keys: jax.Array  # [B, T] bool, the tokens
     start: Layer
@@ -96,13 +97,13 @@ def clean_cache(
 
     Args:
       prompts: the B clean prompts and the B corrupt ones behind them.
-      p: int [2B], the sender's position in each.
+      p: int [2B, R], the sender's tokens in each.
       live: keep what a live stream needs.
 
     Returns:
-      The cache of the clean prompts, and corrupt - clean of z at p, [L, B, N, H].
+      The cache of the clean prompts, and corrupt - clean of z at p, [L, B, R, N, H].
     """
-    row, count = jnp.arange(len(p)), len(p) // 2
+    row, count = jnp.arange(len(p))[:, None], len(p) // 2
 
     def observe(sites):
         at_p = {site: sites[site][row, p] for site in ("heads_out", "z")}
@@ -135,7 +136,7 @@ def live_start(config: Config, layer: Layer) -> Layer:
 
 
 def frozen_stream(cone: Cone, change: Change, start: Layer) -> jax.Array:
-    """resid_post of the last layer at p, [B, D], in the frozen stream of `change`, advanced from layer `start` on."""
+    """resid_post of the last layer at p, [B, R, D], in the frozen stream of `change`, advanced from layer `start`."""
 
     def advance(i, x):
         return _frozen_layer(cone, change, i, x)
@@ -145,7 +146,7 @@ def frozen_stream(cone: Cone, change: Change, start: Layer) -> jax.Array:
 
 
 def receiver_inputs(cone: Cone, change: Change, receivers: jax.Array, via: str, start: Layer, stop: Layer) -> jax.Array:
-    """What the `receivers` [L, N] read through `via` at p in the frozen stream of `change`: [L, B, N, H].
+    """What the `receivers` [L, N] read through `via` at p in the frozen stream of `change`: [L, B, R, N, H].
 
     Args:
       start: layer from which the stream is advanced; at most the sender's.
@@ -166,7 +167,7 @@ def receiver_inputs(cone: Cone, change: Change, receivers: jax.Array, via: str, 
         return _frozen_layer(cone, change, i, x), read_if_received(i, x, inputs)
 
     x = cone.clean.resid_pre[start, cone.suffixes.at_p]
-    inputs = jnp.zeros((config.num_layers, len(x), config.num_heads, config.head_dim), x.dtype)
+    inputs = jnp.zeros((config.num_layers, *x.shape[:2], config.num_heads, config.head_dim), x.dtype)
     x, inputs = jax.lax.fori_loop(start, stop, advance, (x, inputs))
     return read_if_received(stop, x, inputs)
 
@@ -204,7 +205,7 @@ def live_stream(
 
 
 def _frozen_layer(cone: Cone, change: Change, i: Layer, x: jax.Array) -> jax.Array:
-    """Layer i of the frozen stream x [B, D]: the clean attention output, the change if it is here, and the MLP."""
+    """Layer i of the frozen stream x [B, R, D]: the clean attention output, the change if it is here, and the MLP."""
     assert cone.clean.heads_out is not None
     config, layer = cone.config, layer_weights(cone.weights, i)
     heads_out = cone.clean.heads_out[i] + jnp.where(i == change.layer, change.delta, 0)
@@ -226,7 +227,7 @@ def _live_layer(cone: Cone, i: Layer, x: jax.Array, patches: Patches, knockout: 
     for bucket in suffixes.buckets:
         token = jnp.arange(bucket.span.width)
         causal = token[:, None] >= token  # [W, W]
-        at_p = token[:, None] == 0  # [W, 1]
+        at_p = (token[:, None] == bucket.patched[:, None]).any(-1)[:, None, :, None]  # [b, 1, W, 1]
         queries = _Queries(q[bucket.packed], bucket.position[:, None] + token, causal, at_p)
         z.append(_attend(cone, bucket, i, queries, k, v, knockout))
     unpacked = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in z])
@@ -245,8 +246,10 @@ def _last_layer(cone: Cone, x: jax.Array, patches: Patches, knockout: Knockout |
         patch = patches.get(name)
         if patch is None or name in ("k", "v"):
             return _patched(cone, i, patch, activation)
-        new = _mixed(patch, i - cone.clean.first_layer, activation)
-        return jnp.where((suffixes.at_p == suffixes.at_last)[:, None, None], new, activation)
+        new = _mixed(patch, i - cone.clean.first_layer, activation[:, None])  # [B, R, N, H]
+        for r, at_p in enumerate(suffixes.at_p.T):
+            activation = jnp.where((at_p == suffixes.at_last)[:, None, None], new[:, r], activation)
+        return activation
 
     k, v = (site(name, project(config, layer, name, normed)) for name in ("k", "v"))
     q = site("q", project(config, layer, "q", normed[suffixes.at_last]))  # [B, N, H]
@@ -255,7 +258,7 @@ def _last_layer(cone: Cone, x: jax.Array, patches: Patches, knockout: Knockout |
     z = []
     for bucket in suffixes.buckets:
         within = jnp.arange(bucket.span.width) < bucket.length[:, None, None, None]  # [b, 1, 1, W]
-        at_p = (bucket.length == 1)[:, None, None, None]  # whether `last` is p
+        at_p = (bucket.length[:, None] == bucket.patched + 1).any(-1)[:, None, None, None]  # whether `last` is one
         position = (bucket.position + bucket.length - 1)[:, None]
         queries = _Queries(q[bucket.span.start : bucket.span.stop], position, within, at_p)
         z.append(_attend(cone, bucket, i, queries, k, v, knockout))
@@ -273,7 +276,7 @@ def _patched(cone: Cone, i: Layer, patch: HeadPatch | None, activation: jax.Arra
 
 
 def _mixed(patch: HeadPatch, entry: Layer, old: jax.Array) -> jax.Array:
-    """The activations `old` [B, N, H] of one layer, the entry of that number in the patch, with the patch's values."""
+    """The activations `old` [B, R, N, H] of one layer, that entry of the patch, with the patch's values."""
     return mixed(old, jnp.asarray(patch.weight)[entry][:, None], patch.value[entry])
 
 
@@ -311,7 +314,13 @@ def _attend(
         prefix &= visible(config, i, queries.position, token)
         allowed &= visible(config, i, queries.position, bucket.position[:, None] + jnp.arange(span.width))
     if knockout is not None:
-        keys = knockout.keys[span.start : span.stop, None, None, : span.prefix]
-        prefix &= ~(keys & queries.at_p & (i >= knockout.start) & (i < knockout.stop))
+        of = queries.at_p & (i >= knockout.start) & (i < knockout.stop)
+        keys = knockout.keys[span.start : span.stop]
+        prefix &= ~(keys[:, None, None, : span.prefix] & of)
+        if bucket.patched.shape[1] > 1:  # of several, the later ones have earlier tokens in the suffix
+            own = bucket.position[:, None] + jnp.arange(span.width)
+            within = jnp.take_along_axis(keys, jnp.minimum(own, keys.shape[1] - 1), axis=1)
+            before = own[:, None, None] < queries.position[:, None, :, None]  # [b, 1, T, W]
+            allowed &= ~(within[:, None, None] & before & of)
     patterns = attention_pattern(config, queries.q, [(prefix_k, prefix), (k[bucket.packed], allowed)])
     return mix_values(config, list(zip(patterns, (prefix_v, v[bucket.packed]), strict=True)))

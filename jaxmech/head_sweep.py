@@ -17,7 +17,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import LogitMetric, Metric, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, unembed
-from jaxmech.pairs import Pairs
+from jaxmech.pairs import Pairs, one_or_more, positions_of
 from jaxmech.predictions import answers, is_correct
 from jaxmech.scores import PathScores
 from jaxmech.sharding import on_devices_of, over_rows, row_devices
@@ -64,14 +64,14 @@ def cmap_heads(
     base: Model,
     tuned: Model | HeadValues,
     pairs: Pairs,
-    role: str = "last",
+    role: str | Sequence[str] = "last",
     components: Sequence[str] = ("z",),
     *,
     metric: Metric = "probability",
     wrong_labels: np.ndarray | None = None,
     batch_size: int | None = None,
 ) -> HeadSweep:
-    """Patches each head of `tuned` alone into `base`, at one role: a sweep over all L x N heads.
+    """Patches each head of `tuned` alone into `base`, at a role or several: a sweep over all L x N heads.
 
     The base model is run once; each head then costs a forward pass of the tokens from its role and the layers from its
     own on (`jaxmech.cone`).
@@ -80,7 +80,7 @@ def cmap_heads(
       base: the model that is patched.
       tuned: a model of the same shape, or what `collect` kept of it for these pairs.
       pairs: prompts and labels; only the clean prompts are run.
-      role: the role at which each head is patched.
+      role: the role at which each head is patched, or several, at all of which it is.
       components: what is patched: any of "z", "q", "k" and "v"; see `cmap`.
       metric: what a score is, see `jaxmech.metrics`: "probability", "log_probability", "logit_difference" or a function
         of the logits, as for `path_patch`.
@@ -92,13 +92,14 @@ def cmap_heads(
     """
     components, config = check_components(components), base.config
     wrong_labels = check_metric(metric, wrong_labels, pairs, config.vocab_size)
-    values_at = values_of(base, tuned, pairs, [role], components)
-    tokens, p, last = check_prompts(config, pairs), pairs.position(role), pairs.position("last")
+    roles = one_or_more(role, "role")
+    values_at = values_of(base, tuned, pairs, roles, components)
+    tokens, p, last = check_prompts(config, pairs), positions_of(pairs.position, roles), pairs.position("last")
     copies = row_devices(base.weights)
     if batch_size is None:
-        length, at_a_time = float((last - p + 1).mean()), (config.num_heads + 1) / copies
+        length, at_a_time = float((last - p.min(axis=1) + 1).mean()), (config.num_heads + 1) / copies
         sweep = memory.of_live_sweep(config, length, tokens.shape[1], at_a_time)
-        batch_size = memory.fitting(base.weights, sweep + memory.of_heads(config, 1, config.num_layers))
+        batch_size = memory.fitting(base.weights, sweep + memory.of_heads(config, len(roles), config.num_layers))
     batches = Batches.plan([tokens], p, last, batch_size)
     heads = np.arange(config.num_layers * config.num_heads)
     work = batches.capacity / TOKENS_PER_CALL
@@ -134,7 +135,7 @@ class _State(NamedTuple):
 
     clean: CleanCache
     suffixes: Suffixes
-    values: dict[str, Array]  # component -> [L, B, N, H]
+    values: dict[str, Array]  # component -> [L, B, R, N, H]
     labels: Array  # [B]
     wrong_labels: Array  # [B]
     rows: Array  # [B] which of the pairs they are
@@ -149,8 +150,7 @@ def _prepare(
     values: dict[str, Array],
     answers_of: tuple[Array, ...],
 ) -> _State:
-    at_role = {site: x[:, :, 0] for site, x in values.items()}
-    return _State(live_cache(config, weights, prompts, suffixes), suffixes, at_role, *answers_of)
+    return _State(live_cache(config, weights, prompts, suffixes), suffixes, values, *answers_of)
 
 
 @partial(jax.jit, static_argnames=("config", "measure"))

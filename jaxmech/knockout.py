@@ -1,7 +1,7 @@
 """Attention knockout (Geva et al. 2023, arXiv:2304.14767): a role may not attend to others, from a layer upwards.
 
 What the source may not read changes nothing before the source, nor below the first layer that is blocked: every first
-layer costs a forward pass of the tokens from the source on alone (`jaxmech.cone`).
+layer costs a forward pass of the tokens from the source on alone (`jaxmech.cone`), of several from the first on.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from jaxmech.gathered import Gathered
 from jaxmech.loading import Model, check_prompts
 from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import Params, unembed
-from jaxmech.pairs import Pairs
+from jaxmech.pairs import Pairs, one_or_more, positions_of
 from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.suffixes import Suffixes
@@ -32,7 +32,7 @@ Array = Any  # NumPy on the host, jax.Array inside jit
 def knockout(
     model: Model,
     pairs: Pairs,
-    source: str = "last",
+    source: str | Sequence[str] = "last",
     target: str | Sequence[str] | np.ndarray = "query_box",
     *,
     window: int | None = None,
@@ -46,7 +46,7 @@ def knockout(
     Args:
       model: the model that is run.
       pairs: prompts and labels; only the clean prompts are run.
-      source: role of the query.
+      source: role of the query, or several roles, none of which may attend to targets before it.
       target: the keys, which are before the source: a role, or several; the position of one in each clean prompt, int
         [B], see `random_target`; or which tokens of each clean prompt they are, bool [B, T], see `Pairs.between`.
       window: how many layers are blocked, from l on, or as many as there are; None: all. Geva et al. block windows
@@ -62,20 +62,20 @@ def knockout(
       entry l blocks layers >= l, or l to l + window - 1.
 
     Raises:
-      ValueError: an unknown role or metric, a window of no layers, or a target that is not before the source in every
-        prompt.
+      ValueError: an unknown role or metric, a window of no layers, a target that is not before the source, or before
+        one of several, in every prompt, or a source that has no target before it.
     """
     config, options = model.config, {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(config, pairs, config.num_layers, **options)
     window = config.num_layers if window is None else window
     if not isinstance(window, Integral) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window={window!r}; expected a number of layers from 1 on, or None for all from each on.")
-    p, last = pairs.position(source), pairs.position("last")
+    p, last = positions_of(pairs.position, one_or_more(source, "source")), pairs.position("last")
     keys = _keys(pairs, target)
     _check_before(keys, p, source, target)
     tokens = check_prompts(config, pairs)
     if batch_size is None:
-        length = float((last - p + 1).mean())
+        length = float((last - p.min(axis=1) + 1).mean())
         batch_size = memory.fitting(model.weights, memory.of_live_sweep(config, length, tokens.shape[1], 1))
     batches = Batches.plan([tokens], p, last, batch_size)
     work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(model.weights)
@@ -183,15 +183,24 @@ def _position(pairs: Pairs, role: str) -> np.ndarray:
     return pairs.position(role)
 
 
-def _check_before(keys: np.ndarray, p: np.ndarray, source: str, target: str | Sequence[str] | np.ndarray) -> None:
-    """ValueError unless the `keys` [B, T] of every prompt are some, all before the source's position p [B]."""
+def _check_before(
+    keys: np.ndarray, p: np.ndarray, source: str | Sequence[str], target: str | Sequence[str] | np.ndarray
+) -> None:
+    """ValueError unless the `keys` [B, T] of every prompt are some, all before the last of its sources p [B, R]."""
     name = "tokens" if isinstance(target, np.ndarray) else repr(target)
     if (nothing := ~keys.any(axis=1)).any():
         raise ValueError(f"target selects no token of example {int(nothing.argmax())}; a knockout blocks some.")
     furthest = keys.shape[1] - 1 - keys[:, ::-1].argmax(axis=1)
-    if (furthest >= p).any():
-        row = int((furthest >= p).argmax())
+    end = p.max(axis=1)
+    if (furthest >= end).any():
+        row = int((furthest >= end).argmax())
         raise ValueError(
-            f"target={name} is at {furthest[row]} in example {row}, source={source!r} at {p[row]}; a token attends to "
-            "earlier ones, so the target must be before the source."
+            f"target={name} is at {furthest[row]} in example {row}, source={source!r} at {end[row]}; a token attends "
+            "to earlier ones, so the target must be before the source."
+        )
+    nearest = keys.argmax(axis=1)[:, None]
+    if (nearest >= p).any():
+        row, r = (int(i) for i in np.argwhere(nearest >= p)[0])
+        raise ValueError(
+            f"source={source!r}: {list(source)[r]!r} is at {p[row, r]} in example {row}, where no target is before it."
         )

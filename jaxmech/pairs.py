@@ -5,7 +5,7 @@ texts (`jaxmech.tokenized`).
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,6 +228,19 @@ class Pairs:
         if self.corrupt is None:
             raise ValueError("These pairs have no corrupt prompts; this method needs them (Pairs(corrupt=...)).")
         return _role(self.corrupt_positions, role, "corrupt_positions")
+
+
+def positions_of(position: Callable[[str], np.ndarray], roles: Sequence[str]) -> np.ndarray:
+    """Positions [B, R] of the roles; `position` is a function from a role to [B]."""
+    return np.stack([position(role) for role in roles], axis=1)
+
+
+def one_or_more(role: str | Sequence[str], name: str) -> list[str]:
+    """A role, or several, as a list; `name` is what they are called in errors. ValueError for none."""
+    roles = [role] if isinstance(role, str) else list(role) if isinstance(role, Sequence) else []
+    if not roles:
+        raise ValueError(f"{name} is {role!r}; expected the name of a role, or of several.")
+    return roles
 
 
 def _token_ids(name: str, value, ndim: int) -> np.ndarray:

@@ -5,7 +5,7 @@ as in `jaxmech.model`; R counts the roles.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from jaxmech.interventions import Interventions, Patch
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import ACCURACY, Metric
 from jaxmech.model import Params, forward
-from jaxmech.pairs import Pairs
+from jaxmech.pairs import Pairs, positions_of
 from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import on_devices_of, over_rows, row_devices
 
@@ -152,17 +152,22 @@ def _named_at(positions: Array, mask: Array) -> jax.Array:
 
 def _check_one_source(roles: Sequence[str], mask: np.ndarray, clean: np.ndarray, corrupt: np.ndarray) -> None:
     """ValueError if a head is to take two values at one token; mask [L, R, N], positions [B, R]."""
-    for i, j in itertools.combinations(range(len(roles)), 2):
-        clash = (clean[:, i] == clean[:, j]) & (corrupt[:, i] != corrupt[:, j])
-        if clash.any() and (both := np.argwhere(mask[:, i] & mask[:, j])).size:
-            head, row = tuple(both[0].tolist()), int(clash.argmax())
+    for i, j, row in clashing_roles(clean, corrupt):
+        if (both := np.argwhere(mask[:, i] & mask[:, j])).size:
             raise ValueError(
-                f"Head {head} is patched at {roles[i]!r} and at {roles[j]!r}. In example {row} both are token "
-                f"{clean[row, i]} of the clean prompt, but tokens {corrupt[row, i]} and {corrupt[row, j]} of the "
-                "corrupt one, so it would take two values. Name it at one of them, or leave such examples out."
+                f"Head {tuple(both[0].tolist())} is patched at {roles[i]!r} and at {roles[j]!r}. In example {row} both "
+                f"are token {clean[row, i]} of the clean prompt, but tokens {corrupt[row, i]} and {corrupt[row, j]} of "
+                "the corrupt one, so it would take two values. Name it at one of them, or leave such examples out."
             )
 
 
-def positions_of(position: Any, roles: Sequence[str]) -> np.ndarray:
-    """Positions [B, R] of the roles; `position` is a function from a role to [B]."""
-    return np.stack([position(role) for role in roles], axis=1)
+def clashing_roles(clean: np.ndarray, corrupt: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Roles i and j that are one token of a clean prompt and two of its corrupt one, with an example where they are.
+
+    Args:
+      clean, corrupt: positions [B, R] of the roles in both prompts.
+    """
+    for i, j in itertools.combinations(range(clean.shape[1]), 2):
+        clash = (clean[:, i] == clean[:, j]) & (corrupt[:, i] != corrupt[:, j])
+        if clash.any():
+            yield i, j, int(clash.argmax())

@@ -4,7 +4,9 @@ Definition (Wang et al. 2022, arXiv:2211.00593; the sweeps of Prakash et al. 202
 position p: in a clean run with all attention outputs held at their clean values, the sender's z at p is replaced by its
 value in the corrupt run, and MLPs and norms are recomputed. With no receivers, the effect is read from the logits of
 that run. With receivers, their q, k or v (before RoPE) at p is recorded there and put into an otherwise unpatched clean
-run, and the effect is read from the logits of that one.
+run, and the effect is read from the logits of that one. A sender at several positions is patched, and read, at all.
+
+R counts the positions of a sender.
 """
 
 import warnings
@@ -35,7 +37,8 @@ from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import LogitMetric, Metric, Outcome, check_metric, effect, function_of, name_of, outcome
 from jaxmech.model import Params, einsum, unembed
-from jaxmech.pairs import Pairs
+from jaxmech.pairs import Pairs, one_or_more, positions_of
+from jaxmech.patching import clashing_roles
 from jaxmech.scores import PathScores
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts
@@ -52,7 +55,7 @@ Array = Any  # NumPy on the host, jax.Array inside jit
 def path_patch(
     model: Model,
     pairs: Pairs,
-    sender: str = "last",
+    sender: str | Sequence[str] = "last",
     receivers: Iterable[Sequence[int]] | None = None,
     via: str | None = None,
     *,
@@ -61,13 +64,14 @@ def path_patch(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> PathScores:
-    """Scores every head of the model as a sender at the role `sender`.
+    """Scores every head of the model as a sender at the role `sender`, or at several roles together.
 
     Args:
       model: the model whose heads are swept.
       pairs: clean and corrupt prompts.
-      sender: role at which the sender's z is patched; its counterpart in the corrupt prompt has the same name.
-      receivers: (layer, head) pairs that read the change at the same role, or None for the logits.
+      sender: role at which the sender's z is patched; its counterpart in the corrupt prompt has the same name. Of
+        several, such as the tokens of a name, all are patched at once; some may be the same token.
+      receivers: (layer, head) pairs that read the change at the same role or roles, or None for the logits.
       via: which of the receivers' inputs is patched, "q", "k" or "v"; None without receivers. k and v are patched for
         the named query heads alone, also under grouped-query attention.
       metric: what a score is, see `jaxmech.metrics`: "probability" (the paper's), "log_probability" or
@@ -84,8 +88,9 @@ def path_patch(
       has one, a warning says so.
 
     Raises:
-      ValueError: an unknown role, head or metric, no corrupt prompts, `via` without receivers or the reverse, or no
-        receivers with a sender that is not at the last token, whose direct effect on the logits is zero.
+      ValueError: an unknown role, head or metric, no corrupt prompts, `via` without receivers or the reverse, no
+        receivers with a sender that is not at the last token, whose direct effect on the logits is zero, or roles of a
+        sender that are one token of a clean prompt and two of its corrupt one.
     """
     sweep = plan(model, pairs, sender, receivers, via, metric=metric, wrong_labels=wrong_labels, batch_size=batch_size)
     config, mask = model.config, sweep.receivers
@@ -127,7 +132,7 @@ class SweepExamples(NamedTuple):
     """The examples of one batch, as they go to the device."""
 
     prompts: SharedPrompts  # B clean and B corrupt prompts
-    p: Array  # [2B]
+    p: Array  # [2B, R]
     suffixes: Suffixes
     labels: Array  # [B]
     wrong_labels: Array  # [B]
@@ -140,7 +145,7 @@ class Plan:
 
     Attributes:
       batches: the clean and corrupt prompts.
-      corrupt_p: int [B], the sender's position in the corrupt prompts.
+      corrupt_p: int [B, R], the sender's positions in the corrupt prompts.
       labels, wrong_labels: int [B].
       receivers: bool [L, N], or None for the logits.
       calls: together all senders, layer by layer, behind a clean row; in low precision each call has its own, since
@@ -148,7 +153,7 @@ class Plan:
     """
 
     batches: Batches
-    corrupt_p: np.ndarray  # [B]
+    corrupt_p: np.ndarray  # [B, R]
     labels: np.ndarray  # [B]
     wrong_labels: np.ndarray  # [B]
     receivers: np.ndarray | None  # [L, N]
@@ -169,7 +174,7 @@ class Plan:
 def plan(
     model: Model,
     pairs: Pairs,
-    sender: str = "last",
+    sender: str | Sequence[str] = "last",
     receivers: Iterable[Sequence[int]] | None = None,
     via: str | None = None,
     *,
@@ -181,13 +186,21 @@ def plan(
     config, copies = model.config, row_devices(model.weights)
     mask = _receiver_mask(config, receivers, via)
     wrong_labels = check_metric(metric, wrong_labels, pairs, config.vocab_size)
-    corrupt_p, p, last = pairs.corrupt_position(sender), pairs.position(sender), pairs.position("last")
+    senders, last = one_or_more(sender, "sender"), pairs.position("last")
+    corrupt_p, p = (positions_of(position, senders) for position in (pairs.corrupt_position, pairs.position))
     prompts = check_prompts(config, pairs), check_tokens(config, np.asarray(pairs.corrupt))
-    if mask is None and (p != last).any():
+    for i, j, row in clashing_roles(p, corrupt_p):
+        raise ValueError(
+            f"sender={sender!r}: in example {row}, {senders[i]!r} and {senders[j]!r} are one token of the clean prompt "
+            f"({p[row, i]}) and two of the corrupt one ({corrupt_p[row, i]} and {corrupt_p[row, j]}), so that heads "
+            "would take two values there. Leave such examples out."
+        )
+    at_last = p == last[:, None]
+    if mask is None and not at_last.all():
         raise ValueError(
             f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers."
         )
-    if mask is not None and not _has_path(mask, str(via), at_last=bool((p == last).any())):
+    if mask is not None and not _has_path(mask, str(via), at_last=bool(at_last.any())):
         warnings.warn(
             f"No head has a path through these receivers via {via} at {sender!r}: none is below them, or they are all "
             "in the last layer, where q of a token other than the last changes no logits. All scores are 0.",
@@ -196,7 +209,7 @@ def plan(
     if batch_size is None:
         rows = (config.num_heads + 1) / copies
         tokens = [x.shape[1] for x in prompts]
-        batch_size = _examples_per_call(model, last - p + 1, tokens, rows, live=mask is not None)
+        batch_size = _examples_per_call(model, p, last, tokens, rows, live=mask is not None)
     batches = Batches.plan(prompts, p, last, batch_size)
     sender_layers = config.num_layers if mask is None else int(np.flatnonzero(mask.any(axis=1))[-1])
     heads, work = np.arange(sender_layers * config.num_heads), _work(batches, live=mask is not None)
@@ -209,7 +222,7 @@ class SweepState(NamedTuple):
 
     clean: CleanCache
     suffixes: Suffixes
-    delta_z: jax.Array  # [L, B, N, H], corrupt - clean at p
+    delta_z: jax.Array  # [L, B, R, N, H], corrupt - clean at p
     labels: jax.Array  # [B]
     wrong_labels: jax.Array  # [B]
     rows: jax.Array  # [B]
@@ -235,8 +248,8 @@ def sender_outcomes(
 ) -> Outcome:
     """The outcomes, fields [I, B], of the senders of one call; `measure` is the metric, if it is a function."""
     layer, head = jnp.divmod(call.senders, config.num_heads)
-    delta = einsum(config, "rbh,rhd->rbd", inputs.delta_z[layer, :, head], weights["blocks"]["o"][layer, head])
-    delta = jnp.where((call.senders == CLEAN)[:, None, None], 0, delta)
+    delta = einsum(config, "ibrh,ihd->ibrd", inputs.delta_z[layer, :, :, head], weights["blocks"]["o"][layer, head])
+    delta = jnp.where((call.senders == CLEAN)[:, None, None, None], 0, delta)
     kernel = partial(_outcome, config, weights, inputs, call, receivers, via, measure)
     return jax.vmap(kernel)(Change(layer, delta))
 
@@ -254,7 +267,7 @@ def _outcome(
     """The outcome, fields [B], of one sender's `change`."""
     cone = Cone(config, weights, inputs.clean, inputs.suffixes)
     if receivers is None or via is None:
-        x = frozen_stream(cone, change, call.first_layer)
+        x = frozen_stream(cone, change, call.first_layer)[:, 0]  # at `last`, whatever the roles are
     else:
         read = receiver_inputs(cone, change, receivers, via, call.first_layer, call.last_receiver)
         x = live_stream(cone, {via: HeadPatch(receivers, read)}, call.live_start, call.last_receiver)
@@ -263,7 +276,7 @@ def _outcome(
 
 def _work(batches: Batches, *, live: bool) -> float:
     """What one sender is of the work that a call should do."""
-    frozen = len(batches.rows[0]) / TOKENS_PER_CALL["frozen"]
+    frozen = batches.p[batches.rows[0]].size / TOKENS_PER_CALL["frozen"]
     return max(frozen, batches.capacity / TOKENS_PER_CALL["live"]) if live else frozen
 
 
@@ -311,19 +324,22 @@ def _receiver_mask(config: Config, receivers: Iterable[Sequence[int]] | None, vi
     return head_mask(config, receivers)
 
 
-def _examples_per_call(model: Model, lengths: np.ndarray, tokens: Sequence[int], rows: float, *, live: bool) -> int:
+def _examples_per_call(
+    model: Model, p: np.ndarray, last: np.ndarray, tokens: Sequence[int], rows: float, *, live: bool
+) -> int:
     """Examples whose clean cache fits the memory budget, beside what runs them or the senders, so many at a time.
 
     Args:
+      p, last: of the clean prompts, see `Batches`.
       tokens: of a clean and of a corrupt prompt.
     """
-    config, length, width = model.config, float(lengths.mean()), int(lengths.max())
-    layers = config.num_layers
-    cache = memory.of_streams(config, length + 1, layers) + memory.of_heads(config, 1, layers)
-    sender = memory.of_tokens(config, length if live else 1)
+    config, lengths, roles = model.config, last - p.min(axis=1) + 1, p.shape[1]
+    length, width, layers = float(lengths.mean()), int(lengths.max()), config.num_layers
+    cache = memory.of_streams(config, length + roles, layers) + memory.of_heads(config, roles, layers)
+    sender = memory.of_tokens(config, max(length, roles) if live else roles)
     if live:
         cache += memory.of_keys_and_values(config, tokens[0], layers)
-        sender += memory.of_heads(config, 1, layers)  # what the receivers read
+        sender += memory.of_heads(config, roles, layers)  # what the receivers read
         sender += memory.of_heads(config, 4 * width, 1) + memory.of_attention(config, width, tokens[0] + width)
     prompts = len(tokens) * memory.of_forward(config, max(tokens))
     return memory.fitting(model.weights, cache + max(prompts, rows * (sender + memory.of_logits(config))))

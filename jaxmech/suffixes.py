@@ -1,11 +1,11 @@
-"""Suffixes of prompts, packed: where the tokens from an intervention's position to the last one lie.
+"""Suffixes of prompts, packed: where the tokens from an intervention's first position to the last one lie.
 
 Suffixes differ in length, so their tokens stand one after another on one axis, and everything that acts on single
 tokens (norms, projections, MLPs: nearly all the work) runs on that axis without padding. Attention alone unpacks them,
 in *buckets* of examples with suffixes of similar length, whose padding is small.
 
-Axes as in `jaxmech.model`; C counts the packed suffix tokens of all examples; in a bucket, b counts its examples, W the
-tokens of its longest suffix and P those of its longest prefix.
+Axes as in `jaxmech.model`; C counts the packed suffix tokens of all examples, R the tokens of each that are patched; in
+a bucket, b counts its examples, W the tokens of its longest suffix and P those of its longest prefix.
 """
 
 from collections.abc import Sequence
@@ -34,32 +34,35 @@ class Bucket:
     """Neighbouring examples that attend together."""
 
     packed: Array  # [b, W] packed index of each suffix's tokens; behind the last one, that of the last one
-    position: Array  # [b] p of each
-    length: Array  # [b] tokens of each suffix
+    position: Array  # [b] where each suffix starts
+    length: Array  # [b] its tokens
+    patched: Array  # [b, R] which of them are patched, counted from its start
     span: Span = field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Suffixes:
-    """Where the packed suffix tokens p..last of each example lie."""
+    """Where the packed suffix tokens of each example lie, from the first that is patched to the last one."""
 
     example: Array  # [C] example that a packed token belongs to
     position: Array  # [C] its position in the prompt
     unpacked: Array  # [C] its index among the unpacked tokens of all buckets, [b, W] of each one behind another
-    at_p: Array  # [B] packed index of each example's p
-    at_last: Array  # [B] and of its last token
+    at_p: Array  # [B, R] packed indices of each example's patched tokens
+    at_last: Array  # [B] and of its last one
     buckets: tuple[Bucket, ...]
 
     @classmethod
     def pack(cls, p: np.ndarray, last: np.ndarray, *, capacity: int, spans: Sequence[Span]) -> "Suffixes":
-        """The suffixes from p [B] to last [B], packed and filled up to C = capacity with copies of the first token.
+        """The suffixes up to last [B], packed and filled up to C = capacity with copies of the first token.
 
         Args:
+          p: [B, R], the patched tokens; the suffix starts at the first.
           capacity: C, at least the sum of the lengths.
           spans: the buckets; together all examples, in order.
         """
-        length = last - p + 1
+        start = p.min(axis=1)
+        patched, length = p - start[:, None], last - start + 1
         example = np.repeat(np.arange(len(p)), length)
         first = np.cumsum(length) - length
         offset = np.arange(len(example)) - first[example]
@@ -73,33 +76,37 @@ class Suffixes:
         for span in spans:
             of = slice(span.start, span.stop)
             packed = first[of, None] + np.minimum(np.arange(span.width), length[of, None] - 1)
-            buckets.append(Bucket(np.int32(packed), np.int32(p[of]), np.int32(length[of]), span))
+            at = np.int32(start[of]), np.int32(length[of]), np.int32(patched[of])
+            buckets.append(Bucket(np.int32(packed), *at, span))
         return cls(
             example=np.int32(example),
-            position=np.int32(p[example] + offset),
+            position=np.int32(start[example] + offset),
             unpacked=np.int32(row[example] + offset),
-            at_p=np.int32(first),
+            at_p=np.int32(first[:, None] + patched),
             at_last=np.int32(first + length - 1),
             buckets=tuple(buckets),
         )
 
     @classmethod
     def padded(cls, p: jax.Array, last: jax.Array, *, width: int, prefix: int) -> "Suffixes":
-        """The suffixes from p [B] to last [B], all padded to `width` tokens with copies of their last one; for jit.
+        """The suffixes up to last [B], all padded to `width` tokens with copies of their last one; for jit.
 
         Args:
+          p: [B, R], the patched tokens; the suffix starts at the first.
           width: W, at least the longest suffix.
           prefix: P, at least the longest prefix, and not 0.
         """
-        count, length = len(p), last - p + 1
+        count, start = len(p), p.min(axis=1)
+        patched, length = p - start[:, None], last - start + 1
         offset = jnp.minimum(jnp.arange(width), length[:, None] - 1)  # [B, W]
         first = width * jnp.arange(count)
-        bucket = Bucket(first[:, None] + jnp.arange(width), p, length, Span(0, count, width, prefix))
+        packed = first[:, None] + jnp.arange(width)
+        bucket = Bucket(packed, start, length, patched, Span(0, count, width, prefix))
         return cls(
             example=jnp.repeat(jnp.arange(count), width),
-            position=(p[:, None] + offset).reshape(-1),
+            position=(start[:, None] + offset).reshape(-1),
             unpacked=jnp.arange(count * width),
-            at_p=first,
+            at_p=first[:, None] + patched,
             at_last=first + length - 1,
             buckets=(bucket,),
         )

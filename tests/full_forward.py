@@ -12,7 +12,7 @@ from jaxmech.model import attention_output
 def path_patch(
     model: jm.Model,
     pairs: jm.Pairs,
-    sender: str = "last",
+    sender: str | Sequence[str] = "last",
     receivers: Sequence[tuple[int, int]] | None = None,
     via: str | None = None,
     outcome: Callable[[jax.Array], jax.Array] | None = None,
@@ -21,21 +21,24 @@ def path_patch(
 
     A score is (p_patched - p_clean) / p_clean, or the change of `outcome`, a function from logits [B, T, V] to [B].
     """
-    rows = np.arange(len(pairs))
-    p, corrupt_p, last = pairs.position(sender), pairs.corrupt_position(sender), pairs.position("last")
+    rows, last = np.arange(len(pairs)), pairs.position("last")
+    senders = [sender] if isinstance(sender, str) else sender
+    there = np.any([np.arange(pairs.clean.shape[1]) == pairs.position(role)[:, None] for role in senders], axis=0)
     logits, clean = model(pairs.clean, capture=("z", "attn_out"))
     _, corrupt = model(pairs.corrupt, capture=("z",))
     probability = lambda logits: jax.nn.softmax(logits[rows, last])[rows, pairs.labels]  # noqa: E731
     scores = np.zeros((model.config.num_layers, model.config.num_heads, len(pairs)))
     for layer, head in np.ndindex(scores.shape[:2]):
-        z = clean["z"][layer].at[rows, p, head].set(corrupt["z"][layer, rows, corrupt_p, head])
+        z = clean["z"][layer]
+        for role in senders:
+            from_corrupt = corrupt["z"][layer, rows, pairs.corrupt_position(role), head]
+            z = z.at[rows, pairs.position(role), head].set(from_corrupt)
         changed = attention_output(model.config, {n: w[layer] for n, w in model.weights["blocks"].items()}, z)
         frozen = jm.Interventions(attn_out=jm.Patch(1.0, clean["attn_out"].at[layer].set(changed)))
         patched, seen = model(pairs.clean, frozen, capture=() if via is None else (via,))
         if via is not None:
-            value = seen[via][:, rows, p][:, :, None]  # [L, B, 1, N, H]
-            patch = jm.Patch(jm.head_weights(model.config, receivers), value, p[:, None])
-            patched, _ = model(pairs.clean, jm.Interventions(**{via: patch}))
+            weight = jm.head_weights(model.config, receivers) * there[..., None]  # [L, B, T, N]
+            patched, _ = model(pairs.clean, jm.Interventions(**{via: jm.Patch(weight, seen[via])}))
         if outcome:
             scores[layer, head] = outcome(patched) - outcome(logits)
         else:
@@ -88,10 +91,11 @@ def from_model(base: jm.Model, tuned: jm.Model, pairs: jm.Pairs, heads: Heads, c
 
 
 def knocked_out(
-    model: jm.Model, pairs: jm.Pairs, source: np.ndarray, keys: np.ndarray, layers: slice | int
+    model: jm.Model, pairs: jm.Pairs, sources: Sequence[np.ndarray], keys: np.ndarray, layers: slice | int
 ) -> np.ndarray:
-    """Logits [B, V] when `source` [B] may not attend to the tokens `keys`, bool [B, T], in some layers."""
+    """Logits [B, V] when none of the `sources` [B] may attend to the `keys`, bool [B, T], before it, in some layers."""
     length = pairs.clean.shape[1]
     mask = np.zeros((model.config.num_layers, len(pairs), length, 1, length), bool)
-    mask[layers, np.arange(len(pairs)), source, 0] = keys
+    for source in sources:
+        mask[layers, np.arange(len(pairs)), source, 0] = keys & (np.arange(length) < source[:, None])
     return last_logits(model, pairs, jm.Interventions(knockout=mask))

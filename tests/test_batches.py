@@ -26,7 +26,7 @@ def test_parts_are_multiples_of_eight_on_gpus_where_that_adds_little(monkeypatch
     assert {len(rows) for rows, _ in equal_parts(count, size, copies)} == {expected}
     if copies == 1:
         tokens, last = np.zeros((count, 9), int), np.full(count, 8)
-        plan = Batches.plan([tokens], last, last, size)
+        plan = Batches.plan([tokens], last[:, None], last, size)
         assert {len(rows) for rows in plan.rows} == {expected}
         assert set(np.concatenate(plan.rows)) == set(range(count))
 

@@ -58,16 +58,17 @@ def target_logit(pairs, logits) -> jax.Array:
 
 
 def trained_by_full_forwards(
-    model, pairs, heads, role, lam, orders, value=target_logit
+    model, pairs, heads, role, lam, orders, value=target_logit, optimizer=None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses [steps] and masks [steps, n] of Adam, one full forward and backward pass a step.
 
     Args:
       value: what is raised of each example, a function from the pairs and their logits [B, V] to [B].
+      optimizer: another one.
     """
-    adam, logits = optax.adam(0.1), patched(model, pairs, heads, role)
+    optimizer, logits = optimizer or optax.adam(0.1), patched(model, pairs, heads, role)
     mask = jnp.ones(len(heads))
-    state, losses, masks = adam.init(mask), [], []
+    state, losses, masks = optimizer.init(mask), [], []
 
     @jax.jit
     @jax.value_and_grad
@@ -76,7 +77,7 @@ def trained_by_full_forwards(
 
     for rows in orders:
         value, gradient = loss(mask, np.isin(np.arange(len(pairs)), rows) / (rows >= 0).sum())
-        updates, state = adam.update(gradient, state)
+        updates, state = optimizer.update(gradient, state, mask)
         mask = jnp.clip(optax.apply_updates(mask, updates), 0, 1)
         losses.append(value)
         masks.append(mask)
@@ -95,6 +96,26 @@ def test_training_equals_adam_on_patched_full_forwards(model, pairs, role, shuff
     assert_close(run.history.loss, loss, TOLERANCES.cone)
     assert_close(run.history.mask, mask, TOLERANCES.cone)
     np.testing.assert_array_equal(run.mask, run.history.mask[-1])
+
+
+OPTIMIZERS = {
+    "sgd on a schedule": optax.sgd(optax.linear_schedule(0.2, 0.02, 6), momentum=0.9),
+    "clipped rmsprop": optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(0.05)),
+    "with weight decay": optax.adamw(0.1, weight_decay=0.2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_another_optimizer_trains_as_on_full_forwards(model, pairs, name):
+    pairs = answering(model, pairs, HEADS, "query_box", [0, 0, 0, 1])
+    how = {"lam": 0.05, "batch_size": 4, "optimizer": OPTIMIZERS[name]}
+    run = dcm.train(model, pairs, HEADS, "query_box", **how)
+    orders = run.history.rows
+    loss, mask = trained_by_full_forwards(model, pairs, HEADS, "query_box", 0.05, orders, optimizer=OPTIMIZERS[name])
+    assert_close(run.history.loss, loss, TOLERANCES.cone)
+    assert_close(run.history.mask, mask, TOLERANCES.cone)
+    by_adam = dcm.train(model, pairs, HEADS, "query_box", lam=0.05, batch_size=4)
+    assert np.abs(by_adam.mask - run.mask).max() > 0.01
 
 
 def squared_logit(logits, rows):
@@ -366,8 +387,9 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
     member = stream.members(model.config, HEADS, 1)[None]
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
-    inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1), 0.1
-    traced = training._train.trace(model.config, model.weights, *inputs, first_layer=1, metric="target_logit")
+    inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1, optimizer=None), 0.1
+    static = {"first_layer": 1, "optimizer": None, "metric": "target_logit"}
+    traced = training._train.trace(model.config, model.weights, *inputs, **static)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

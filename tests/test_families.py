@@ -104,7 +104,7 @@ def test_knockouts_equal_full_forwards(models, pairs):
     target = p - np.array([1, 2, 3, 5, 6])[: len(p)]  # within and beyond the windows
     found = jm.knockout(models[0], pairs, "last", target).logits
     keys = np.arange(pairs.clean.shape[1]) == target[:, None]
-    expected = [full_forward.knocked_out(models[0], pairs, p, keys, slice(start, None)) for start in range(4)]
+    expected = [full_forward.knocked_out(models[0], pairs, [p], keys, slice(start, None)) for start in range(4)]
     assert_close(found, expected, TOLERANCES.cone)
 
 

@@ -1,5 +1,6 @@
 """Attention knockout: equal to full forward passes with a mask, for every kind of target and window."""
 
+import dataclasses
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -34,12 +35,13 @@ def keys_at(pairs: jm.Pairs, *positions: np.ndarray) -> np.ndarray:
 
 
 def expected_logits(
-    model: jm.Model, pairs: jm.Pairs, source: str, keys: np.ndarray, window: int | None = None
+    model: jm.Model, pairs: jm.Pairs, source: str | Sequence[str], keys: np.ndarray, window: int | None = None
 ) -> np.ndarray:
     """Logits [L, B, V] by a full forward pass for every first layer."""
     starts = range(model.config.num_layers)
     layers = [slice(start, None if window is None else start + window) for start in starts]
-    return np.stack([full_forward.knocked_out(model, pairs, pairs.position(source), keys, span) for span in layers])
+    at = [pairs.position(role) for role in ([source] if isinstance(source, str) else source)]
+    return np.stack([full_forward.knocked_out(model, pairs, at, keys, span) for span in layers])
 
 
 @pytest.mark.parametrize("target", ["early", "random"])
@@ -75,6 +77,28 @@ def test_targets_are_one_or_more_roles_or_any_tokens(model, pairs, batch_size):
     for logits, (_, keys) in zip(found, cases, strict=True):
         assert_close(logits, expected_logits(model, pairs, "last", keys), TOLERANCES.cone)
     assert np.abs(found[1] - found[0]).max() > 1e-2 and np.abs(found[3] - found[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (["last", "query_box"], ["early"]),
+        (("query_box", "last"), ["early", "query_box"]),  # one of the sources is a target, of the other one
+        (["last", "twin"], ["start", "early"]),
+    ],
+    ids=str,
+)
+def test_several_sources_are_blocked_together(model, pairs, source, target, batch_size):
+    even = np.arange(len(pairs)) % 2 == 0
+    twin = np.where(even, pairs.positions["last"], pairs.positions["query_box"])
+    roles = dict(pairs.positions) | {"twin": twin, "start": np.zeros(len(pairs), int)}
+    pairs = dataclasses.replace(pairs, positions=roles)
+    expected = expected_logits(model, pairs, source, keys_at(pairs, *(pairs.position(role) for role in target)))
+    found = jm.knockout(model, pairs, source, target, batch_size=batch_size).logits
+    assert_close(found, expected, TOLERANCES.cone)
+    alone = jm.knockout(model, pairs, "last", target[:1]).logits
+    assert np.abs(found - alone).max() > 0.01
 
 
 @pytest.mark.parametrize("window", [1, 2, 100])
@@ -144,7 +168,12 @@ def some_tokens(pairs: jm.Pairs, rows: int | slice) -> np.ndarray:
         (lambda m, p: jm.knockout(m, p, window=0), "window=0; expected a number of layers"),
         (lambda m, p: jm.knockout(m, p, window=2.5), "window=2.5; expected a number of layers"),
         (lambda m, p: jm.knockout(m, p, window=True), "window=True; expected a number of layers"),
-        (lambda m, p: jm.knockout(m, p, ["last", "early"]), r"role is \['last', 'early'\]; expected the name of one"),
+        (lambda m, p: jm.knockout(m, p, ["last", "early"]), r"'early' is at 1 in example 0, where no target is before"),
+        (lambda m, p: jm.knockout(m, p, []), r"source is \[\]; expected the name of a role, or of several"),
+        (
+            lambda m, p: jm.knockout(m, p, ["query_box", "early"], "last"),
+            r"source=\['query_box', 'early'\] at .* before",
+        ),
         (lambda m, p: jm.knockout(m, p, batch_size=0), "batch_size=0"),
         (lambda m, p: jm.knockout(m, p, metric="loss"), "metric='loss'; expected one of accuracy, probability"),
         (lambda m, p: jm.random_target(p, "first"), "Unknown role"),

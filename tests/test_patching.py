@@ -172,6 +172,8 @@ def test_cross_model_patching_of_all_heads_everywhere_with_equal_other_weights_c
         ("query_box", ("k", "v"), 1),
         ("early", ("z",), 3),
         ("early", ("q", "k", "v"), 1),
+        (("early", "last"), ("z",), 1),
+        (["query_box", "early"], ("q", "k", "v"), 3),
     ],
 )
 def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, components, multiple, monkeypatch):
@@ -179,7 +181,8 @@ def test_the_sweep_over_heads_equals_one_patch_per_head(models, pairs, role, com
     monkeypatch.setitem(compiled_sizes.ALIGNMENT, jax.default_backend(), multiple)
     monkeypatch.setattr(HEAD_SWEEP, "TOKENS_PER_CALL", 40)  # several calls
     heads, clean = [(0, 0), (0, 3), (1, 2), (2, 1), (3, 0), (3, 3)], full_forward.last_logits(base, pairs)
-    patched = {head: full_forward.from_model(base, tuned, pairs, {role: [head]}, components) for head in heads}
+    roles = [role] if isinstance(role, str) else role
+    patched = {h: full_forward.from_model(base, tuned, pairs, {r: [h] for r in roles}, components) for h in heads}
     answers = clean.argmax(-1), *(patched[head].argmax(-1) for head in heads[:3])
     pairs = right_in_turn(pairs, *answers)
     found = jm.cmap_heads(base, tuned, pairs, role, components, batch_size=3)

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmech import memory, patching
+from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.compiled_sizes import few_sizes
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts, check_tokens
-from jaxmech.pairs import Pairs
+from jaxmech.pairs import Pairs, positions_of
 from jaxmech.prompt_trees import PromptTrees, run_stretch, stretches
 from jaxmech.sharding import over_rows, row_devices
 
@@ -58,7 +58,7 @@ def collect_targets(
     prompts = [check_tokens(model.config, np.asarray(pairs.corrupt)) for pairs in desiderata]
     T = max(x.shape[1] for x in prompts)
     together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
-    at = np.stack([patching.positions_of(pairs.corrupt_position, roles) for pairs in desiderata], axis=1)  # [B, S, R]
+    at = np.stack([positions_of(pairs.corrupt_position, roles) for pairs in desiderata], axis=1)  # [B, S, R]
     length = at.max(axis=2) + 1
     grown = [(PromptTrees.grow(together, length, at), list(layers))]
     if len(desiderata) > 1:

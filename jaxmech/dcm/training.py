@@ -84,8 +84,9 @@ def train(
     *,
     seed: int = 0,
     metric: Metric = TARGET_LOGIT,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Run:
-    """Trains one mask with Adam (optax), from m = 1; m is clipped to [0, 1] after every step.
+    """Trains one mask with Adam or another optimizer of optax, from m = 1; m is clipped to [0, 1] after every step.
 
     A head's z is m times its own plus 1 - m times that of the counterfactual prompt: 0 patches it, 1 leaves it alone.
 
@@ -104,6 +105,7 @@ def train(
       metric: what masks are trained to raise: "target_logit", the paper's; or one of `jaxmech.metrics`,
         "logit_difference" by the pairs' `wrong_labels`; or a function of the logits, see `path_patch`, that can be
         differentiated. The loss is minus its mean, and `lam` counts in its units.
+      optimizer: one of optax, in place of Adam with `learning_rate`. Each new object compiles anew.
 
     Returns:
       The run; `mask` is that after the last step.
@@ -113,7 +115,7 @@ def train(
         a lambda or learning rate that is no number, an unknown metric, or a loss that is not finite.
     """
     options = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "shuffle": shuffle}
-    options |= {"metric": metric}
+    options |= {"metric": metric, "optimizer": optimizer}
     runs = train_many(model, {"": train_pairs}, {"": heads}, role, lams=[lam], seeds=[seed], **options)
     return runs["", "", lam, seed]
 
@@ -131,6 +133,7 @@ def train_many(
     batch_size: int = 32,
     shuffle: bool = False,
     metric: Metric = TARGET_LOGIT,
+    optimizer: optax.GradientTransformation | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[str, str, float, int], Run]:
     """Trains a mask for every desideratum, group, lambda and seed at once; see `train`.
@@ -147,6 +150,7 @@ def train_many(
       batch_size: pairs in one step.
       shuffle: draw another order for every epoch from the seed.
       metric: what masks are trained to raise; see `train`.
+      optimizer: one of optax, in place of Adam with `learning_rate`.
       progress: called with (calls done, calls in all); a call trains as many runs for as many steps as fit the memory.
 
     Returns:
@@ -172,7 +176,8 @@ def train_many(
         order=np.array([place[3][seed] for *_, seed in keys]),
     )
     prompts = list(sets.values()), list(train_pairs.values())
-    losses, masks = _run_all(model, *prompts, role, first_layer, arguments, orders, learning_rate, metric, progress)
+    how = learning_rate, optimizer, metric
+    losses, masks = _run_all(model, *prompts, role, first_layer, arguments, orders, *how, progress)
     if not np.isfinite(losses).all():
         count = int((~np.isfinite(losses).all(axis=1)).sum())
         raise ValueError(
@@ -233,6 +238,7 @@ def _run_all(
     arguments: _Arguments,
     orders: np.ndarray,
     learning_rate: float,
+    optimizer: optax.GradientTransformation | None,
     metric: Metric,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -251,13 +257,14 @@ def _run_all(
     at_a_time = copies * runs_at_a_time(model, sets, role, first_layer, orders.shape[2], logits=metric != TARGET_LOGIT)
     calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
-    states = [over_rows(weights, _unpatched(call.member, learning_rate)) for call in chosen]
+    states = [over_rows(weights, _unpatched(call.member, learning_rate, optimizer=optimizer)) for call in chosen]
+    static = {"first_layer": first_layer, "optimizer": optimizer, "metric": metric}
 
     def advance(part: int) -> tuple[np.ndarray, np.ndarray]:  # a function, so that its prompts go before others come
         base, (rows, orders), found = prompts.run(part), segments[part], []
         for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
             inputs = base, targets, call, rows, orders, states[i], learning_rate
-            states[i], history = _train(config, weights, *inputs, first_layer=first_layer, metric=metric)
+            states[i], history = _train(config, weights, *inputs, **static)
             found.append([np.asarray(x)[new] for x in history])
             if progress:
                 progress(part * len(calls) + i + 1, len(segments) * len(calls))
@@ -275,7 +282,7 @@ def _stacked(targets: Sequence[Targets], *, first_layer: int) -> Targets:
     return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(0, first_layer) for found in targets))
 
 
-@partial(jax.jit, static_argnames=("config", "first_layer", "metric"))
+@partial(jax.jit, static_argnames=("config", "first_layer", "optimizer", "metric"))
 def _train(
     config: Config,
     weights: Params,
@@ -288,6 +295,7 @@ def _train(
     learning_rate: float,
     *,
     first_layer: int,
+    optimizer: optax.GradientTransformation | None,
     metric: Metric,
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     """The states behind all steps, and losses [runs, steps] and masks [runs, steps, L, N].
@@ -299,7 +307,7 @@ def _train(
       orders: of the prompts, [orders, steps, E].
       states: mask and optimizer state before the first step, of every run.
     """
-    optimizer = optax.adam(learning_rate)
+    optimizer = optimizer or optax.adam(learning_rate)
 
     def run(one: _Arguments, state: Any):
         def step(carry, rows):
@@ -314,9 +322,9 @@ def _train(
                 return -jnp.sum(values * present) / present.sum() + one.lam * (1 - mask).sum()
 
             loss, gradient = jax.value_and_grad(loss_of)(mask)
-            gradient = gradient * one.member  # Adam leaves alone what has never had a gradient
-            updates, state = optimizer.update(gradient, state)
-            mask = jnp.clip(mask + jnp.asarray(updates), 0, 1)
+            gradient = gradient * one.member  # Adam leaves alone what has never had a gradient; others may not
+            updates, state = optimizer.update(gradient, state, mask)
+            mask = jnp.clip(mask + jnp.asarray(updates) * one.member, 0, 1)
             return (mask, state), (loss, mask)
 
         return jax.lax.scan(step, state, orders[one.order])
@@ -324,11 +332,13 @@ def _train(
     return jax.vmap(run)(arguments, states)
 
 
-@jax.jit
-def _unpatched(member: Array, learning_rate: float) -> tuple[jax.Array, Any]:
-    """The states of runs with members [runs, L, N] before their first step: masks of 1, and Adam's."""
+@partial(jax.jit, static_argnames="optimizer")
+def _unpatched(
+    member: Array, learning_rate: float, *, optimizer: optax.GradientTransformation | None
+) -> tuple[jax.Array, Any]:
+    """The states of runs with members [runs, L, N] before their first step: masks of 1, and the optimizer's."""
     masks = jnp.ones(member.shape, jnp.float32)
-    return masks, jax.vmap(optax.adam(learning_rate).init)(masks)
+    return masks, jax.vmap((optimizer or optax.adam(learning_rate)).init)(masks)
 
 
 def _values(
