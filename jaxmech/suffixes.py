@@ -89,24 +89,24 @@ class Suffixes:
 
     @classmethod
     def padded(cls, p: jax.Array, last: jax.Array, *, width: int, prefix: int) -> "Suffixes":
-        """The suffixes up to last [B], all padded to `width` tokens with copies of their last one; for jit.
+        """The suffixes from p [B], the one token that is patched, to last [B]; for jit.
+
+        All are padded to `width` tokens with copies of their last one.
 
         Args:
-          p: [B, R], the patched tokens; the suffix starts at the first.
           width: W, at least the longest suffix.
           prefix: P, at least the longest prefix, and not 0.
         """
-        count, start = len(p), p.min(axis=1)
-        patched, length = p - start[:, None], last - start + 1
+        count, length = len(p), last - p + 1
         offset = jnp.minimum(jnp.arange(width), length[:, None] - 1)  # [B, W]
         first = width * jnp.arange(count)
-        packed = first[:, None] + jnp.arange(width)
-        bucket = Bucket(packed, start, length, patched, Span(0, count, width, prefix))
+        packed, patched = first[:, None] + jnp.arange(width), jnp.zeros((count, 1), jnp.int32)
+        bucket = Bucket(packed, p, length, patched, Span(0, count, width, prefix))
         return cls(
             example=jnp.repeat(jnp.arange(count), width),
-            position=(start[:, None] + offset).reshape(-1),
+            position=(p[:, None] + offset).reshape(-1),
             unpacked=jnp.arange(count * width),
-            at_p=first[:, None] + patched,
+            at_p=first[:, None],
             at_last=first + length - 1,
             buckets=(bucket,),
         )

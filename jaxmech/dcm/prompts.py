@@ -134,9 +134,7 @@ def _run_base(
     def run(call):
         prompts, p, last = call
         length = prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
-        cache = live_cache(
-            config, weights, prompts, Suffixes.padded(p[:, None], last, width=width, prefix=length), first_layer
-        )
+        cache = live_cache(config, weights, prompts, Suffixes.padded(p, last, width=width, prefix=length), first_layer)
         assert cache.k is not None and cache.v is not None
         resid_pre = cache.resid_pre[0].reshape(len(p), width, -1)
         return resid_pre, jnp.moveaxis(cache.k, 0, 1), jnp.moveaxis(cache.v, 0, 1)

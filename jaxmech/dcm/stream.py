@@ -31,7 +31,7 @@ def patched_stream(
     """resid_post of the last layer at `last`, [B, D], with every head patched by its weight [L, N]."""
     base = examples.base
     count, width, _ = base.resid_pre.shape
-    suffixes = Suffixes.padded(base.p[:, None], base.last, width=width, prefix=base.k.shape[3])
+    suffixes = Suffixes.padded(base.p, base.last, width=width, prefix=base.k.shape[3])
     resid_pre = base.resid_pre.reshape(1, count * width, -1)  # of the first layer alone: no other is read
     k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, examples.targets.z))
     cone = Cone(config, weights, CleanCache(resid_pre=resid_pre, k=k, v=v, first_layer=first_layer), suffixes)
