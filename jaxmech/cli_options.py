@@ -80,8 +80,11 @@ class StudyCommand:
     """JSONL file of examples (key "sentence"); without it, scenes are made."""
     pairs: OptionalPath = None
     """JSONL file of pairs of prompts of another task, in place of boxes prompts (see jaxmech discover --help): two
-    thirds are evaluated, over the others ablated activations are averaged. Stages dcm and activation_patching are left
-    out."""
+    thirds are evaluated, over the others ablated activations are averaged."""
+    desiderata: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(name="desideratum")] = ()
+    """JSONL file of a desideratum of --pairs: base prompts ("clean"), counterfactual prompts ("corrupt") and what the
+    model should say if what differs is patched ("answer"); named as its file. Give it once for each; without any, dcm
+    and activation_patching are left out."""
     first_token: bool = False
     """Of answers of several tokens in --pairs, take the first."""
     between: str = " "

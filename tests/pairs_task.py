@@ -50,6 +50,17 @@ def records(count: int, seed: int = 5) -> list[dict]:
     return found
 
 
+def desiderata(count: int) -> dict[str, list[dict]]:
+    """Counterfactuals of these pairs by name: another box is asked about, or there is another scene."""
+    lines = records(count)
+    asked = [line | {"answer": line["wrong_answer"]} for line in lines]
+    scene = []
+    for line, other in zip(lines, lines[2:] + lines[:2], strict=True):
+        theirs = {"corrupt": other["clean"], "corrupt_roles": other["roles"], "answer": other["answer"]}
+        scene.append(line | theirs)
+    return {"asked": asked, "scene": scene}
+
+
 def write_task(folder: Path, lines: Iterable[dict]) -> None:
     """Writes pairs.jsonl and chain.toml."""
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

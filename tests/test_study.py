@@ -280,9 +280,7 @@ def test_activation_patching_is_that_of_full_forwards(results, models):
     for circuit_of, group, name, heads in found[:3]:
         role = results["discovery"][circuit_of]["roles"][group]
         for repeat, accuracy in enumerate(results["activation_patching"][circuit_of][group][name]["base"]["values"]):
-            expected = jm.patch_activations(
-                models["base"], study.boxes_data.patching(name, repeat), {role: heads}
-            ).accuracy
+            expected = jm.patch_activations(models["base"], study.data.patching(name, repeat), {role: heads}).accuracy
             assert accuracy == pytest.approx(expected)
 
 

@@ -5,8 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from pairs_task import records, write_task
+from pairs_task import desiderata, records, write_task
 from tokenizers import Tokenizer
 
 import jaxmech as jm
@@ -15,7 +16,7 @@ from jaxmech.report import write_report
 from jaxmech.study import STAGES, Settings, StudyFolder, run
 from jaxmech.study.pairs_data import PairsData
 
-DESIDERATA = ("dcm", "activation_patching")
+OF_DESIDERATA = ("dcm", "activation_patching")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,8 @@ def test_two_thirds_are_evaluated_and_the_others_averaged_over(settings, data, t
 
 
 def test_every_stage_but_those_of_desiderata_says_what_the_methods_say(settings, data, done, results):
-    assert results["left_out"] == list(DESIDERATA)
-    assert set(STAGES) - set(results) == set(DESIDERATA)
+    assert results["left_out"] == list(OF_DESIDERATA)
+    assert set(STAGES) - set(results) == set(OF_DESIDERATA)
     assert results["prompts"] == 14 and results["chance"] is None
     models = {name: jm.load(path) for name, path in settings.paths.items()}
     circuits = {name: jm.Circuit.load(done.path / "circuits" / f"{name}.json") for name in models}
@@ -139,7 +140,7 @@ def test_it_goes_on_wherever_the_file_lies_and_not_with_another(settings, done, 
 
 def test_stages_of_desiderata_cannot_be_asked_for(settings, done):
     for options in ({"only": ("dcm",)}, {"start": "activation_patching"}):
-        with pytest.raises(ValueError, match="use the desiderata of boxes prompts; .*pairs.jsonl has none"):
+        with pytest.raises(ValueError, match="use desiderata, and none are given with .*pairs.jsonl"):
             run(settings, StudyFolder.open(done.path, settings), **options)
 
 
@@ -151,7 +152,7 @@ def test_the_command_makes_a_report_that_says_what_is_left_out(task, tmp_path, c
     )
     assert "Accuracy on 4 prompts" in capsys.readouterr().out
     page = (tmp_path / "quick" / "report.html").read_text()
-    assert page.count("Left out: it needs the counterfactual prompts of the boxes task.") == 2
+    assert page.count("Left out: no desiderata were given (--desideratum).") == 2
     assert "Naming any object" not in page
 
 
@@ -163,6 +164,81 @@ def test_the_report_gives_scores_in_units_of_their_metric(results, tmp_path):
     assert number in page and "score, %" not in page
     layer, head = score["head"]
     assert f"{layer}.{head}\N{NO-BREAK SPACE}({number.split()[0]})" in page
+
+
+@pytest.fixture(scope="module")
+def with_desiderata(settings, task) -> Settings:
+    files = []
+    for name, lines in desiderata(10).items():
+        files.append(task / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(line) + "\n" for line in lines[: 20 if name == "asked" else 18]))
+    sizes = {
+        "train": 8,
+        "validation": 4,
+        "test": 4,
+        "patched": 3,
+        "repeats": 2,
+        "dcm_batch": 4,
+        "lam": 0.05,
+        "epochs": 4,
+    }
+    return dataclasses.replace(settings, desiderata=tuple(files), **sizes)
+
+
+def test_desiderata_are_split_alike_and_each_use_has_prompts_of_its_own(with_desiderata, tokenizer):
+    data = PairsData(with_desiderata, tokenizer)
+    data.check(contexts=True, desiderata=True)
+    assert data.desiderata == ("asked", "scene") and data.variants == ()
+    for name, path in zip(data.desiderata, with_desiderata.desiderata, strict=True):
+        whole = jm.read_pairs(path, tokenizer)
+        found = {use: rows_in(part, whole) for use, part in data.desideratum(name).items()}
+        assert {use: len(rows) for use, rows in found.items()} == {"train": 8, "validation": 4, "test": 4}
+        assert len({row for rows in found.values() for row in rows}) == 16
+        repeats = [rows_in(data.patching(name, repeat), whole) for repeat in range(3)]
+        assert all(len(rows) == 3 and set(rows) < set(found["test"]) for rows in repeats)
+        assert repeats[0] != repeats[1] or repeats[1] != repeats[2]
+    few = PairsData(dataclasses.replace(with_desiderata, train=1000, validation=500, test=500), tokenizer)
+    assert {use: len(part) for use, part in few.desideratum("asked").items()} == {
+        "train": 10,
+        "validation": 4,
+        "test": 4,
+    }
+    odd = PairsData(dataclasses.replace(with_desiderata, train=1, validation=1, test=1000), tokenizer)
+    assert {use: len(part) for use, part in odd.desideratum("scene").items()} == {
+        "train": 1,
+        "validation": 1,
+        "test": 16,
+    }
+
+
+def test_dcm_and_activation_patching_on_desiderata_of_files(with_desiderata, tokenizer, tmp_path):
+    folder = StudyFolder.open(tmp_path / "out", with_desiderata)
+    stages = ("discovery", "minimality", *OF_DESIDERATA)
+    results = run(with_desiderata, folder, only=stages)
+    assert results["left_out"] == []
+    data, tuned = PairsData(with_desiderata, tokenizer), jm.load(with_desiderata.paths["tuned"])
+    circuit = jm.Circuit.load(tmp_path / "out" / "circuits" / "tuned.json")
+    found = results["dcm"]["tuned"]
+    assert set(found) == {group for group, heads in circuit.groups.items() if heads} and len(found) > 2
+    for group in ("movers", "lookup"):
+        assert list(found[group]) == ["asked", "scene"]
+        for name, entry in found[group].items():
+            role, parts = circuit.roles[group], data.desideratum(name)
+            trained = jm.dcm.train(tuned, parts["train"], circuit.groups[group], role, lam=0.05, batch_size=4, epochs=4)
+            chosen = jm.dcm.select(tuned, trained, parts["validation"], role)
+            np.testing.assert_allclose(entry["mask"], chosen.mask, atol=1e-4)
+            accuracy = jm.dcm.accuracy(tuned, parts["test"], chosen.heads, np.round(chosen.mask)[None], role)
+            assert entry["test"] == accuracy[0]
+            patched = results["activation_patching"]["tuned"][group][name]["tuned"]
+            if chosen.selected:
+                sets = [data.patching(name, repeat) for repeat in range(2)]
+                assert patched["values"] == [
+                    jm.patch_activations(tuned, x, {role: chosen.selected}).accuracy for x in sets
+                ]
+    best = {group: max(entry["test"] for entry in entries.values()) for group, entries in found.items()}
+    assert max(best.values()) > 0.5, "masks that do nothing would all be alike"
+    page = write_report(tmp_path, results, settings={}, versions={}, timings={}).read_text()
+    assert "Left out" not in page and "these carry that information. Compare it with" in page
 
 
 def with_other_numbers(folder: Path) -> Path:
@@ -183,6 +259,17 @@ BAD = {
     "no wrong answers": ({}, [line | {"wrong_answer": None} for line in records(2)], 'has no "wrong_answer"'),
     "a metric": ({"metric": "accuracy"}, records(2), "metric='accuracy'; expected probability, log_probability or, of"),
     "the logit difference of boxes prompts": ({"pairs": None}, records(2), "metric='logit_difference'; expected"),
+    "desiderata of boxes prompts": (
+        {"pairs": None, "metric": "probability", "chain": jm.PAPER_CHAIN, "desiderata": (Path("a.jsonl"),)},
+        records(2),
+        "desiderata are of pairs; those of boxes prompts are made",
+    ),
+    "desiderata of one name": (
+        {"desiderata": (Path("a/x.jsonl"), Path("b/x.jsonl"))},
+        records(2),
+        "have the names of their files; 'x' is one of two",
+    ),
+    "a desideratum that is not there": ({"desiderata": (Path("x.jsonl"),)}, records(2), "There is no file x.jsonl"),
     "no corrupt prompts": ({}, [{"clean": "The fig is", "answer": "in"}] * 4, 'has no "corrupt" prompts'),
     "two pairs": ({}, records(1), "has 2 pairs; a study needs at least 3"),
     "no file": ({"pairs": Path("none.jsonl")}, records(2), "There is no file none.jsonl"),
@@ -203,6 +290,27 @@ def test_a_study_that_cannot_end_does_not_begin(settings, tmp_path, name):
     write_task(tmp_path, lines)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         changed = dataclasses.replace(settings, **({"pairs": tmp_path / "pairs.jsonl"} | change))
+        run(changed, StudyFolder.open(tmp_path / "out", changed))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (records(1)[:1] * 3, "has 3 pairs; a study needs at least 4"),
+        ([line | {"corrupt": None, "corrupt_roles": {}} for line in records(2)], 'has no "corrupt" prompts'),
+        (
+            [line | {"roles": {}, "corrupt_roles": {}} for line in records(2)],
+            r"'x' lacks the roles \['asked', 'before'\]",
+        ),
+        ([line | {"answer": "fig jar"} for line in records(2)], "x.jsonl: answers.* is 2 tokens"),
+    ],
+)
+def test_desiderata_that_cannot_be_used_are_refused_before_anything_runs(settings, tmp_path, lines, message):
+    write_task(tmp_path, lines)
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "x.jsonl")
+    changed = dataclasses.replace(settings, desiderata=(tmp_path / "x.jsonl",))
+    with pytest.raises(ValueError, match=message):
         run(changed, StudyFolder.open(tmp_path / "out", changed))
     assert not (tmp_path / "out").exists()
 

@@ -90,7 +90,7 @@ def write_report(
 
 def _not_run(results: Results, stage: str) -> str:
     if stage in results.get("left_out", ()):
-        return "Left out: it needs the counterfactual prompts of the boxes task."
+        return "Left out: no desiderata were given (--desideratum)."
     return "Not run, because no head is left in any circuit." if results.get(stage) else "Not run."
 
 

@@ -42,12 +42,13 @@ def dcm(results: Results) -> Section | None:
         rows += in_pairs(_masks(results, model, group, runs, "masks") for model, runs in having.items())
     apart = [(model, group, runs) for model, groups in variants.items() for group, runs in groups.items()]
     rows += in_pairs(_masks(results, *one, "variant-masks") for one in apart)
+    boxes = "positional" in once_each(runs for groups in found.values() for runs in groups.values())
+    of_boxes = ": the position of the right segment, the object, or the box's label" * boxes
     text = (
         "A mask over the heads of a group was trained so that patching the selected heads from another prompt makes "
         "the model say what a desideratum predicts. High accuracy on held-out prompts with few selected heads means "
-        "that these carry that information: the position of the right segment, the object, or the box's label. Compare "
-        "it with how often the model says the same with nothing patched (unpatched), which is what no selected head "
-        "gives, too."
+        f"that these carry that information{of_boxes}. Compare it with how often the model says the same with nothing "
+        "patched (unpatched), which is what no selected head gives, too."
     )
     return Section(text, without_heads(results, "dcm"), rows=rows, tables=[_selections(found)])
 

@@ -77,7 +77,7 @@ class BoxesData:
         _ = self.pairs
         if contexts:
             _ = self.contexts
-        for name in (*MAIN_DESIDERATA, *POSITION_VARIANTS * self.settings.variants) if desiderata else ():
+        for name in (*self.desiderata, *self.variants) if desiderata else ():
             for use in DCM_USES:
                 boxes.check_desideratum(name, self._examples[use], self._objects, self.settings.compat)  # pyright: ignore
             self._desideratum(name, "train", 1, 0)
@@ -124,6 +124,16 @@ class BoxesData:
     def edges(self) -> Sequence[tuple[str, str]]:
         """Attention that is knocked out, (source, target)."""
         return EDGES if self.settings.edges is None else self.settings.edges
+
+    @property
+    def desiderata(self) -> tuple[str, ...]:
+        """Names of those that every group of a circuit is tried on."""
+        return MAIN_DESIDERATA
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Variants of the positional one, tried on the group that carries position best."""
+        return POSITION_VARIANTS if self.settings.variants else ()
 
     def desideratum(self, name: str) -> dict[str, Pairs]:
         """Pairs of a desideratum for DCM: "train", "validation" and "test", each of scenes of its own."""

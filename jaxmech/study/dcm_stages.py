@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxmech import dcm
-from jaxmech.boxes import POSITION_VARIANTS
 from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model
 from jaxmech.pairs import Pairs
 from jaxmech.patching import patch_activations
-from jaxmech.study.boxes_data import MAIN_DESIDERATA
 from jaxmech.study.settings import Settings
 from jaxmech.study.study import JSON, Study
 
@@ -25,14 +23,14 @@ _UNPATCHED = ""  # in place of a group's name, which is not empty
 
 def run_dcm(study: Study, part: str, progress: Progress) -> JSON:
     """{group: {desideratum: heads, masks and accuracies}}."""
-    circuit, settings = study.circuit(part), study.settings
+    circuit = study.circuit(part)
     roles: dict[str, list[str]] = {}
     for group, heads in circuit.groups.items():
         if heads:
             roles.setdefault(circuit.roles[group], []).append(group)
-    size = len(MAIN_DESIDERATA)
-    variants = [POSITION_VARIANTS[i : i + size] for i in range(0, len(POSITION_VARIANTS), size)]
-    steps = len(roles) + len(variants) * settings.variants
+    main, variants = study.data.desiderata, study.data.variants
+    variants = [variants[i : i + len(main)] for i in range(0, len(variants), len(main))]
+    steps = len(roles) + len(variants)
     found: dict[str, dict[str, JSON]] = {}
 
     def train(step: int, role: str, names: Sequence[str]) -> dict[str, dict[str, JSON]]:
@@ -41,13 +39,13 @@ def run_dcm(study: Study, part: str, progress: Progress) -> JSON:
         return study.unfinished.piece("dcm", part, f"{role}: {', '.join(names)}", compute)
 
     for i, role in enumerate(roles):
-        found |= train(i, role, MAIN_DESIDERATA)
-    if settings.variants and found:
+        found |= train(i, role, main)
+    if variants and found:
         best = max(found, key=lambda group: found[group]["positional"]["test"])
         role = circuit.roles[best]
         for i, names in enumerate(variants):
             # In threes and with all groups of the role, so that nothing compiles again.
-            names = (*names, *MAIN_DESIDERATA)[:size]
+            names = (*names, *main)[: len(main)]
             more = train(len(roles) + i, role, names)[best]
             found[best] |= {name: run for name, run in more.items() if name not in found[best]}
     return {group: found[group] for group in circuit.groups if group in found}
@@ -72,7 +70,7 @@ def _train(
         role,
         lams=[settings.lam],
         epochs=settings.epochs,
-        batch_size=min(settings.dcm_batch, settings.train),
+        batch_size=min(settings.dcm_batch, len(data[names[0]]["train"])),
         progress=progress,
     )
     found: dict[str, dict[str, JSON]] = {group: {} for group in groups}

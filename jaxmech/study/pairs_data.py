@@ -1,8 +1,12 @@
-"""The prompts of a study of another task: pairs from a file, some to be evaluated, the others to average over."""
+"""The prompts of a study of another task: pairs from a file, some to be evaluated, the others to average over.
+
+Desiderata are pairs from files of their own: base prompts, counterfactual prompts, and the tokens that they predict.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,28 +19,32 @@ from jaxmech.study.settings import RANDOM, Settings
 from jaxmech.text_pairs import TextPair, pairs_of, read_texts
 
 LEAST = 3  # pairs in a file: two thirds are evaluated, a third are contexts of ablated activations
-SAMPLE = 20  # pairs whose prompts all tokenizers must read alike
+LEAST_OF_A_DESIDERATUM = 4  # of which half are for training
+SAMPLE = 20  # pairs of each file whose prompts all tokenizers must read alike
 
 
 def sample(settings: Settings) -> list[str]:
     """Prompts of a study as text, with their answers."""
     found = []
-    for pair in _texts(settings)[:SAMPLE]:
+    for pair in [pair for file in _files(settings) for pair in _texts(file, LEAST)[:SAMPLE]]:
         answer = pair.answer if isinstance(pair.answer, str) else ""
         found += [f"{pair.clean}{settings.between}{answer}", str(pair.corrupt)]
     return found
 
 
-def _texts(settings: Settings) -> list[TextPair]:
-    """What is in the file."""
+def _files(settings: Settings) -> list[Path]:
+    """Those of the pairs and of the desiderata."""
     assert settings.pairs is not None
-    texts = read_texts(settings.pairs)
+    return [settings.pairs, *settings.desiderata]
+
+
+def _texts(file: Path, least: int) -> list[TextPair]:
+    """What is in a file."""
+    texts = read_texts(file)
     if texts[0].corrupt is None:
-        raise ValueError(f'{settings.pairs} has no "corrupt" prompts; path patching needs one for each clean prompt.')
-    if len(texts) < LEAST:
-        raise ValueError(
-            f"{settings.pairs} has {len(texts)} pairs; a study needs at least {LEAST}, and good means many more."
-        )
+        raise ValueError(f'{file} has no "corrupt" prompts; a study needs one for each clean prompt.')
+    if len(texts) < least:
+        raise ValueError(f"{file} has {len(texts)} pairs; a study needs at least {least}, and good numbers many more.")
     return texts
 
 
@@ -53,12 +61,11 @@ class PairsData:
 
         Args:
           contexts: activations are averaged; there are always prompts for that.
-          desiderata: there are none, so that no stage that is run uses them.
+          desiderata: DCM is trained, or its heads are patched.
 
         Raises:
           ValueError: as `pairs_of`; or a role of the chain, or of attention that is knocked out, that the pairs lack.
         """
-        assert not desiderata
         settings, roles = self.settings, list(self.pairs.positions)
         check_chain_on(roles, settings.chain, settings.k, settings.min_effect, settings.metric)
         if settings.metric == "logit_difference" and self.pairs.wrong_labels is None:
@@ -69,6 +76,10 @@ class PairsData:
                     f"edges has {(source, target)}; expected roles of these pairs ({', '.join(roles)}), the target may "
                     f"be {RANDOM!r}, too."
                 )
+        for name, found in self._counterfactuals.items() if desiderata else ():
+            senders = {stage.sender for stage in settings.chain}
+            if missing := sorted(senders - found.positions.keys()):
+                raise ValueError(f"The desideratum {name!r} lacks the roles {missing}, at which the chain finds heads.")
 
     @cached_property
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
@@ -85,8 +96,15 @@ class PairsData:
 
     @cached_property
     def _all(self) -> Pairs:
+        assert self.settings.pairs is not None
+        return self._read(self.settings.pairs, LEAST)
+
+    def _read(self, file: Path, least: int) -> Pairs:
         how = {name: getattr(self.settings, name) for name in ("first_token", "between", "add_bos")}
-        return pairs_of(_texts(self.settings), self.tokenizer, **how)
+        try:
+            return pairs_of(_texts(file, least), self.tokenizer, **how)
+        except ValueError as error:
+            raise error if str(error).startswith(str(file)) else ValueError(f"{file}: {error}") from error
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -101,7 +119,8 @@ class PairsData:
     @property
     def example(self) -> str:
         """The first that is evaluated as text, with its answer."""
-        return _texts(self.settings)[self._split[0][0]].sentence
+        assert self.settings.pairs is not None
+        return read_texts(self.settings.pairs)[self._split[0][0]].sentence
 
     def means(self, model: Model) -> RoleMeans:
         """What ablated heads put out: z averaged over the contexts, by role and by position."""
@@ -118,3 +137,39 @@ class PairsData:
         at = self.pairs.positions
         found = [(source, target) for source in at for target in at if (at[target] < at[source]).all()]
         return [*found, *[("last", RANDOM)] * bool((at["last"] > 0).all())]
+
+    @property
+    def desiderata(self) -> tuple[str, ...]:
+        """Names of those that every group of a circuit is tried on: their files'."""
+        return tuple(path.stem for path in self.settings.desiderata)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def desideratum(self, name: str) -> dict[str, Pairs]:
+        """Pairs of a desideratum for DCM, "train", "validation" and "test", equally many of each desideratum."""
+        return {use: self._counterfactuals[name][rows] for use, rows in self._uses(name).items()}
+
+    def patching(self, name: str, repeat: int) -> Pairs:
+        """Pairs of a desideratum for one repeat of activation patching, drawn from those on which DCM is tested."""
+        test, settings = self._uses(name)["test"], self.settings
+        chosen = np.random.default_rng([settings.seed, repeat]).permutation(test)[: settings.patched]
+        return self._counterfactuals[name][np.sort(chosen)]
+
+    @cached_property
+    def _counterfactuals(self) -> dict[str, Pairs]:
+        """All pairs of each desideratum."""
+        return {path.stem: self._read(path, LEAST_OF_A_DESIDERATUM) for path in self.settings.desiderata}
+
+    def _uses(self, name: str) -> dict[str, np.ndarray]:
+        """Which pairs of a desideratum are for what: as the sizes of DCM are, of as many as the smallest file has."""
+        settings, fewest = self.settings, min(map(len, self._counterfactuals.values()))
+        order = np.random.default_rng(settings.seed).permutation(len(self._counterfactuals[name]))
+        share = min(1, fewest / (settings.train + settings.validation + settings.test))
+        validation = max(1, min(int(share * settings.validation), fewest - 2))
+        test = max(1, min(int(share * settings.test), fewest - validation - 1))
+        train = min(settings.train, fewest - validation - test)
+        parts = np.split(order, [train, train + validation, train + validation + test])
+        return dict(zip(("train", "validation", "test"), map(np.sort, parts), strict=False))

@@ -70,12 +70,13 @@ class StudyFolder:
             precision=settings.precision,
         )
         values = settings.to_dict()
-        given = {name: values.pop(name) for name in ("base", "tuned", "data", "pairs", *AT_A_TIME)}
+        given = {name: values.pop(name) for name in ("base", "tuned", "data", "pairs", "desiderata", *AT_A_TIME)}
         file = settings.data or settings.pairs
         sources = {
             "models": settings.names,  # the base first
             "model_files": {name: fingerprint(folder) for name, folder in settings.paths.items()},
             "examples": None if file is None else file_hash(file),
+            "counterfactuals": {path.stem: file_hash(path) for path in settings.desiderata},
         }
         outputs = [*_outputs(Path(path)), *report]
         run_folder = RunFolder.open(path, values | sources, given=given, outputs=outputs, overwrite=overwrite)
@@ -220,7 +221,7 @@ def _check_stages(names: list[str], settings: Settings) -> None:
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"Unknown stages {', '.join(unknown)}; the stages are {', '.join(STAGES)}.")
     if without := [name for name in names if not STAGES[name].fits(settings)]:
-        raise ValueError(f"Stages {', '.join(without)} use the desiderata of boxes prompts; {settings.pairs} has none.")
+        raise ValueError(f"Stages {', '.join(without)} use desiderata, and none are given with {settings.pairs}.")
 
 
 def _outputs(path: Path) -> list[Path]:

@@ -42,7 +42,9 @@ class Settings:
       min_effect, metric: see `discover`; "logit_difference" is of pairs with wrong answers.
       data: JSONL file of boxes examples, or None: scenes are made. Those of a file are split between the uses below.
       pairs: JSONL file of pairs of another task (`read_pairs`), in place of boxes prompts: two thirds are evaluated,
-        over the others ablated activations are averaged, by role; there are no desiderata, and so no DCM.
+        over the others ablated activations are averaged, by role.
+      desiderata: JSONL files of base prompts (clean), counterfactual prompts (corrupt) and target tokens (answer), one
+        for each desideratum of these pairs, which has the name of its file; without any, there is no DCM.
       first_token, between: how answers of these pairs are read.
       prompts: how many of these pairs are evaluated at most; None: all of the two thirds.
       scenes: scenes of the boxes prompts on which circuits are found and evaluated, every box asked about.
@@ -79,6 +81,7 @@ class Settings:
     metric: str = "probability"
     data: Path | None = None
     pairs: Path | None = None
+    desiderata: tuple[Path, ...] = ()
     first_token: bool = False
     between: str = " "
     prompts: int | None = None
@@ -119,6 +122,11 @@ class Settings:
         check_compat(self.compat)
         if self.pairs is not None and (self.data is not None or self.compat is not None):
             raise ValueError("pairs are another task than boxes prompts; they go without data and compat.")
+        if self.desiderata and self.pairs is None:
+            raise ValueError("desiderata are of pairs; those of boxes prompts are made.")
+        names = [path.stem for path in self.desiderata]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"desiderata have the names of their files; {twice[0]!r} is one of two.")
         if not self.tuned:
             raise ValueError("A study needs at least one fine-tuned model; give tuned.")
         _ = self.names
@@ -166,6 +174,7 @@ class Settings:
             "tuned": [str(path) for path in self.tuned],
             "data": None if self.data is None else str(self.data),
             "pairs": None if self.pairs is None else str(self.pairs),
+            "desiderata": [str(path) for path in self.desiderata],
         }
 
     def quick(self) -> "Settings":

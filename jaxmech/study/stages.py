@@ -53,8 +53,8 @@ class StudyStage:
         return settings.names[self.tuned_only :]
 
     def fits(self, settings: Settings) -> bool:
-        """Whether there can be prompts for it: desiderata are of boxes prompts alone."""
-        return self.uses != "desiderata" or settings.pairs is None
+        """Whether there are prompts for it: boxes prompts have desiderata, pairs have those that are given."""
+        return self.uses != "desiderata" or settings.pairs is None or bool(settings.desiderata)
 
 
 def _by_circuit(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:

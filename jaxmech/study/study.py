@@ -9,7 +9,6 @@ from jaxmech.ablation import AblatedValues
 from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh
-from jaxmech.study.boxes_data import BoxesData
 from jaxmech.study.data import StudyData, data_of
 from jaxmech.study.models import Known, known
 from jaxmech.study.settings import Settings
@@ -37,8 +36,8 @@ class Study:
         self.unfinished = unfinished or Unfinished()  # which keeps nothing
         self.means = lru_cache(maxsize=None)(self._means)
         # To make pairs of text takes a while, and all models are given the same.
-        self.desideratum = lru_cache(maxsize=None)(lambda name: self.boxes_data.desideratum(name))
-        self.patching = lru_cache(maxsize=None)(lambda name, repeat: self.boxes_data.patching(name, repeat))
+        self.desideratum = lru_cache(maxsize=None)(lambda name: self.data.desideratum(name))
+        self.patching = lru_cache(maxsize=None)(lambda name, repeat: self.data.patching(name, repeat))
         self._models: dict[str, Model] = {}  # the one used last is the last
         self._mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
 
@@ -64,12 +63,6 @@ class Study:
     def data(self) -> StudyData:
         """The prompts."""
         return data_of(self.settings, self.base.tokenizer)
-
-    @property
-    def boxes_data(self) -> BoxesData:
-        """The prompts, of the boxes task, whose desiderata DCM uses."""
-        assert isinstance(self.data, BoxesData)
-        return self.data
 
     def circuit(self, name: str) -> Circuit:
         """The circuit of a model: what minimality left of it."""
