@@ -32,6 +32,7 @@ from measuring import add_words, machine, matmul_rate, peak_memory, save, timed 
 
 import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching as patching  # noqa: E402
+from jaxmech.suffixes import suffix_lengths  # noqa: E402
 
 EVERY_STAGE = ("hooks", "reachable", "lean")
 COMPARISONS = (*EVERY_STAGE, "incremental", "transformer_lens", "nnsight")
@@ -119,7 +120,7 @@ def sweep_sizes(model: jm.Model, pairs: jm.Pairs, stage: shapes.Stage) -> flops.
     return flops.Sweep(
         receiver_layers=tuple(sorted({layer for layer, _ in stage.receivers or ()})),
         via=stage.via,
-        lengths=batches.lengths,
+        lengths=suffix_lengths(batches.p, batches.last),
         tokens=pairs.clean.shape[1],
         computed_tokens=batches.computed_tokens,
     )

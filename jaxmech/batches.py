@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmech.compiled_sizes import aligned, aligned_examples
 from jaxmech.shared_prefix import SharedPrompts, shared_length
-from jaxmech.suffixes import Span, Suffixes
+from jaxmech.suffixes import Span, Suffixes, suffix_lengths
 
 BUCKETS = 4  # parts of a batch that attend together, padded to the longest suffix and prefix in it
 
@@ -56,8 +56,7 @@ class Batches:
             raise ValueError(f"batch_size={size}; expected at least 1.")
         width = max(tokens.shape[1] for tokens in prompts)
         tokens = np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in prompts])
-        start = p.min(axis=1)
-        length = last - start + 1
+        length = suffix_lengths(p, last)
         count = -(-len(p) // size)
         order = np.argsort(-length, kind="stable")
         rows = [order[first::count] for first in range(count)]
@@ -70,15 +69,10 @@ class Batches:
             last=last,
             rows=rows,
             capacity=aligned(max(int(length[batch].sum()) for batch in rows)),
-            spans=_spans(rows, start, length, width),
+            spans=_spans(rows, p.min(axis=1), length, width),
             shared_tokens=shared_tokens,
             shared_prefixes=shared_prefixes,
         )
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example's suffix, [B]."""
-        return self.last - self.p.min(axis=1) + 1
 
     @property
     def computed_tokens(self) -> int:

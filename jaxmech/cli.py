@@ -39,6 +39,7 @@ from jaxmech.run_folder import CIRCUIT, SCORES, RunFolder, earlier_config, finge
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, doubt, run
 from jaxmech.study.chains import check_chain_on
+from jaxmech.study.models import known
 from jaxmech.verify import verify
 
 console = Console()
@@ -170,14 +171,14 @@ def run_discover(options: Discover) -> None:
         raise ValueError('--metric logit_difference is of pairs with wrong answers: --pairs, with "wrong_answer".')
     check_folder(options.out)
     _check_copies(options.copies)
-    mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
-    model = jm.load(options.model, options.dtype, options.adapter, precision=options.precision, mesh=mesh)
-    if model.tokenizer is None:
-        raise ValueError(f"{options.model} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
-    check_number_of_heads(with_k(chain, options.k), model.config)
+    found = known(options.model, options.adapter, {"precision": options.precision})  # before weights are read
+    check_number_of_heads(with_k(chain, options.k), found.config)
     with _warnings_printed():
-        pairs = prompts.pairs(model.tokenizer)
+        pairs = prompts.pairs(found.tokenizer)
     run = _run_folder(options, chain, prompts)
+    mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
+    how = {"precision": options.precision, "mesh": mesh, "tokenizer": found.tokenizer}
+    model = jm.load(options.model, options.dtype, options.adapter, **how)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
     name = (options.adapter or options.model).resolve().name

@@ -36,10 +36,12 @@ def prompts_of(options: Discover) -> Prompts:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: two files, or a line that cannot be read.
+      ValueError: two files, a line that cannot be read, or options of --pairs without them.
     """
     if options.pairs is not None:
         return _of_pairs(options)
+    if options.first_token or options.between != " ":
+        raise ValueError("--first-token and --between say how answers of --pairs are read; give --pairs, too.")
     examples = boxes.make(options.scenes, options.boxes, options.seed) if options.data is None else None
     examples = examples or boxes.read(options.data)  # pyright: ignore
 
@@ -54,9 +56,7 @@ def _of_pairs(options: Discover) -> Prompts:
     """Those of --pairs."""
     if options.data is not None:
         raise ValueError("--data and --pairs: give one of them, boxes prompts or pairs of another task.")
-    texts = read_texts(options.pairs)  # pyright: ignore
-    if texts[0].corrupt is None:
-        raise ValueError(f'{options.pairs} has no "corrupt" prompts; path patching needs one for each clean prompt.')
+    texts = read_texts(options.pairs, corrupt=True)  # pyright: ignore
 
     def pairs(tokenizer: Any) -> Pairs:
         how = {"first_token": options.first_token, "between": options.between, "add_bos": options.add_bos}

@@ -21,7 +21,7 @@ from jaxmech.pairs import Pairs, one_or_more, positions_of
 from jaxmech.predictions import answers, is_correct
 from jaxmech.scores import PathScores
 from jaxmech.sharding import on_devices_of, over_rows, row_devices
-from jaxmech.suffixes import Suffixes
+from jaxmech.suffixes import Suffixes, suffix_lengths
 
 TOKENS_PER_CALL = 4096  # suffix tokens of all heads that run together
 NO_HEAD = -1  # a row of every call: the clean outcome by the same arithmetic as the others; heads are layer * N + head
@@ -97,9 +97,11 @@ def cmap_heads(
     tokens, p, last = check_prompts(config, pairs), positions_of(pairs.position, roles), pairs.position("last")
     copies = row_devices(base.weights)
     if batch_size is None:
-        length, at_a_time = float((last - p.min(axis=1) + 1).mean()), (config.num_heads + 1) / copies
+        length, at_a_time = float(suffix_lengths(p, last).mean()), (config.num_heads + 1) / copies
         sweep = memory.of_live_sweep(config, length, tokens.shape[1], at_a_time)
-        batch_size = memory.fitting(base.weights, sweep + memory.of_heads(config, len(roles), config.num_layers))
+        batch_size = memory.fitting(
+            base.weights, sweep + memory.of_heads(config, len(components) * len(roles), config.num_layers)
+        )
     batches = Batches.plan([tokens], p, last, batch_size)
     heads = np.arange(config.num_layers * config.num_heads)
     work = batches.capacity / TOKENS_PER_CALL

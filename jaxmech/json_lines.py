@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 Record = TypeVar("Record")
 
 
-def read_json_lines(path: str | Path, parse: Callable[[Any], Record], of: str) -> list[Record]:
-    """What `parse` makes of each line's JSON value; lines of white space are left out.
+def read_json_lines(path: str | Path, parse: Callable[[Any, str], Record], of: str) -> list[Record]:
+    """What `parse` makes of each line; lines of white space are left out.
 
     Args:
-      path: the file, in UTF-8.
-      parse: raises ValueError for a value that it does not take.
+      path: the file, in UTF-8, with a byte order mark or without.
+      parse: a function from a line's JSON value and its place, "FILE, line 3", that raises ValueError for a value that
+        it does not take.
       of: what the file holds, for errors: "examples".
 
     Raises:
@@ -25,10 +26,11 @@ def read_json_lines(path: str | Path, parse: Callable[[Any], Record], of: str) -
     for number, line in enumerate(_lines(path, of), start=1):
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
         try:
-            found.append(parse(_value(line)))
+            found.append(parse(_value(line), place))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{place}: {error}") from error
     if not found:
         raise ValueError(f"{path} holds no {of}; expected one JSON object a line.")
     return found
@@ -40,7 +42,7 @@ def _lines(path: Path, of: str) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}; expected a JSONL file of {of}.")
     try:
-        return path.read_text(encoding="utf-8").split("\n")  # splitlines would split at what JSON strings may hold
+        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at what JSON strings may hold
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}); expected JSONL, one JSON object a line.") from error
 

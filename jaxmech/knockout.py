@@ -23,7 +23,7 @@ from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs, one_or_more, positions_of
 from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import over_rows, row_devices
-from jaxmech.suffixes import Suffixes
+from jaxmech.suffixes import Suffixes, suffix_lengths
 
 TOKENS_PER_CALL = 4096  # suffix tokens of all first layers that run together
 Array = Any  # NumPy on the host, jax.Array inside jit
@@ -70,12 +70,11 @@ def knockout(
     window = config.num_layers if window is None else window
     if not isinstance(window, Integral) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window={window!r}; expected a number of layers from 1 on, or None for all from each on.")
-    p, last = positions_of(pairs.position, one_or_more(source, "source")), pairs.position("last")
-    keys = _keys(pairs, target)
-    _check_before(keys, p, source, target)
+    last = pairs.position("last")
+    p, keys = blocked(pairs, source, target)
     tokens = check_prompts(config, pairs)
     if batch_size is None:
-        length = float((last - p.min(axis=1) + 1).mean())
+        length = float(suffix_lengths(p, last).mean())
         batch_size = memory.fitting(model.weights, memory.of_live_sweep(config, length, tokens.shape[1], 1))
     batches = Batches.plan([tokens], p, last, batch_size)
     work, copies = batches.capacity / TOKENS_PER_CALL, row_devices(model.weights)
@@ -93,6 +92,15 @@ def knockout(
     for rows in batches.rows:
         run_batch(rows)
     return gathered.predictions()
+
+
+def blocked(
+    pairs: Pairs, source: str | Sequence[str], target: str | Sequence[str] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the source is, [B, R], and what it may not attend to, bool [B, T]; arguments and errors as `knockout`."""
+    p, keys = positions_of(pairs.position, one_or_more(source, "source")), _keys(pairs, target)
+    _check_before(keys, p, source, target)
+    return p, keys
 
 
 def random_target(pairs: Pairs, source: str = "last", seed: int = 0) -> np.ndarray:

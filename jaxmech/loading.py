@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ class Model:
 
     A pytree of its parameters: give it to functions under `jax.jit` as an argument. They can use a model from around
     them, too, but then all weights become constants of the program, which for a large one takes minutes to compile and
-    the memory several times.
+    the memory several times. Models of one config are alike as trees, whatever their tokenizers are, so that they share
+    what is compiled and `jax.tree.map` takes several; a model that a jitted function returns may have the tokenizer of
+    the first one that it was called with.
 
     `params` is {"params": tree}, what `module.init` would return, for users of jit, vmap and grad:
     `model.module.apply(model.params, tokens, interventions, capture)`. NumPy arrays in it are put on the device.
@@ -113,17 +115,25 @@ class Model:
         return _unembed(self.config, self.weights, jnp.asarray(resid, self.config.compute_dtype))
 
 
-def _with_params(static: tuple[Config, Any], children: Iterable[Any]) -> Model:
-    """A model as it is inside of jit and grad, where parameters are anything: they are not checked."""
-    model = object.__new__(Model)
-    for name, value in zip(("config", "tokenizer", "params"), (*static, *children), strict=True):
+@dataclass(frozen=True)
+class _Static:
+    """What a model is beside its parameters; equal to that of another model of the same config."""
+
+    config: Config
+    tokenizer: Any = field(compare=False)
+
+
+def _with_params(static: _Static, children: Iterable[Any]) -> Model:
+    """A model as it is inside of jit and grad, where parameters are anything: neither checked nor put on a device."""
+    model, (params,) = object.__new__(Model), children
+    for name, value in {"config": static.config, "tokenizer": static.tokenizer, "params": params}.items():
         object.__setattr__(model, name, value)
     return model
 
 
 jax.tree_util.register_pytree_with_keys(
     Model,
-    lambda model: ([(jax.tree_util.GetAttrKey("params"), model.params)], (model.config, model.tokenizer)),
+    lambda model: ([(jax.tree_util.GetAttrKey("params"), model.params)], _Static(model.config, model.tokenizer)),
     _with_params,
 )
 

@@ -42,7 +42,7 @@ from jaxmech.patching import clashing_roles
 from jaxmech.scores import PathScores
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts
-from jaxmech.suffixes import Suffixes
+from jaxmech.suffixes import Suffixes, suffix_lengths
 
 # A call runs the senders of at least one layer. While that is less work than this, it runs those of more layers, which
 # then share the loaded weights; but all of them go through the layers from the lowest one on.
@@ -333,7 +333,7 @@ def _examples_per_call(
       p, last: of the clean prompts, see `Batches`.
       tokens: of a clean and of a corrupt prompt.
     """
-    config, lengths, roles = model.config, last - p.min(axis=1) + 1, p.shape[1]
+    config, lengths, roles = model.config, suffix_lengths(p, last), p.shape[1]
     length, width, layers = float(lengths.mean()), int(lengths.max()), config.num_layers
     cache = memory.of_streams(config, length + roles, layers) + memory.of_heads(config, roles, layers)
     sender = memory.of_tokens(config, max(length, roles) if live else roles)

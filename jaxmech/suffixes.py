@@ -19,6 +19,11 @@ import numpy as np
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
+def suffix_lengths(p: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Tokens of each suffix, [B], from the first of the patched tokens p [B, R] to last [B]."""
+    return last - p.min(axis=1) + 1
+
+
 class Span(NamedTuple):
     """The extent of a bucket of neighbouring examples."""
 

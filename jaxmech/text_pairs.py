@@ -6,17 +6,20 @@
 `corrupt`, `wrong_answer` and `roles` may be left out, by all lines alike. A role's place is a piece of the prompt that
 is there once, [start, end] among its characters, or the index of a token, as in `Pairs.from_text`. `corrupt_roles` are
 the places in the corrupt prompt; a piece of text stands for both prompts if they do not name it. Other keys are
-ignored.
+ignored, but for what looks like one of these.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from jaxmech.json_lines import read_json_lines
 from jaxmech.pairs import Pairs
-from jaxmech.tokenized import Place
+from jaxmech.tokenized import ExampleError, Place
+
+KEYS = ("clean", "corrupt", "answer", "wrong_answer", "roles", "corrupt_roles")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class TextPair:
       clean, corrupt: the prompts; None: there is no corrupt one.
       answer, wrong_answer: continuations of the clean prompt, or ids of tokens; None: there is no wrong one.
       roles, corrupt_roles: role -> its place in the clean and in the corrupt prompt.
+      place: where it is written, "FILE, line 3".
     """
 
     clean: str
@@ -35,6 +39,7 @@ class TextPair:
     wrong_answer: str | int | None = None
     roles: Mapping[str, Place] = field(default_factory=dict)
     corrupt_roles: Mapping[str, Place] = field(default_factory=dict)
+    place: str = field(default="", compare=False, repr=False)
 
     @property
     def sentence(self) -> str:
@@ -56,7 +61,7 @@ def read_pairs(
     One object a line, with the keys "clean" and "answer", and if all lines have them "corrupt", "wrong_answer", "roles"
     and "corrupt_roles", {role: place}. A place is a piece of the prompt that is there once, [start, end] among its
     characters, or the index of a token. A piece is looked for in the corrupt prompt, too, unless corrupt_roles name the
-    role. Other keys are ignored.
+    role. Other keys are ignored, but for what looks like one of these.
 
     Args:
       path: the file.
@@ -65,27 +70,33 @@ def read_pairs(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: names the file and the line that is not such an object, or the example, counted from 0, whose prompt,
-        answer or role cannot be read, as `Pairs.from_text` does.
+      ValueError: names the file and the line that is not such an object, or whose prompt, answer or role the tokenizer
+        does not find; see `Pairs.from_text`.
     """
-    try:
-        texts = read_texts(path)
-        return pairs_of(texts, tokenizer, first_token=first_token, between=between, add_bos=add_bos)
-    except ValueError as error:
-        named = str(error).startswith(str(path))
-        raise error if named else ValueError(f"{path}: {error}") from error
+    return pairs_of(read_texts(path), tokenizer, first_token=first_token, between=between, add_bos=add_bos)
 
 
-def read_texts(path: str | Path) -> list[TextPair]:
-    """The pairs in a file. Raises as `read_pairs`, but for what a tokenizer finds."""
+def read_texts(path: str | Path, *, corrupt: bool = False) -> list[TextPair]:
+    """The pairs in a file.
+
+    Args:
+      path: the file.
+      corrupt: they must have corrupt prompts.
+
+    Raises:
+      ValueError: as `read_pairs`, but for what a tokenizer finds; or there are no corrupt prompts.
+    """
     found: list[TextPair] = []
 
-    def parse(record: Any) -> TextPair:
-        found.append(_text_pair(record))
+    def parse(record: Any, place: str) -> TextPair:
+        found.append(replace(_text_pair(record), place=place))
         _check_alike(found[0], found[-1])
         return found[-1]
 
-    return read_json_lines(path, parse, "pairs of prompts")
+    texts = read_json_lines(path, parse, "pairs of prompts")
+    if corrupt and texts[0].corrupt is None:
+        raise ValueError(f'{path} has no "corrupt" prompts; path patching needs one for each clean prompt.')
+    return texts
 
 
 def pairs_of(
@@ -96,45 +107,61 @@ def pairs_of(
     between: str = " ",
     add_bos: bool | None = None,
 ) -> Pairs:
-    """The token ids of pairs that are alike (see `read_texts`). Raises as `Pairs.from_text`."""
+    """The token ids of pairs that are alike (see `read_texts`). Raises as `Pairs.from_text`, and names the place."""
     first = texts[0]
 
     def places(name: str) -> dict[str, list[Place]]:
         return {role: [getattr(pair, name)[role] for pair in texts] for role in getattr(first, name)}
 
-    return Pairs.from_text(
-        tokenizer,
-        [pair.clean for pair in texts],
-        None if first.corrupt is None else [str(pair.corrupt) for pair in texts],
-        [pair.answer for pair in texts],
-        places("roles"),
-        None if first.corrupt is None else places("corrupt_roles"),
-        wrong_answers=None if first.wrong_answer is None else [pair.wrong_answer for pair in texts],  # pyright: ignore
-        first_token=first_token,
-        between=between,
-        add_bos=add_bos,
-    )
+    try:
+        return Pairs.from_text(
+            tokenizer,
+            [pair.clean for pair in texts],
+            None if first.corrupt is None else [str(pair.corrupt) for pair in texts],
+            [pair.answer for pair in texts],
+            places("roles"),
+            None if first.corrupt is None else places("corrupt_roles"),
+            wrong_answers=None if first.wrong_answer is None else [x.wrong_answer for x in texts],  # pyright: ignore
+            first_token=first_token,
+            between=between,
+            add_bos=add_bos,
+        )
+    except ExampleError as error:
+        raise ValueError(f"{texts[error.row].place}: {error}") from error
 
 
 def _text_pair(record: Any) -> TextPair:
     """What a line holds, or a ValueError saying what it lacks."""
     if not isinstance(record, dict):
         raise ValueError(f'found {type(record).__name__}; expected an object with the keys "clean" and "answer".')
+    for key in record.keys() - set(KEYS):
+        if meant := get_close_matches(key, KEYS, n=1, cutoff=0.8):
+            raise ValueError(f'there is no key "{key}"; is "{meant[0]}" meant?')
     clean, corrupt = (_text(record, name) for name in ("clean", "corrupt"))
     answer, wrong_answer = (_answer(record, name) for name in ("answer", "wrong_answer"))
     if clean is None or answer is None:
         raise ValueError(f'found the keys {", ".join(sorted(record))}; expected "clean" and "answer" at least.')
     roles, theirs = (_places(record, name) for name in ("roles", "corrupt_roles"))
-    if unknown := sorted(theirs.keys() - (roles.keys() if corrupt is not None else ())):
-        expected = "roles of the clean prompt" if corrupt is not None else "none without a corrupt prompt"
+    return TextPair(clean, answer, corrupt, wrong_answer, roles, _corrupt_places(corrupt, roles, theirs))
+
+
+def _corrupt_places(corrupt: str | None, roles: Mapping[str, Place], given: Mapping[str, Place]) -> dict[str, Place]:
+    """The places of all roles in the corrupt prompt: those that are given, or the same pieces of text."""
+    if unknown := sorted(given.keys() - (roles.keys() if corrupt is not None else ())):
+        expected = "none without a corrupt prompt" if corrupt is None else "roles of the clean prompt"
         raise ValueError(f"corrupt_roles names {unknown}; expected {expected}.")
-    if corrupt is not None:
-        theirs = {role: place for role, place in roles.items() if isinstance(place, str)} | theirs
-    if missing := sorted(roles.keys() - theirs.keys()) if corrupt is not None else ():
-        raise ValueError(f"roles gives {missing} by numbers in the clean prompt; give those of the corrupt one, too.")
-    return TextPair(
-        clean, answer, corrupt, wrong_answer, roles, {role: theirs[role] for role in roles if role in theirs}
-    )
+    if corrupt is None:
+        return {}
+    if numbers := sorted(role for role in roles.keys() - given.keys() if not isinstance(roles[role], str)):
+        raise ValueError(f"roles gives {numbers} by numbers in the clean prompt; give those of the corrupt one, too.")
+    found = {role: given.get(role, place) for role, place in roles.items()}
+    for role, place in found.items():
+        if isinstance(place, str) and place not in corrupt:
+            raise ValueError(
+                f"the role {role!r} is {place!r}, which is not in the corrupt prompt {corrupt!r}; give its place there "
+                'in "corrupt_roles".'
+            )
+    return found
 
 
 def _text(record: Mapping[str, Any], name: str) -> str | None:

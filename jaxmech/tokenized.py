@@ -4,12 +4,35 @@ Owns what every task written as text needs. It knows no task; that of the paper 
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
+
+
+class ExampleError(ValueError):
+    """What is wrong with one example of several.
+
+    Attributes:
+      row: which, counted from 0.
+    """
+
+    def __init__(self, message: str, row: int):
+        super().__init__(message)
+        self.row = row
+
+
+@contextmanager
+def _example(row: int) -> Iterator[None]:
+    """Makes a ValueError in its block one of that example."""
+    try:
+        yield
+    except ValueError as error:
+        raise ExampleError(str(error), row) from error
+
 
 Place = str | tuple[int, int] | int  # a piece of a prompt, the characters from start to before end, or a token
 
@@ -91,8 +114,13 @@ def read_prompts(read: Callable[[str], Text], texts: Sequence[str], name: str) -
         raise ValueError(f"{name}[{wrong[0]}] is {texts[wrong[0]]!r}; expected a prompt as text.")
     prompts = [read(text) for text in texts]
     if empty := [i for i, prompt in enumerate(prompts) if not prompt.ids]:
-        raise ValueError(f"{name}[{empty[0]}] is {texts[empty[0]]!r}, which has no tokens.")
+        raise ExampleError(f"{name}[{empty[0]}] is {texts[empty[0]]!r}, which has no tokens.", empty[0])
     return prompts
+
+
+def continuation(answer: str, between: str) -> str:
+    """What stands behind a prompt: the answer, with `between` before it unless it begins with white space itself."""
+    return answer if answer[:1].isspace() else between + answer
 
 
 def answer_tokens(
@@ -117,32 +145,37 @@ def answer_tokens(
     """
     found = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if _is_index(answer):
-            found.append(int(answer))
-            continue
-        if not isinstance(answer, str):
-            raise TypeError(
-                f"{name}[{i}] is {answer!r}; expected a text, the continuation of {prompt.text!r}, or a token's id."
-            )
-        text = answer if answer[:1].isspace() else between + answer
-        indented = text is answer and prompt.text.endswith("\n")
-        if text[:1].isspace() and prompt.text[-1:].isspace() and not indented:
-            raise ValueError(
-                f"{name}[{i}]: the prompt {prompt.text!r} ends in white space, and {text!r} begins with it. End the "
-                "prompt before it, or give between=''."
-            )
-        whole, place = read(prompt.text + text), len(prompt.ids)
-        if whole.ids[:place] != prompt.ids or len(whole.ids) == place:
-            raise ValueError(f"{name}[{i}]: the tokenizer does not continue {prompt.text!r} by tokens of {answer!r}.")
-        if len(whole.ids) > place + 1 and not first_token:
-            raise ValueError(
-                f"{name}[{i}]: {answer!r} is {len(whole.ids) - place} tokens behind {prompt.text!r}. Choose an answer "
-                "that is one token there, or take the first of its tokens: first_token=True."
-            )
-        if not whole.known[place]:
-            raise ValueError(f"{name}[{i}]: the tokenizer does not know {answer!r}, the answer to {prompt.text!r}.")
-        found.append(whole.ids[place])
+        with _example(i):
+            found.append(_answer_token(read, prompt, answer, between, f"{name}[{i}]", first_token=first_token))
     return np.array(found)
+
+
+def _answer_token(
+    read: Callable[[str], Text], prompt: Text, answer: str | int, between: str, name: str, *, first_token: bool
+) -> int:
+    """The token of one answer; see `answer_tokens`."""
+    if _is_index(answer):
+        return int(answer)
+    if not isinstance(answer, str):
+        raise TypeError(f"{name} is {answer!r}; expected a text, the continuation of {prompt.text!r}, or a token's id.")
+    text = continuation(answer, between)
+    indented = text is answer and prompt.text.endswith("\n")
+    if text[:1].isspace() and prompt.text[-1:].isspace() and not indented:
+        raise ValueError(
+            f"{name}: the prompt {prompt.text!r} ends in white space, and {text!r} begins with it. End the prompt "
+            "before it, or give between=''."
+        )
+    whole, place = read(prompt.text + text), len(prompt.ids)
+    if whole.ids[:place] != prompt.ids or len(whole.ids) == place:
+        raise ValueError(f"{name}: the tokenizer does not continue {prompt.text!r} by tokens of {answer!r}.")
+    if len(whole.ids) > place + 1 and not first_token:
+        raise ValueError(
+            f"{name}: {answer!r} is {len(whole.ids) - place} tokens behind {prompt.text!r}. Choose an answer that is "
+            "one token there, or take the first of its tokens: first_token=True."
+        )
+    if not whole.known[place]:
+        raise ValueError(f"{name}: the tokenizer does not know {answer!r}, the answer to {prompt.text!r}.")
+    return whole.ids[place]
 
 
 def marked(tokenizer: Any, ids: Sequence[int], at: Mapping[str, int]) -> str:
@@ -171,8 +204,10 @@ def role_positions(
         places = _places(given, len(prompts))
         if len(places) != len(prompts):
             raise ValueError(f"{name}[{role!r}] has {len(places)} places; expected one for each of {len(prompts)}.")
-        names = [f"{name}[{role!r}] of example {i}" for i in range(len(prompts))]
-        found[role] = np.array([_position(*x) for x in zip(prompts, places, names, strict=True)])
+        found[role] = np.zeros(len(prompts), int)
+        for i, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+            with _example(i):
+                found[role][i] = _position(prompt, place, f"{name}[{role!r}] of example {i}")
     return found
 
 

@@ -79,7 +79,7 @@ def test_how_answers_are_read_can_be_chosen(task, capsys):
         (["--data", "data.jsonl"], records(1), "--data and --pairs: give one of them"),
         (["--pairs", "none.jsonl"], records(1), "There is no file none.jsonl; expected a JSONL file of pairs"),
         ([], [{"clean": "The fig is", "answer": "in"}], 'has no "corrupt" prompts; path patching needs one'),
-        ([], [{**records(1)[0], "roles": {}, "corrupt_roles": {}}], "'asked'; these prompts have the roles last."),
+        ([], [{**records(1)[0], "roles": {}, "corrupt_roles": {}}], "'asked'; the prompts have the roles last."),
         (
             ["--metric", "logit_difference"],
             [{**records(1)[0], "wrong_answer": None}],
@@ -100,8 +100,22 @@ def test_the_default_chain_is_not_that_of_another_task(task, capsys):
     with pytest.raises(SystemExit):
         cli.main(["discover", "--model", BASE, "--out", str(task / "run"), "--pairs", str(task / "pairs.jsonl")])
     printed = " ".join(capsys.readouterr().err.split())
-    assert "Stage 'pos_detector' of the default chain has the sender 'query_box'; these prompts have" in printed
-    assert "Give the chain of your task, --chain FILE.toml." in printed
+    assert "Stage 'pos_detector' of the chain has the sender 'query_box'; the prompts have the roles last" in printed
+    assert "The chain is the paper's, for boxes prompts; give that of your task." in printed
+
+
+def test_what_a_file_lacks_is_said_before_weights_are_read(task, capsys, monkeypatch):
+    write_task(task, [line | {"answer": "fig jar"} for line in records(2)])
+    monkeypatch.setattr(jm, "load", None)
+    with pytest.raises(SystemExit):
+        discover(task)
+    assert "pairs.jsonl, line 1: answers[0]: 'fig jar' is 2 tokens" in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_of_pairs_are_refused_without_them(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["discover", "--model", BASE, "--out", str(tmp_path / "run"), "--first-token"])
+    assert "say how answers of --pairs are read; give --pairs, too" in " ".join(capsys.readouterr().err.split())
 
 
 def test_boxes_prompts_have_no_wrong_answers(tmp_path, capsys):

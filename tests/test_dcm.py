@@ -77,7 +77,8 @@ def trained_by_full_forwards(
 
     for rows in orders:
         value, gradient = loss(mask, np.isin(np.arange(len(pairs)), rows) / (rows >= 0).sum())
-        updates, state = optimizer.update(gradient, state, mask)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, state = update(gradient, state, mask, value=value, grad=gradient)
         mask = jnp.clip(optax.apply_updates(mask, updates), 0, 1)
         losses.append(value)
         masks.append(mask)
@@ -102,6 +103,8 @@ OPTIMIZERS = {
     "sgd on a schedule": optax.sgd(optax.linear_schedule(0.2, 0.02, 6), momentum=0.9),
     "clipped rmsprop": optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(0.05)),
     "with weight decay": optax.adamw(0.1, weight_decay=0.2),
+    "by the loss": optax.polyak_sgd(max_learning_rate=0.1, f_min=-20),
+    "by more values of the loss": optax.lbfgs(0.05, linesearch=None),
 }
 
 
@@ -114,6 +117,8 @@ def test_another_optimizer_trains_as_on_full_forwards(model, pairs, name):
     loss, mask = trained_by_full_forwards(model, pairs, HEADS, "query_box", 0.05, orders, optimizer=OPTIMIZERS[name])
     assert_close(run.history.loss, loss, TOLERANCES.cone)
     assert_close(run.history.mask, mask, TOLERANCES.cone)
+    with pytest.raises(TypeError, match="optimizer=0.1; expected one of optax"):
+        dcm.train(model, pairs, HEADS, "query_box", batch_size=4, optimizer=0.1)  # pyright: ignore
     by_adam = dcm.train(model, pairs, HEADS, "query_box", lam=0.05, batch_size=4)
     assert np.abs(by_adam.mask - run.mask).max() > 0.01
 

@@ -44,6 +44,19 @@ def test_models_of_one_config_share_what_is_compiled(model, random_model):
     assert second == pytest.approx(float(answer(other, weight)), rel=1e-4)
 
 
+def test_fine_tunes_are_trees_like_their_base_whatever_their_tokenizers():
+    base, again, tuned = (jm.load(jm.demo.path(name)) for name in ("base", "base", "tuned"))
+    assert len({id(model.tokenizer) for model in (base, again, tuned)}) == 3
+    squares = jax.jit(lambda model: sum(jnp.vdot(x, x) for x in jax.tree.leaves(model)))
+    found = [float(squares(model)) for model in (base, again, tuned)]
+    assert squares._cache_size() == 1 and found[0] == found[1] != found[2]
+    between = jax.tree.map(lambda a, b: (a + b) / 2, tuned, base)
+    np.testing.assert_array_equal(between.weights["final_norm"], (base.weights["final_norm"] + tuned.weights["final_norm"]) / 2)
+    assert between.tokenizer is tuned.tokenizer
+    either = jax.lax.cond(True, lambda a, b: a, lambda a, b: b, tuned, base)
+    np.testing.assert_array_equal(either.weights["embed"], tuned.weights["embed"])
+
+
 def test_a_model_is_a_pytree_of_its_parameters(model):
     twice = jax.tree.map(lambda x: 2 * x, model)
     assert isinstance(twice, jm.Model) and twice.config == model.config and twice.tokenizer is model.tokenizer

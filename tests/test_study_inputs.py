@@ -12,10 +12,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
+from jaxmech.loading import describe
 from jaxmech.study import StudyFolder, run
 from jaxmech.study.boxes_data import BoxesData
 from jaxmech.study.study import Study
 
+CONFIG = describe(jm.demo.path("base"))[0]
 FETCHERS_AND_OBJECTS = (jm.Stage("fetchers", "last"), jm.Stage("objects", "object", "fetchers", "v"))
 
 
@@ -37,7 +39,7 @@ def test_dcm_is_tested_on_prompts_that_it_was_not_trained_on_with_a_file_too(tmp
     jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(scenes, seed=3))
     settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl", train=100, validation=50, test=50)
     data = BoxesData(settings, jm.load(jm.demo.path("base")).tokenizer)
-    data.check(contexts=True, desiderata=True)
+    data.check(CONFIG, {"contexts", "desiderata"})
     for name in ("positional", "object_value"):
         found = {use: {tuple(row) for row in part.clean.tolist()} for use, part in data.desideratum(name).items()}
         found["patching"] = {tuple(row) for row in data.patching(name, 0).clean.tolist()}
@@ -61,7 +63,7 @@ def test_objects_that_the_tokenizer_splits_are_left_out_of_all_prompts_alike(tmp
     settings = dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl" if from_file else None)
     data = BoxesData(settings, splitting(word))
     with pytest.warns(UserWarning, match=rf"does not know 1 objects: {word}. Dropped \d+ of ") as caught:
-        data.check(contexts=True, desiderata=True)
+        data.check(CONFIG, {"contexts", "desiderata"})
         assert len(data.desideratum("positional")["train"]) == 48
         assert len(data.patching("no_comma", 1)) == 8
     assert len(caught) == 1
@@ -184,7 +186,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_is_loaded_and_anything_
         ({"repeats": 0}, "repeats=0"),
         ({"compat": "published"}, "compat='published'"),
         ({"chain": ()}, "no stages"),
-        ({"chain": FETCHERS_AND_OBJECTS}, "sender 'object'; boxes prompts have the roles last, query_box"),
+        ({"chain": FETCHERS_AND_OBJECTS}, "sender 'object'; the prompts have the roles last, query_box"),
         ({"chain": (jm.Stage("a", "query_box"),)}, "the sender 'query_box' and no receivers"),
         ({"k": {"value_fetchers": 3}}, r"k names the groups \['value_fetchers'\]; the chain has"),
         ({"k": {"value_fetcher": 0}}, "'value_fetcher': k=0; expected"),

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 import jaxmech as jm
 from jaxmech import cli
+from jaxmech.loading import describe
 from jaxmech.report import write_report
 from jaxmech.study import STAGES, Settings, StudyFolder, run
 from jaxmech.study.pairs_data import PairsData
@@ -65,6 +66,9 @@ def data(settings, tokenizer) -> PairsData:
     return PairsData(settings, tokenizer)
 
 
+CONFIG = describe(jm.demo.path("base"))[0]
+
+
 def rows_in(part: jm.Pairs, whole: jm.Pairs) -> list[int]:
     every = [row.tobytes() for row in whole.clean]
     return [every.index(row.tobytes()) for row in part.clean]
@@ -83,6 +87,17 @@ def test_two_thirds_are_evaluated_and_the_others_averaged_over(settings, data, t
     assert fewer.contexts.position("last").max() == whole.position("last").max()
     other = PairsData(dataclasses.replace(settings, seed=3), tokenizer)
     assert rows_in(other.pairs, whole) != evaluated
+
+
+def test_no_clean_prompt_is_both_evaluated_and_a_context_whatever_the_order(settings, data, tokenizer, tmp_path):
+    """Of several pairs with one clean prompt, and other corrupt ones, say."""
+    lines = [line | {"corrupt": corrupt} for line in records(10) for corrupt in (line["corrupt"], line["clean"])]
+    lines = [line | {"corrupt_roles": line["roles"]} if line["corrupt"] == line["clean"] else line for line in lines]
+    write_task(tmp_path, lines[::-1])
+    twice = PairsData(dataclasses.replace(settings, pairs=tmp_path / "pairs.jsonl"), tokenizer)
+    sides = [{row.tobytes() for row in part.clean} for part in (twice.pairs, twice.contexts)]
+    assert not sides[0] & sides[1] and (len(twice.pairs), len(twice.contexts)) == (28, 6)
+    assert sides[1] == {row.tobytes() for row in data.contexts.clean}
 
 
 def test_every_stage_but_those_of_desiderata_says_what_the_methods_say(settings, data, done, results):
@@ -187,7 +202,7 @@ def with_desiderata(settings, task) -> Settings:
 
 def test_desiderata_are_split_alike_and_each_use_has_prompts_of_its_own(with_desiderata, tokenizer):
     data = PairsData(with_desiderata, tokenizer)
-    data.check(contexts=True, desiderata=True)
+    data.check(CONFIG, {"contexts", "desiderata"})
     assert data.desiderata == ("asked", "scene") and data.variants == ()
     for name, path in zip(data.desiderata, with_desiderata.desiderata, strict=True):
         whole = jm.read_pairs(path, tokenizer)
@@ -219,8 +234,8 @@ def test_dcm_and_activation_patching_on_desiderata_of_files(with_desiderata, tok
     data, tuned = PairsData(with_desiderata, tokenizer), jm.load(with_desiderata.paths["tuned"])
     circuit = jm.Circuit.load(tmp_path / "out" / "circuits" / "tuned.json")
     found = results["dcm"]["tuned"]
-    assert set(found) == {group for group, heads in circuit.groups.items() if heads} and len(found) > 2
-    for group in ("movers", "lookup"):
+    assert set(found) == {group for group, heads in circuit.groups.items() if heads} and len(found) > 1
+    for group in list(found)[:2]:
         assert list(found[group]) == ["asked", "scene"]
         for name, entry in found[group].items():
             role, parts = circuit.roles[group], data.desideratum(name)
@@ -241,13 +256,13 @@ def test_dcm_and_activation_patching_on_desiderata_of_files(with_desiderata, tok
     assert "Left out" not in page and "these carry that information. Compare it with" in page
 
 
-def with_other_numbers(folder: Path) -> Path:
-    """The tuned model with a tokenizer that has another number for a word of the prompts."""
+def with_other_numbers(folder: Path, one: str, other: str) -> Path:
+    """The tuned model with a tokenizer that has the numbers of two words the other way round."""
     shutil.copytree(jm.demo.path("tuned"), folder)
     tokenizer = jm.load(jm.demo.path("tuned")).tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     words = state["model"]["vocab"]
-    words["contains"], words["the"] = words["the"], words["contains"]
+    words[one], words[other] = words[other], words[one]
     Tokenizer.from_str(json.dumps(state)).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -256,7 +271,7 @@ BAD = {
     "data, too": ({"data": Path("data.jsonl")}, records(2), "go without data and compat"),
     "compat": ({"compat": "paper"}, records(2), "go without data and compat"),
     "no prompts": ({"prompts": 0}, records(2), "prompts=0; expected at least 1"),
-    "no wrong answers": ({}, [line | {"wrong_answer": None} for line in records(2)], 'has no "wrong_answer"'),
+    "no wrong answers": ({}, [line | {"wrong_answer": None} for line in records(2)], "needs wrong_labels, a wrong answer for each prompt; the pairs have none"),
     "a metric": ({"metric": "accuracy"}, records(2), "metric='accuracy'; expected probability, log_probability or, of"),
     "the logit difference of boxes prompts": ({"pairs": None}, records(2), "metric='logit_difference'; expected"),
     "desiderata of boxes prompts": (
@@ -271,16 +286,39 @@ BAD = {
     ),
     "a desideratum that is not there": ({"desiderata": (Path("x.jsonl"),)}, records(2), "There is no file x.jsonl"),
     "no corrupt prompts": ({}, [{"clean": "The fig is", "answer": "in"}] * 4, 'has no "corrupt" prompts'),
-    "two pairs": ({}, records(1), "has 2 pairs; a study needs at least 3"),
+    "two prompts": ({}, records(1) * 3, "has 2 different clean prompts; a study needs at least 3"),
+    "wrong answers that are right": (
+        {},
+        [line | {"wrong_answer": line["answer"]} for line in records(2)],
+        "wrong_labels .* label",
+    ),
+    "an edge that leads on": ({"edges": (("before", "last"),)}, records(2), "the target must be before the source"),
+    "an answer beyond the vocabulary": ({}, [line | {"answer": 999} for line in records(2)], "labels reach from"),
+    "a role with the name of the control": (
+        {},
+        [
+            line | {"roles": line["roles"] | {"random": 0}, "corrupt_roles": line["corrupt_roles"] | {"random": 0}}
+            for line in records(2)
+        ],
+        "A role is named 'random', as a random token is",
+    ),
     "no file": ({"pairs": Path("none.jsonl")}, records(2), "There is no file none.jsonl"),
     "a role of the chain": (
         {},
         [line | {"roles": {}, "corrupt_roles": {}} for line in records(2)],
-        "sender 'asked'; these prompts have the roles last",
+        "sender 'asked'; the prompts have the roles last",
     ),
-    "the default chain": ({"chain": jm.PAPER_CHAIN}, records(2), "of the default chain has the sender 'query_box'"),
-    "edges": ({"edges": (("last", "object"),)}, records(2), r"edges has \('last', 'object'\); expected roles of these"),
-    "an answer": ({}, [*records(2), records(1)[0] | {"answer": "fig jar"}], "'fig jar' is 2 tokens behind"),
+    "the default chain": (
+        {"chain": jm.PAPER_CHAIN},
+        records(2),
+        "has the sender 'query_box'; .* give that of your task",
+    ),
+    "edges": ({"edges": (("last", "object"),)}, records(2), "Unknown target 'object'; name roles of these pairs"),
+    "an answer": (
+        {},
+        [*records(2), records(1)[0] | {"answer": "fig jar"}],
+        "line 5: answers.4.: 'fig jar' is 2 tokens",
+    ),
 }
 
 
@@ -297,13 +335,13 @@ def test_a_study_that_cannot_end_does_not_begin(settings, tmp_path, name):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (records(1)[:1] * 3, "has 3 pairs; a study needs at least 4"),
+        (records(1)[:1] * 3, "has 3 pairs; DCM needs at least 4"),
         ([line | {"corrupt": None, "corrupt_roles": {}} for line in records(2)], 'has no "corrupt" prompts'),
         (
             [line | {"roles": {}, "corrupt_roles": {}} for line in records(2)],
             r"'x' lacks the roles \['asked', 'before'\]",
         ),
-        ([line | {"answer": "fig jar"} for line in records(2)], "x.jsonl: answers.* is 2 tokens"),
+        ([line | {"answer": "fig jar"} for line in records(2)], "x.jsonl, line 1: answers.* is 2 tokens"),
     ],
 )
 def test_desiderata_that_cannot_be_used_are_refused_before_anything_runs(settings, tmp_path, lines, message):
@@ -315,7 +353,24 @@ def test_desiderata_that_cannot_be_used_are_refused_before_anything_runs(setting
     assert not (tmp_path / "out").exists()
 
 
-def test_tokenizers_must_read_these_prompts_alike(settings, tmp_path):
-    other = dataclasses.replace(settings, tuned=(with_other_numbers(tmp_path / "other"),))
+@pytest.mark.parametrize("last_line_alone", [False, True])
+def test_tokenizers_must_read_these_prompts_alike(settings, tmp_path, last_line_alone):
+    lines = records(12)
+    words = ("contains", "the") if not last_line_alone else (lines[-1]["answer"], lines[-1]["wrong_answer"])
+    named = [set(line["clean"].replace(",", "").split()) for line in lines]
+    lines = lines[-1:] * last_line_alone + [
+        x for x, text in zip(lines, named, strict=True) if not last_line_alone or not text & set(words)
+    ]
+    write_task(tmp_path, lines[::-1])
+    assert len(lines) > 10
+    other = dataclasses.replace(
+        settings, pairs=tmp_path / "pairs.jsonl", tuned=(with_other_numbers(tmp_path / "other", *words),)
+    )
     with pytest.raises(ValueError, match="tokenizer of .*other reads .* models of a study must share one tokenizer"):
         StudyFolder.open(tmp_path / "out", other)
+
+
+@pytest.mark.parametrize("change", [{"prompts": 5}, {"first_token": True}, {"between": ""}], ids=str)
+def test_settings_of_pairs_are_refused_without_them(change):
+    with pytest.raises(ValueError, match="prompts, first_token and between are of pairs, which are not given"):
+        Settings(base=jm.demo.path("base"), tuned=(jm.demo.path("tuned"),), **change)

@@ -59,6 +59,12 @@ def test_roles_by_numbers_and_places_of_their_own_in_corrupt_prompts(written):
     assert {role: int(at[0]) for role, at in found.corrupt_positions.items()} == {"last": 3, "verb": 2, "first": 1}
 
 
+def test_a_byte_order_mark_and_other_ends_of_lines_are_no_text(tmp_path):
+    text = "\r\n".join(json.dumps(line) for line in LINES)
+    (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert len(jm.read_pairs(tmp_path / "windows.jsonl", word_tokenizer())) == 2
+
+
 def test_what_may_be_left_out(written):
     found = jm.read_pairs(written([{"clean": "w1 w2", "answer": "w3", "note": "other keys are"}]), word_tokenizer())
     assert found.corrupt is None and found.wrong_labels is None and set(found.positions) == {"last"}
@@ -68,14 +74,14 @@ def test_what_may_be_left_out(written):
 
 def test_how_answers_are_read_can_be_chosen(written):
     several = written([{"clean": "w1 w2", "answer": "w3 w4"}])
-    with pytest.raises(ValueError, match=r"pairs.jsonl: answers\[0\]: 'w3 w4' is 2 tokens"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 1: answers\[0\]: 'w3 w4' is 2 tokens"):
         jm.read_pairs(several, word_tokenizer())
     assert jm.read_pairs(several, word_tokenizer(), first_token=True).labels.tolist() == [3]
     spaced = written([{"clean": "w1 ", "answer": "w3"}])
     with pytest.raises(ValueError, match="ends in white space"):
         jm.read_pairs(spaced, word_tokenizer())
     assert jm.read_pairs(spaced, word_tokenizer(), between="").labels.tolist() == [3]
-    with pytest.raises(ValueError, match="has no BOS token to add|has no BOS token"):
+    with pytest.raises(ValueError, match="has no BOS token"):
         jm.read_pairs(spaced, word_tokenizer(), add_bos=True)
 
 
@@ -108,6 +114,12 @@ BAD = {
     "no corrupt prompt": ({**LINES[0], "corrupt": None}, 'this line has no "corrupt", but the first one has'),
     "no wrong answer": ({**LINES[0], "wrong_answer": None}, 'this line has no "wrong_answer", but the first one has'),
     "numbers of clean prompts alone": (LINES[0] | {"roles": {"verb": 2}}, r"gives \['verb'\] by numbers"),
+    "a key misspelt": ({**LINES[0], "wrong_answers": "w3"}, 'there is no key "wrong_answers"; is "wrong_answer" meant'),
+    "another": ({**LINES[0], "role": {}}, 'there is no key "role"; is "roles" meant'),
+    "a piece that the corrupt prompt lacks": (
+        LINES[0] | {"roles": {"verb": "w4"}},
+        "the role 'verb' is 'w4', which is not in the corrupt prompt 'w5 w6 w3 w7'; give its place",
+    ),
     "corrupt roles unknown": (
         LINES[0] | {"corrupt_roles": {"noun": 1}},
         r"corrupt_roles names \['noun'\]; expected ro",
@@ -127,9 +139,13 @@ def test_a_wrong_line_is_named(written, name):
 
 
 def test_what_the_tokenizer_does_not_find_names_the_file_and_the_example(written):
-    lines = [LINES[0], LINES[1] | {"roles": {"verb": "w30"}}]
-    with pytest.raises(ValueError, match=r"pairs.jsonl: roles\['verb'\] of example 1: 'w30' is not in 'w8 w9 w3'"):
+    lines = [LINES[0], " ", LINES[1] | {"roles": {"verb": "w30"}, "corrupt_roles": {"verb": "w3"}}]
+    with pytest.raises(
+        ValueError, match=r"^[^:]*pairs.jsonl, line 3: roles\['verb'\] of example 1: 'w30' is not in 'w8"
+    ):
         jm.read_pairs(written(lines), word_tokenizer())
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 1: wrong_answers\[0\]: 'w1 w2' is 2 tokens"):
+        jm.read_pairs(written([LINES[0] | {"wrong_answer": "w1 w2"}]), word_tokenizer())
     with pytest.raises(ValueError, match="pairs.jsonl holds no pairs of prompts"):
         jm.read_pairs(written([""]), word_tokenizer())
     with pytest.raises(FileNotFoundError, match="There is no file none.jsonl"):

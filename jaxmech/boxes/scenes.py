@@ -120,7 +120,7 @@ def read(path: str | Path) -> list[Example]:
       IsADirectoryError: `path` is a folder.
       ValueError: names the file and the line that is not JSON, has no "sentence", or whose sentence is not an example.
     """
-    return read_json_lines(path, lambda record: _example(_sentence(record)), "examples")
+    return read_json_lines(path, lambda record, _: _example(_sentence(record)), "examples")
 
 
 def write(path: str | Path, examples: Iterable[Example]) -> None:

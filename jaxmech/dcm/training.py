@@ -161,6 +161,8 @@ def train_many(
         if not given:
             raise ValueError(f"train_many has no {name}; expected at least one.")
     count = _check_training(config, train_pairs, lams, learning_rate, epochs, batch_size, metric)
+    if not isinstance(optimizer, optax.GradientTransformation | None):
+        raise TypeError(f"optimizer={optimizer!r}; expected one of optax, such as optax.sgd(0.1), or None for Adam.")
     chosen = {name: check_heads(config, heads) for name, heads in groups.items()}
     first_layer = first_layer_of(config, [head for heads in chosen.values() for head in heads])
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
@@ -307,7 +309,7 @@ def _train(
       orders: of the prompts, [orders, steps, E].
       states: mask and optimizer state before the first step, of every run.
     """
-    optimizer = optimizer or optax.adam(learning_rate)
+    optimizer = optax.with_extra_args_support(optimizer or optax.adam(learning_rate))
 
     def run(one: _Arguments, state: Any):
         def step(carry, rows):
@@ -322,9 +324,11 @@ def _train(
                 return -jnp.sum(values * present) / present.sum() + one.lam * (1 - mask).sum()
 
             loss, gradient = jax.value_and_grad(loss_of)(mask)
-            gradient = gradient * one.member  # Adam leaves alone what has never had a gradient; others may not
-            updates, state = optimizer.update(gradient, state, mask)
-            mask = jnp.clip(mask + jnp.asarray(updates) * one.member, 0, 1)
+            gradient = gradient * one.member
+            more = {"value": loss, "grad": gradient, "value_fn": loss_of}  # some optimizers want these
+            updates, state = optimizer.update(gradient, state, mask, **more)
+            # Adam leaves alone what has never had a gradient; others may not.
+            mask = jnp.clip(mask + jnp.where(one.member, jnp.asarray(updates), 0), 0, 1)
             return (mask, state), (loss, mask)
 
         return jax.lax.scan(step, state, orders[one.order])

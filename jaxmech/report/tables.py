@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxmech.chain import Stage, receivers_text
 from jaxmech.circuits import Circuit
-from jaxmech.report.words import CHANGED
+from jaxmech.report.words import CHANGED, Changed
 from jaxmech.verify import Report
 
 
@@ -37,7 +37,7 @@ def circuit_table(
       moved: heads that a later stage took into its own group, see `jaxmech.study.chains.moved_heads`.
     """
     metric = next((scores.metric for scores in circuit.scores.values()), "probability")
-    changed = CHANGED[metric]
+    changed = CHANGED.get(metric, Changed(metric, f"change of {metric}", 1))
     unit, change = changed.unit, "{:+.1f}" if changed.unit == 100 else "{:+.3f}"
     table = Table(title=f"Circuit: heads by group, mean change of {changed.short}")
     for column in ("group", "sender at", "receivers", f"layer.head (change{', %' * (unit == 100)})"):

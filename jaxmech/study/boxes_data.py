@@ -12,7 +12,8 @@ from jaxmech import boxes
 from jaxmech.ablation import mean_activations
 from jaxmech.boxes import POSITION_VARIANTS, Example, Scene
 from jaxmech.boxes.prompts import reader, whole_objects
-from jaxmech.loading import Model
+from jaxmech.config import Config
+from jaxmech.loading import Model, check_prompts
 from jaxmech.pairs import Pairs
 from jaxmech.study.doubt import chance
 from jaxmech.study.settings import EDGES, Settings
@@ -22,15 +23,7 @@ DCM_USES = ("train", "validation", "test")
 # Scenes of each use; corrupt prompts need a second.
 LEAST = {"evaluation": 2, "contexts": 2, "train": 1, "validation": 1, "test": 1}
 LEAST_SCENES = 9  # of a data file: half of them to evaluate, a quarter for contexts, the rest for the desiderata
-SAMPLE = 20  # scenes, or examples of a file, whose prompts all tokenizers must read alike
-
-
-def sample(settings: Settings) -> list[str]:
-    """Prompts of a study as text, and every object that made prompts may name."""
-    if settings.data is not None:
-        return [example.sentence for example in boxes.read(settings.data)[:SAMPLE]]
-    objects = " the ".join(["The box contains", *boxes.OBJECTS])
-    return [*(example.sentence for example in boxes.make(SAMPLE)), objects]
+SAMPLE = 20  # scenes whose prompts all tokenizers must read alike
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,14 @@ class BoxesData:
 
     settings: Settings
     tokenizer: Any
+
+    @staticmethod
+    def sample(settings: Settings) -> list[str]:
+        """Prompts as text, with all words that are in any."""
+        if settings.data is not None:
+            return [example.sentence for example in boxes.read(settings.data)]
+        objects = " the ".join(["The box contains", *boxes.OBJECTS])
+        return [*(example.sentence for example in boxes.make(SAMPLE)), objects]
 
     @cached_property
     def _examples(self) -> dict[str, list[Example]]:
@@ -57,16 +58,18 @@ class BoxesData:
     def _whole(self, examples: Sequence[Example]) -> list[Example]:
         return whole_objects(examples, reader(self.tokenizer, self.settings.add_bos), "drop")
 
-    def check(self, *, contexts: bool, desiderata: bool) -> None:
+    def check(self, config: Config, uses: Collection[str]) -> None:
         """Checks that there are prompts enough for all that is to come, and that they can be read.
 
         Args:
-          contexts: activations are averaged.
-          desiderata: DCM is trained, or its heads are patched.
+          config: that of the models.
+          uses: "contexts" if activations are averaged, "desiderata" if DCM is trained or its heads are patched.
 
         Raises:
-          ValueError: too few scenes or objects, or prompts that differ in length where they must not.
+          ValueError: too few scenes or objects, prompts that differ in length where they must not, or tokens that the
+            models do not know.
         """
+        contexts, desiderata = "contexts" in uses, "desiderata" in uses
         uses = ["evaluation", *["contexts"] * contexts, *DCM_USES * desiderata]
         for use in uses:
             if (found := len(_scenes(self._examples[use]))) < LEAST[use]:
@@ -74,7 +77,7 @@ class BoxesData:
                     f"{found} scenes are left for {use}, of objects that the tokenizer does not split; expected at "
                     f"least {LEAST[use]}. Give examples of more scenes, or ask for more of them."
                 )
-        _ = self.pairs
+        check_prompts(config, self.pairs)
         if contexts:
             _ = self.contexts
         for name in (*self.desiderata, *self.variants) if desiderata else ():

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from jaxmech.boxes import ROLES
 from jaxmech.chain import PAPER_CHAIN, Stage, with_k
 from jaxmech.discovery import check_min_effect
 
@@ -28,13 +27,12 @@ def check_chain_on(
     """
     for stage in with_k(chain, k):
         if roles is not None and stage.sender not in roles:
-            boxes = set(roles) == set(ROLES)
-            missing = tuple(chain) == PAPER_CHAIN and not boxes
+            hint = ""
+            if tuple(chain) == PAPER_CHAIN:
+                hint = " The chain is the paper's, for boxes prompts; give that of your task."
             raise ValueError(
-                f"Stage {stage.group!r} of the {'default ' * missing}chain has the sender {stage.sender!r}; "
-                f"{'boxes' if boxes else 'these'} prompts have the roles {', '.join(roles)}."
-                + " Give the chain of your task, --chain FILE.toml."
-                * missing
+                f"Stage {stage.group!r} of the chain has the sender {stage.sender!r}; the prompts have the roles "
+                f"{', '.join(roles)}.{hint}"
             )
         if stage.receivers is None and stage.sender != "last":
             raise ValueError(

@@ -1,19 +1,12 @@
 """The prompts of a study: of the boxes task, or pairs of another one."""
 
-from typing import Any
-
-from jaxmech.study import boxes_data, pairs_data
+from jaxmech.study.boxes_data import BoxesData
+from jaxmech.study.pairs_data import PairsData
 from jaxmech.study.settings import Settings
 
-StudyData = boxes_data.BoxesData | pairs_data.PairsData
+StudyData = BoxesData | PairsData
 
 
-def data_of(settings: Settings, tokenizer: Any) -> StudyData:
-    """The prompts that the settings name, for one tokenizer."""
-    kind = boxes_data.BoxesData if settings.pairs is None else pairs_data.PairsData
-    return kind(settings, tokenizer)
-
-
-def sample_of(settings: Settings) -> list[str]:
-    """Some of them as text, to compare tokenizers."""
-    return (boxes_data if settings.pairs is None else pairs_data).sample(settings)
+def kind_of_data(settings: Settings) -> type[BoxesData] | type[PairsData]:
+    """Which kind of prompts the settings name."""
+    return BoxesData if settings.pairs is None else PairsData

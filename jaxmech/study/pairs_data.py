@@ -3,7 +3,7 @@
 Desiderata are pairs from files of their own: base prompts, counterfactual prompts, and the tokens that they predict.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,40 +12,19 @@ from typing import Any
 import numpy as np
 
 from jaxmech.ablation import RoleMeans, role_means
-from jaxmech.loading import Model
+from jaxmech.config import Config
+from jaxmech.knockout import blocked, random_target
+from jaxmech.loading import Model, check_prompts, check_tokens
+from jaxmech.metrics import check_metric
 from jaxmech.pairs import Pairs
 from jaxmech.study.chains import check_chain_on
 from jaxmech.study.settings import RANDOM, Settings
 from jaxmech.text_pairs import TextPair, pairs_of, read_texts
+from jaxmech.tokenized import continuation
 
-LEAST = 3  # pairs in a file: two thirds are evaluated, a third are contexts of ablated activations
-LEAST_OF_A_DESIDERATUM = 4  # of which half are for training
-SAMPLE = 20  # pairs of each file whose prompts all tokenizers must read alike
-
-
-def sample(settings: Settings) -> list[str]:
-    """Prompts of a study as text, with their answers."""
-    found = []
-    for pair in [pair for file in _files(settings) for pair in _texts(file, LEAST)[:SAMPLE]]:
-        answer = pair.answer if isinstance(pair.answer, str) else ""
-        found += [f"{pair.clean}{settings.between}{answer}", str(pair.corrupt)]
-    return found
-
-
-def _files(settings: Settings) -> list[Path]:
-    """Those of the pairs and of the desiderata."""
-    assert settings.pairs is not None
-    return [settings.pairs, *settings.desiderata]
-
-
-def _texts(file: Path, least: int) -> list[TextPair]:
-    """What is in a file."""
-    texts = read_texts(file)
-    if texts[0].corrupt is None:
-        raise ValueError(f'{file} has no "corrupt" prompts; a study needs one for each clean prompt.')
-    if len(texts) < least:
-        raise ValueError(f"{file} has {len(texts)} pairs; a study needs at least {least}, and good numbers many more.")
-    return texts
+LEAST = 3  # different clean prompts in a file
+CONTEXTS = 3  # one in so many is not evaluated, but a context of ablated activations
+LEAST_OF_A_DESIDERATUM = 4  # pairs, of which half are for training
 
 
 @dataclass(frozen=True)
@@ -56,55 +35,74 @@ class PairsData:
     tokenizer: Any
     chance = None  # nobody knows what naming any answer would be right for
 
-    def check(self, *, contexts: bool, desiderata: bool) -> None:
-        """Checks that the prompts can be read and have the roles that are asked for.
+    @staticmethod
+    def sample(settings: Settings) -> list[str]:
+        """Prompts as text, with their answers: all."""
+        assert settings.pairs is not None
+        found: list[str] = []
+        for pair in [pair for file in (settings.pairs, *settings.desiderata) for pair in _texts(file)]:
+            answers = [answer for answer in (pair.answer, pair.wrong_answer) if isinstance(answer, str)]
+            found += [pair.clean + continuation(answer, settings.between) for answer in answers]
+            found += [pair.clean, str(pair.corrupt)]
+        return list(dict.fromkeys(found))
+
+    def check(self, config: Config, uses: Collection[str]) -> None:
+        """Checks that the prompts can be read, and are such that all stages can end.
 
         Args:
-          contexts: activations are averaged; there are always prompts for that.
-          desiderata: DCM is trained, or its heads are patched.
+          config: that of the models.
+          uses: "desiderata" if DCM is trained or its heads are patched.
 
         Raises:
-          ValueError: as `pairs_of`; or a role of the chain, or of attention that is knocked out, that the pairs lack.
+          ValueError: as `pairs_of`, `path_patch` and `knockout`; too few prompts, a role that is named as a random
+            token is, or a role of the chain that desiderata lack.
         """
         settings, roles = self.settings, list(self.pairs.positions)
+        if RANDOM in roles:
+            raise ValueError(f"A role is named {RANDOM!r}, as a random token is; choose another name.")
         check_chain_on(roles, settings.chain, settings.k, settings.min_effect, settings.metric)
-        if settings.metric == "logit_difference" and self.pairs.wrong_labels is None:
-            raise ValueError(f'metric="logit_difference", but {settings.pairs} has no "wrong_answer".')
+        sets = self._counterfactuals if "desiderata" in uses else {}
+        for pairs in (self.pairs, self.contexts, *sets.values()):
+            check_prompts(config, pairs)
+            check_tokens(config, np.asarray(pairs.corrupt))
+        check_metric(settings.metric, None, self.pairs, config.vocab_size)
         for source, target in self.edges:
-            if source not in roles or target not in (*roles, RANDOM):
-                raise ValueError(
-                    f"edges has {(source, target)}; expected roles of these pairs ({', '.join(roles)}), the target may "
-                    f"be {RANDOM!r}, too."
-                )
-        for name, found in self._counterfactuals.items() if desiderata else ():
-            senders = {stage.sender for stage in settings.chain}
+            blocked(self.pairs, source, random_target(self.pairs, source) if target == RANDOM else target)
+        senders = {stage.sender for stage in settings.chain}
+        for name, found in sets.items():
             if missing := sorted(senders - found.positions.keys()):
                 raise ValueError(f"The desideratum {name!r} lacks the roles {missing}, at which the chain finds heads.")
 
     @cached_property
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which pairs are evaluated, and which are contexts. The longest prompt is one of these: it has all positions.
+        """Which pairs are evaluated, and which are contexts, one of each clean prompt that is not evaluated.
 
-        Which others is drawn, so that the order of the file does not matter.
+        They are drawn from the distinct clean prompts. The longest is a context, so that all positions have one.
         """
-        settings, count, last = self.settings, len(self._all), self._all.position("last")
-        order = np.random.default_rng(settings.seed).permutation(count)
-        order = np.append(order[order != last.argmax()], last.argmax())
-        evaluated = count - count // LEAST
-        contexts = order[max(evaluated, count - settings.contexts) :]
-        return np.sort(order[:evaluated][: settings.prompts]), np.sort(contexts)
+        settings, whole = self.settings, self._all
+        rng, (first, owner) = np.random.default_rng(settings.seed), _distinct(whole)
+        longest = whole.position("last")[first].argmax()
+        order = rng.permutation(len(first))
+        order = np.append(longest, order[order != longest])
+        contexts = order[: len(first) // CONTEXTS]
+        evaluated = np.flatnonzero(~np.isin(owner, contexts))
+        evaluated = rng.permutation(evaluated)[: settings.prompts]
+        return np.sort(evaluated), np.sort(first[contexts[: settings.contexts]])
 
     @cached_property
     def _all(self) -> Pairs:
         assert self.settings.pairs is not None
-        return self._read(self.settings.pairs, LEAST)
+        found = self._read(self.settings.pairs)
+        if (count := len(_distinct(found)[0])) < LEAST:
+            raise ValueError(
+                f"{self.settings.pairs} has {count} different clean prompts; a study needs at least {LEAST}, and for "
+                "good numbers many more."
+            )
+        return found
 
-    def _read(self, file: Path, least: int) -> Pairs:
+    def _read(self, file: Path) -> Pairs:
         how = {name: getattr(self.settings, name) for name in ("first_token", "between", "add_bos")}
-        try:
-            return pairs_of(_texts(file, least), self.tokenizer, **how)
-        except ValueError as error:
-            raise error if str(error).startswith(str(file)) else ValueError(f"{file}: {error}") from error
+        return pairs_of(_texts(file), self.tokenizer, **how)
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -120,7 +118,7 @@ class PairsData:
     def example(self) -> str:
         """The first that is evaluated as text, with its answer."""
         assert self.settings.pairs is not None
-        return read_texts(self.settings.pairs)[self._split[0][0]].sentence
+        return _texts(self.settings.pairs)[self._split[0][0]].sentence
 
     def means(self, model: Model) -> RoleMeans:
         """What ablated heads put out: z averaged over the contexts, by role and by position."""
@@ -161,15 +159,33 @@ class PairsData:
     @cached_property
     def _counterfactuals(self) -> dict[str, Pairs]:
         """All pairs of each desideratum."""
-        return {path.stem: self._read(path, LEAST_OF_A_DESIDERATUM) for path in self.settings.desiderata}
+        found = {path.stem: self._read(path) for path in self.settings.desiderata}
+        for path in self.settings.desiderata:
+            if (count := len(found[path.stem])) < LEAST_OF_A_DESIDERATUM:
+                raise ValueError(f"{path} has {count} pairs; DCM needs at least {LEAST_OF_A_DESIDERATUM}.")
+        return found
 
     def _uses(self, name: str) -> dict[str, np.ndarray]:
-        """Which pairs of a desideratum are for what: as the sizes of DCM are, of as many as the smallest file has."""
+        """Which pairs of a desideratum are for what: as the sizes of DCM are, of as many as the smallest file has.
+
+        Pairs of one base prompt stand together, so that at most one base prompt is in a part and in the next one, too.
+        """
         settings, fewest = self.settings, min(map(len, self._counterfactuals.values()))
-        order = np.random.default_rng(settings.seed).permutation(len(self._counterfactuals[name]))
+        first, owner = _distinct(self._counterfactuals[name])
+        order = np.argsort(np.random.default_rng(settings.seed).permutation(len(first))[owner], kind="stable")
         share = min(1, fewest / (settings.train + settings.validation + settings.test))
         validation = max(1, min(int(share * settings.validation), fewest - 2))
         test = max(1, min(int(share * settings.test), fewest - validation - 1))
         train = min(settings.train, fewest - validation - test)
         parts = np.split(order, [train, train + validation, train + validation + test])
         return dict(zip(("train", "validation", "test"), map(np.sort, parts), strict=False))
+
+
+def _texts(file: Path) -> list[TextPair]:
+    return read_texts(file, corrupt=True)
+
+
+def _distinct(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """The first pair of each distinct clean prompt, and which of these prompts each pair has, [B]."""
+    _, first, owner = np.unique(pairs.clean, axis=0, return_index=True, return_inverse=True)
+    return first, owner.reshape(-1)

@@ -16,7 +16,7 @@ from typing import Any
 from jaxmech.chain import check_number_of_heads, with_k
 from jaxmech.files import check_folder, write_text
 from jaxmech.run_folder import RunFolder, file_hash, fingerprint, read_json
-from jaxmech.study.data import sample_of
+from jaxmech.study.data import kind_of_data
 from jaxmech.study.models import check_models
 from jaxmech.study.settings import AT_A_TIME, Settings
 from jaxmech.study.stages import STAGES
@@ -64,7 +64,7 @@ class StudyFolder:
         check_models(
             settings.base,
             settings.tuned,
-            sample_of(settings),
+            kind_of_data(settings).sample(settings),
             dtype=settings.dtype,
             param_dtype=settings.dtype,
             precision=settings.precision,
@@ -209,8 +209,7 @@ def _check_prompts(study: Study, stages: Sequence[str]) -> None:
     """ValueError unless the prompts and the base model are such that the stages can run."""
     settings = study.settings
     check_number_of_heads(with_k(settings.chain, settings.k), study.base.config)
-    uses = {STAGES[name].uses for name in stages}
-    study.data.check(contexts="contexts" in uses, desiderata="desiderata" in uses)
+    study.data.check(study.base.config, {STAGES[name].uses for name in stages})
 
 
 def _complete(parts: Mapping[str, Mapping[str, Any]], stage: str, settings: Settings) -> bool:

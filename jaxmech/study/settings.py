@@ -124,6 +124,8 @@ class Settings:
             raise ValueError("pairs are another task than boxes prompts; they go without data and compat.")
         if self.desiderata and self.pairs is None:
             raise ValueError("desiderata are of pairs; those of boxes prompts are made.")
+        if self.pairs is None and (self.prompts is not None or self.first_token or self.between != " "):
+            raise ValueError("prompts, first_token and between are of pairs, which are not given.")
         names = [path.stem for path in self.desiderata]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"desiderata have the names of their files; {twice[0]!r} is one of two.")
@@ -181,7 +183,7 @@ class Settings:
         """A study that is through in a fraction of the time, to see that everything runs; its numbers are rough."""
         return dataclasses.replace(
             self,
-            prompts=84 if self.prompts is None else min(self.prompts, 84),
+            prompts=None if self.pairs is None else min(self.prompts or 84, 84),
             scenes=min(self.scenes, 12),
             contexts=min(self.contexts, 60),
             random_circuits=min(self.random_circuits, 3),

@@ -9,7 +9,7 @@ from jaxmech.ablation import AblatedValues
 from jaxmech.circuits import Circuit, Head
 from jaxmech.loading import Model, load
 from jaxmech.sharding import make_mesh
-from jaxmech.study.data import StudyData, data_of
+from jaxmech.study.data import StudyData, kind_of_data
 from jaxmech.study.models import Known, known
 from jaxmech.study.settings import Settings
 from jaxmech.study.unfinished import Unfinished
@@ -62,7 +62,7 @@ class Study:
     @cached_property
     def data(self) -> StudyData:
         """The prompts."""
-        return data_of(self.settings, self.base.tokenizer)
+        return kind_of_data(self.settings)(self.settings, self.base.tokenizer)
 
     def circuit(self, name: str) -> Circuit:
         """The circuit of a model: what minimality left of it."""
