@@ -64,7 +64,13 @@ def pairs(models, random_pairs) -> jm.Pairs:
 
 @pytest.mark.parametrize(
     ("sender", "receivers", "via"),
-    [("last", None, None), ("last", RECEIVERS, "q"), ("query_box", RECEIVERS, "v"), ("early", RECEIVERS, "k")],
+    [
+        ("last", None, None),
+        ("last", RECEIVERS, "q"),
+        ("query_box", RECEIVERS, "v"),
+        ("early", RECEIVERS, "k"),
+        (["early", "query_box"], RECEIVERS, "v"),
+    ],
 )
 def test_path_patching_equals_full_forwards(models, pairs, sender, receivers, via):
     expected = full_forward.path_patch(models[0], pairs, sender, receivers, via)
@@ -99,12 +105,15 @@ def test_cross_model_patching_equals_full_forwards(models, pairs, components):
     assert_close(sweep.scores.per_example[1, 2, rows], np.exp(before - after) - 1, 1e-3)
 
 
-def test_knockouts_equal_full_forwards(models, pairs):
-    p = pairs.position("last")
-    target = p - np.array([1, 2, 3, 5, 6])[: len(p)]  # within and beyond the windows
-    found = jm.knockout(models[0], pairs, "last", target).logits
+@pytest.mark.parametrize("sources", [["last"], ["query_box", "last"]], ids=str)
+def test_knockouts_equal_full_forwards(models, pairs, sources):
+    p = [pairs.position(role) for role in sources]
+    target = p[0] - np.array([1, 2, 3, 5, 6])[: len(pairs)]  # within and beyond the windows
     keys = np.arange(pairs.clean.shape[1]) == target[:, None]
-    expected = [full_forward.knocked_out(models[0], pairs, [p], keys, slice(start, None)) for start in range(4)]
+    if len(sources) > 1:
+        keys |= np.arange(pairs.clean.shape[1]) == p[0][:, None] + 1  # between the sources
+    found = jm.knockout(models[0], pairs, sources, keys).logits
+    expected = [full_forward.knocked_out(models[0], pairs, p, keys, slice(start, None)) for start in range(4)]
     assert_close(found, expected, TOLERANCES.cone)
 
 

@@ -51,7 +51,9 @@ def test_fine_tunes_are_trees_like_their_base_whatever_their_tokenizers():
     found = [float(squares(model)) for model in (base, again, tuned)]
     assert squares._cache_size() == 1 and found[0] == found[1] != found[2]
     between = jax.tree.map(lambda a, b: (a + b) / 2, tuned, base)
-    np.testing.assert_array_equal(between.weights["final_norm"], (base.weights["final_norm"] + tuned.weights["final_norm"]) / 2)
+    np.testing.assert_array_equal(
+        between.weights["final_norm"], (base.weights["final_norm"] + tuned.weights["final_norm"]) / 2
+    )
     assert between.tokenizer is tuned.tokenizer
     either = jax.lax.cond(True, lambda a, b: a, lambda a, b: b, tuned, base)
     np.testing.assert_array_equal(either.weights["embed"], tuned.weights["embed"])

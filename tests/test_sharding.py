@@ -195,6 +195,7 @@ def test_copies_of_a_model_share_the_rows_of_every_sweep(random_model, random_pa
     sweeps = {
         "to the logits": lambda model: scores(jm.path_patch(model, pairs)),
         "through receivers": lambda model: scores(jm.path_patch(model, pairs, "early", [(1, 5), (2, 1)], "v")),
+        "at two roles": lambda model: scores(jm.path_patch(model, pairs, ["early", "last"], [(1, 5), (2, 1)], "v")),
         "circuits": lambda model: jm.evaluate(model, pairs, circuits, means).logits,
         "circuits in full passes": lambda model: jm.evaluate(model, pairs, circuits, means, False).logits,
         "heads": lambda model: scores(jm.cmap_heads(model, tuned, pairs, "query_box").scores),

@@ -271,7 +271,11 @@ BAD = {
     "data, too": ({"data": Path("data.jsonl")}, records(2), "go without data and compat"),
     "compat": ({"compat": "paper"}, records(2), "go without data and compat"),
     "no prompts": ({"prompts": 0}, records(2), "prompts=0; expected at least 1"),
-    "no wrong answers": ({}, [line | {"wrong_answer": None} for line in records(2)], "needs wrong_labels, a wrong answer for each prompt; the pairs have none"),
+    "no wrong answers": (
+        {},
+        [line | {"wrong_answer": None} for line in records(2)],
+        "needs wrong_labels, a wrong answer for each prompt; the pairs have none",
+    ),
     "a metric": ({"metric": "accuracy"}, records(2), "metric='accuracy'; expected probability, log_probability or, of"),
     "the logit difference of boxes prompts": ({"pairs": None}, records(2), "metric='logit_difference'; expected"),
     "desiderata of boxes prompts": (
