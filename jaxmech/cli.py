@@ -44,7 +44,7 @@ from jaxmech.verify import verify
 
 console = Console()
 # Settings of a study that are no options of the command: those of the paper, or what a chain's author decides.
-NO_OPTIONS = ("epochs", "dcm_batch", "variants", "components", "edges")
+NO_OPTIONS = ("dcm_batch", "variants", "components", "edges")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,7 +136,7 @@ def _study_into(
         console.print(f"Going on with the study in {out}; done already: {'; '.join(done)}.", highlight=False)
     with _study_progress() as progress, _warnings_printed():
         results = run(settings, folder, only=tuple(only), start=start, progress=progress)
-    report = write_report(out, results, settings=settings.to_dict(), versions=folder.versions, timings=folder.timings)
+    report = write_report(out, results, settings=settings.in_use(), versions=folder.versions, timings=folder.timings)
     for table in study_tables(results):
         console.print(table)
     for warning in doubts(results):
@@ -169,6 +169,8 @@ def run_discover(options: Discover) -> None:
     check_chain_on(prompts.roles, chain, options.k, options.min_effect, options.metric)
     if options.metric == "logit_difference" and not prompts.wrong_answers:
         raise ValueError('--metric logit_difference is of pairs with wrong answers: --pairs, with "wrong_answer".')
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size}; expected at least 1.")
     check_folder(options.out)
     _check_copies(options.copies)
     found = known(options.model, options.adapter, {"precision": options.precision})  # before weights are read

@@ -119,6 +119,8 @@ class StudyCommand:
     """Pairs to choose masks by."""
     test: int = 500
     """Pairs to test masks on."""
+    epochs: int = 2
+    """Passes of DCM over its training pairs; few pairs need more."""
     lam: float = 0.01
     """Weight of the number of heads in the loss of DCM, logits per head."""
     repeats: int = 10

@@ -3,6 +3,7 @@
 The chain is data, see `jaxmech.chain`; what is found is a `Circuit`.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -67,13 +68,14 @@ def discover(
 
     Raises:
       ValueError: the chain does not fit together, k or `done` name an unknown group, k exceeds the number of heads, the
-        pairs lack a role, a stage without receivers is not at the last token, min_effect is out of range, scores are
-        not finite, or those of `done` are of another shape, metric, model or other prompts.
+        pairs lack a role, or two are the same token, a stage without receivers is not at the last token, min_effect is
+        out of range, scores are not finite, or those of `done` are of another shape, metric, model or other prompts.
     """
     default = chain is None
     chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
     chain = with_k(chain, k or {})
     _check_roles(pairs, chain, default)
+    _check_one_name(pairs, chain)
     check_number_of_heads(chain, model.config)
     check_min_effect(min_effect, metric)
     done = dict(done or {})
@@ -129,7 +131,7 @@ def check_min_effect(min_effect: float, metric: Metric) -> None:
     most = 1 if metric == "probability" else math.inf
     if not (0 <= min_effect <= most and math.isfinite(min_effect)):
         expected = "a fraction from 0 to 1" if metric == "probability" else "a finite number of at least 0"
-        raise ValueError(f"min_effect={min_effect}; expected {expected}, in units of the metric.")
+        raise ValueError(f"min_effect={min_effect}; expected {expected}, in units of {name_of(metric)}.")
 
 
 def _check_roles(pairs: Pairs, chain: Sequence[Stage], default: bool) -> None:
@@ -150,6 +152,16 @@ def _check_roles(pairs: Pairs, chain: Sequence[Stage], default: bool) -> None:
             raise ValueError(
                 f"stage {stage.group!r}: sender={stage.sender!r} without receivers; only the last token has a direct "
                 "path to the logits. Name receivers and via."
+            )
+
+
+def _check_one_name(pairs: Pairs, chain: Sequence[Stage]) -> None:
+    """ValueError if two roles of the chain are the same token in every prompt: a head would be in two groups there."""
+    for one, other in itertools.combinations(dict.fromkeys(stage.sender for stage in chain), 2):
+        if (pairs.position(one) == pairs.position(other)).all():
+            raise ValueError(
+                f"The roles {one!r} and {other!r} of the chain are the same token in every prompt, so that heads would "
+                "be in two groups there. Call it by one name in all stages."
             )
 
 

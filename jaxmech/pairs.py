@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxmech.tokenized import (
+    ExampleError,
     Place,
     answer_tokens,
     marked,
@@ -114,8 +115,9 @@ class Pairs:
 
         Raises:
           TypeError: an answer that is no text.
-          ValueError: an answer that is not one token, white space twice before it, a place that is not in its prompt or
-            twice, numbers of prompts that differ, or a tokenizer without offsets; the prompt is named.
+          ValueError: an answer that is not one token, or white space alone, white space twice before it, a wrong answer
+            that is the right one, a place that is not in its prompt or twice, numbers of prompts that differ, or a
+            tokenizer without offsets; the prompt is named.
         """
         read = text_reader(tokenizer, add_bos)
         prompts = read_prompts(read, clean, "clean")
@@ -129,6 +131,12 @@ class Pairs:
             if lists[name] is not None
         }
         labels, wrong = found["answers"], found.get("wrong_answers")
+        if wrong is not None and (same := np.flatnonzero(wrong == labels)).size:
+            row = int(same[0])
+            raise ExampleError(
+                f"wrong_answers[{row}]: {wrong_answers[row]!r} and the answer {answers[row]!r} are one token.",  # pyright: ignore
+                row,
+            )
         positions = role_positions(prompts, roles or {}, "roles")
         if corrupt is None:
             if corrupt_roles:

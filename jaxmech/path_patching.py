@@ -198,12 +198,18 @@ def plan(
     at_last = p == last[:, None]
     if mask is None and not at_last.all():
         raise ValueError(
-            f"sender={sender!r} is not the last token, so it has no direct path to the logits. Name receivers."
+            f"sender={sender!r} is not the last token alone, so it has no direct path to the logits. Name receivers."
         )
     if mask is not None and not _has_path(mask, str(via), at_last=bool(at_last.any())):
         warnings.warn(
             f"No head has a path through these receivers via {via} at {sender!r}: none is below them, or they are all "
             "in the last layer, where q of a token other than the last changes no logits. All scores are 0.",
+            stacklevel=3,
+        )
+    if _nothing_differs(prompts, p, corrupt_p):
+        warnings.warn(
+            f"Up to {sender!r}, the clean and the corrupt prompts are the same, all of them, so that no head differs "
+            "there. All scores are 0.",
             stacklevel=3,
         )
     if batch_size is None:
@@ -303,6 +309,16 @@ def _layers(config: Config, mask: np.ndarray | None, first_layer: int) -> tuple[
     layers = [int(layer) for layer in np.flatnonzero(mask.any(axis=1))]
     receiver = next((layer for layer in layers if layer > first_layer), layers[-1])
     return first_layer, int(live_start(config, receiver)), layers[-1]
+
+
+def _nothing_differs(prompts: Sequence[np.ndarray], p: np.ndarray, corrupt_p: np.ndarray) -> bool:
+    """Whether all clean and corrupt prompts [B, T] are the same up to the last of the tokens p [B, R]."""
+    clean, corrupt = prompts
+    width = min(clean.shape[1], corrupt.shape[1])
+    end = p.max(axis=1)
+    before = np.arange(width) <= end[:, None]
+    same = (clean[:, :width] == corrupt[:, :width]) | ~before
+    return bool((p == corrupt_p).all() and (end < width).all() and same.all())
 
 
 def _has_path(receivers: np.ndarray, via: str, *, at_last: bool) -> bool:

@@ -140,7 +140,8 @@ def _text_pair(record: Any) -> TextPair:
     clean, corrupt = (_text(record, name) for name in ("clean", "corrupt"))
     answer, wrong_answer = (_answer(record, name) for name in ("answer", "wrong_answer"))
     if clean is None or answer is None:
-        raise ValueError(f'found the keys {", ".join(sorted(record))}; expected "clean" and "answer" at least.')
+        missing = '"clean"' if clean is None else '"answer"'
+        raise ValueError(f'{missing} is missing or null; expected "clean" and "answer" at least.')
     roles, theirs = (_places(record, name) for name in ("roles", "corrupt_roles"))
     return TextPair(clean, answer, corrupt, wrong_answer, roles, _corrupt_places(corrupt, roles, theirs))
 
@@ -148,8 +149,9 @@ def _text_pair(record: Any) -> TextPair:
 def _corrupt_places(corrupt: str | None, roles: Mapping[str, Place], given: Mapping[str, Place]) -> dict[str, Place]:
     """The places of all roles in the corrupt prompt: those that are given, or the same pieces of text."""
     if unknown := sorted(given.keys() - (roles.keys() if corrupt is not None else ())):
-        expected = "none without a corrupt prompt" if corrupt is None else "roles of the clean prompt"
-        raise ValueError(f"corrupt_roles names {unknown}; expected {expected}.")
+        if corrupt is None:
+            raise ValueError(f'corrupt_roles names {unknown}, but there is no "corrupt" prompt.')
+        raise ValueError(f"corrupt_roles names {unknown}, which are none of the roles {sorted(roles)}.")
     if corrupt is None:
         return {}
     if numbers := sorted(role for role in roles.keys() - given.keys() if not isinstance(roles[role], str)):

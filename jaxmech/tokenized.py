@@ -167,7 +167,14 @@ def _answer_token(
         )
     whole, place = read(prompt.text + text), len(prompt.ids)
     if whole.ids[:place] != prompt.ids or len(whole.ids) == place:
-        raise ValueError(f"{name}: the tokenizer does not continue {prompt.text!r} by tokens of {answer!r}.")
+        raise ValueError(
+            f"{name}: the tokenizer does not continue {prompt.text!r} by tokens of {text!r} (between={between!r})."
+        )
+    if len(whole.ids) > place + 1 and answer.strip() and not whole.text[slice(*whole.spans[place])].strip():
+        raise ValueError(
+            f"{name}: behind {prompt.text!r}, the first token of {text!r} is white space alone. If the answer follows "
+            "at once, give between=''; else put the space at the end of the prompt, too."
+        )
     if len(whole.ids) > place + 1 and not first_token:
         raise ValueError(
             f"{name}: {answer!r} is {len(whole.ids) - place} tokens behind {prompt.text!r}. Choose an answer that is "

@@ -53,11 +53,11 @@ def records(count: int, seed: int = 5) -> list[dict]:
 def desiderata(count: int) -> dict[str, list[dict]]:
     """Counterfactuals of these pairs by name: another box is asked about, or there is another scene."""
     lines = records(count)
-    asked = [line | {"answer": line["wrong_answer"]} for line in lines]
+    asked = [line | {"answer": line["wrong_answer"], "wrong_answer": line["answer"]} for line in lines]
     scene = []
     for line, other in zip(lines, lines[2:] + lines[:2], strict=True):
         theirs = {"corrupt": other["clean"], "corrupt_roles": other["roles"], "answer": other["answer"]}
-        scene.append(line | theirs)
+        scene.append(line | theirs | {"wrong_answer": None})
     return {"asked": asked, "scene": scene}
 
 

@@ -56,7 +56,7 @@ def test_a_run_on_pairs_goes_on_and_other_pairs_are_other_settings(task, capsys)
 
 
 def test_a_model_that_cannot_do_the_task_of_a_file_is_warned_of(task, capsys):
-    wrong = [record | {"answer": record["wrong_answer"]} for record in records(2)]
+    wrong = [x | {"answer": x["wrong_answer"], "wrong_answer": x["answer"]} for x in records(2)]
     write_task(task, wrong)
     discover(task)
     printed = " ".join(capsys.readouterr().out.split())
@@ -85,6 +85,7 @@ def test_how_answers_are_read_can_be_chosen(task, capsys):
             [{**records(1)[0], "wrong_answer": None}],
             "--metric logit_difference is of pairs with wrong answers",
         ),
+        (["--batch-size", "0"], records(1), "--batch-size 0; expected at least 1"),
         ([], [{**records(1)[0], "answer": 3.5}], """pairs.jsonl, line 1: "answer" is 3.5; expected a text"""),
     ],
 )

@@ -30,6 +30,17 @@ def test_each_stage_takes_its_receivers_from_the_stage_before(random_model, rand
     assert circuit.heads_by_role == {"last": circuit.groups["readers"] + senders, "early": early}
 
 
+def test_roles_of_a_chain_are_different_tokens_somewhere(random_model, random_pairs):
+    model = random_model(num_layers=3)
+    pairs = random_pairs(model)
+    at, corrupt_at = ({**roles, "twin": roles["early"].copy()} for roles in (pairs.positions, pairs.corrupt_positions))
+    chain = (*CHAIN, jm.Stage("again", "twin", "senders", "v", 2))
+    with pytest.raises(ValueError, match="roles 'early' and 'twin' of the chain are the same token in every prompt"):
+        jm.discover(model, replace(pairs, positions=at, corrupt_positions=corrupt_at), chain=chain)
+    at["twin"][0] += 1
+    jm.discover(model, replace(pairs, positions=at, corrupt_positions=corrupt_at), chain=chain)
+
+
 @pytest.fixture
 def two_heads(random_model, random_pairs):
     model = random_model(num_layers=3, num_heads=2, num_kv_heads=2)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_boxes import TOKENIZERS
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import jaxmech as jm
 
@@ -166,6 +168,29 @@ def test_of_longer_answers_the_first_token_can_be_taken(tokenizer):
     expected = jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS).labels
     assert found.labels.tolist() == expected.tolist()
     assert found.wrong_labels is not None and len(found.wrong_labels) == 2
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer whose every character is a token, also a space."""
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate("? a=bc")}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+def test_white_space_alone_is_no_first_token_of_an_answer(first_token):
+    """As Llama's tokenizer has it before digits: all answers would be the same token."""
+    with pytest.raises(ValueError, match=r"answers\[0\]: behind 'a=', the first token of ' b' is white space alone"):
+        jm.Pairs.from_text(letters(), ["a="], None, ["b"], first_token=first_token)
+    found = jm.Pairs.from_text(letters(), ["a="], None, ["b"], between="", first_token=first_token)
+    assert found.labels.tolist() == [4]
+    with pytest.raises(ValueError, match=r"does not continue 'a=' by tokens of '' \(between=''\)"):
+        jm.Pairs.from_text(letters(), ["a="], None, [""], between="", first_token=first_token)
+
+
+def test_a_wrong_answer_is_not_the_right_one(tokenizer):
+    with pytest.raises(ValueError, match=r"wrong_answers\[1\]: 'radio' and the answer 'radio' are one token"):
+        jm.Pairs.from_text(tokenizer, CLEAN, None, ANSWERS, wrong_answers=["engine", "radio"])
 
 
 def test_wrong_answers_are_the_wrong_labels(tokenizer):

@@ -1,6 +1,7 @@
 """The causal cone against plain full forwards, identities, and a model small enough to work out by hand."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def test_roles_that_would_give_a_token_two_values_are_refused(random_model, rand
         jm.path_patch(model, dataclasses.replace(pairs, corrupt_positions=moved), ["early", "twin"], RECEIVERS, "v")
     with pytest.raises(ValueError, match=r"sender is \[\]; expected the name of a role, or of several"):
         jm.path_patch(model, pairs, [], RECEIVERS, "v")
-    with pytest.raises(ValueError, match="not the last token, so it has no direct path"):
+    with pytest.raises(ValueError, match="not the last token alone, so it has no direct path"):
         jm.path_patch(model, pairs, ["last", "early"])
 
 
@@ -216,6 +217,25 @@ def test_patching_from_the_clean_prompt_itself_changes_exactly_nothing(random_mo
     pairs = random_pairs(model)
     itself = jm.Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.positions, pairs.positions)
     assert not jm.path_patch(model, itself, "last", receivers, via).per_example.any()
+
+
+def test_prompts_that_are_the_same_up_to_the_sender_are_warned_of(random_model, random_pairs):
+    model = random_model(num_layers=5)
+    pairs = random_pairs(model)
+    corrupt = pairs.corrupt.copy()
+    corrupt[:, : pairs.clean.shape[1]] = pairs.clean
+    rows = np.arange(len(pairs))
+    corrupt[rows, pairs.positions["early"] + 1] = (corrupt[rows, pairs.positions["early"] + 1] + 1) % 50
+    later = dataclasses.replace(pairs, corrupt=corrupt, corrupt_positions=pairs.positions)
+    with pytest.warns(UserWarning, match="Up to 'early', the clean and the corrupt prompts are the same, all of them"):
+        found = jm.path_patch(model, later, "early", RECEIVERS, "v")
+    assert not found.per_example.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jm.path_patch(model, later, "query_box", RECEIVERS, "v").per_example.any()
+        corrupt[0, 0] = (corrupt[0, 0] + 1) % 50  # in one example
+        some = dataclasses.replace(later, corrupt=corrupt)
+        assert jm.path_patch(model, some, "early", RECEIVERS, "v").per_example.any()
 
 
 def test_probability_is_that_of_the_plain_forward(random_model, random_pairs):

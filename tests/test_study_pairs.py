@@ -171,6 +171,23 @@ def test_the_command_makes_a_report_that_says_what_is_left_out(task, tmp_path, c
     assert "Naming any object" not in page
 
 
+def test_the_report_lists_the_settings_of_such_a_study_alone(settings, with_desiderata):
+    boxes = Settings(base=settings.base, tuned=settings.tuned)
+    assert {"data", "scenes", "boxes", "train"} <= boxes.in_use().keys() and "pairs" not in boxes.in_use()
+    assert {"pairs", "between", "contexts"} <= settings.in_use().keys()
+    assert not {"scenes", "boxes", "train", "repeats"} & settings.in_use().keys()
+    assert {"train", "repeats", "desiderata"} <= with_desiderata.in_use().keys()
+
+
+def test_the_report_says_if_a_circuit_alone_does_nothing(results, tmp_path):
+    words = "base: its circuit alone answers nothing right in base itself."
+    broken = json.loads(json.dumps(results))
+    broken["faithfulness"]["base"]["base"]["circuit"] = {"accuracy": 0.0, "low": 0.0, "high": 0.1}
+    options = {"settings": {"between": " "}, "versions": {}, "timings": {}}
+    pages = [write_report(tmp_path, found, **options).read_text() for found in (results, broken)]
+    assert words not in pages[0] and words in pages[1] and "&#39; &#39;" in pages[0]
+
+
 def test_the_report_gives_scores_in_units_of_their_metric(results, tmp_path):
     page = write_report(tmp_path, results, settings={}, versions={}, timings={}).read_text().replace("&#39;", "'")
     assert page.count("mean change of the right answer's logit minus the wrong one's") == 2
@@ -294,7 +311,7 @@ BAD = {
     "wrong answers that are right": (
         {},
         [line | {"wrong_answer": line["answer"]} for line in records(2)],
-        "wrong_labels .* label",
+        "line 1: wrong_answers.0.: .* are one token",
     ),
     "an edge that leads on": ({"edges": (("before", "last"),)}, records(2), "the target must be before the source"),
     "an answer beyond the vocabulary": ({}, [line | {"answer": 999} for line in records(2)], "labels reach from"),

@@ -104,7 +104,7 @@ def test_a_sentence_is_the_prompt_with_its_answer(written):
 BAD = {
     "no JSON": ("{", "not JSON"),
     "no object": ("[1]", 'found list; expected an object with the keys "clean" and "answer"'),
-    "no answer": ({"clean": "w1"}, 'found the keys clean; expected "clean" and "answer" at least'),
+    "no answer": ({"clean": "w1"}, '"answer" is missing or null; expected "clean" and "answer" at least'),
     "clean no text": ({"clean": 3, "answer": "w1"}, '"clean" is 3; expected a text'),
     "answer no text": ({"clean": "w1", "answer": True}, '"answer" is True; expected a text, or the id'),
     "roles no object": (LINES[0] | {"roles": "w3"}, """"roles" is 'w3'; expected an object"""),
@@ -122,11 +122,11 @@ BAD = {
     ),
     "corrupt roles unknown": (
         LINES[0] | {"corrupt_roles": {"noun": 1}},
-        r"corrupt_roles names \['noun'\]; expected ro",
+        r"corrupt_roles names \['noun'\], which are none of the roles \['verb'\]",
     ),
     "corrupt roles of none": (
         {"clean": "w1", "answer": "w2", "corrupt_roles": {"noun": 1}},
-        r"corrupt_roles names \['noun'\]; expected none without",
+        r"corrupt_roles names \['noun'\], but there is no .corrupt. prompt",
     ),
 }
 

@@ -122,7 +122,13 @@ def faithfulness(results: Results) -> Section | None:
     table = Table(
         "Accuracy and ratio with 95 % intervals; lowest to highest random circuit.", header, rows, range(2, 6)
     )
-    return Section(text, rows=[[picture]], tables=[table])
+    notes = [
+        f"{of}: its circuit alone answers nothing right in {of} itself. The chain has missed heads that it needs, or "
+        "minimality has taken them away; what follows says little about this circuit."
+        for of, model, e in found
+        if of == model and e["circuit"]["accuracy"] == 0 < e["model"]["accuracy"]
+    ]
+    return Section(text, notes, rows=[[picture]], tables=[table])
 
 
 def overlap(results: Results) -> Section | None:

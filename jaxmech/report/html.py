@@ -175,4 +175,4 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         nested = any(isinstance(item, list | tuple) for item in value)
         return ("; " if nested else ", ").join(map(_text, value)) or "-"
-    return "-" if value is None else str(value)
+    return "-" if value is None else repr(value) if isinstance(value, str) and not value.strip() else str(value)

@@ -77,8 +77,10 @@ def study_tables(results: Mapping[str, Any]) -> list[Table]:
             )
         tables.append(table)
     for tuned, found in results.get("cmap", {}).items():
-        table = Table(title=f"Accuracy of {models[0]} with heads of {tuned} patched in")
         groups = list(dict.fromkeys(group for by_group in found["groups"].values() for group in by_group))
+        if not groups:  # no head is left in the circuit
+            continue
+        table = Table(title=f"Accuracy of {models[0]} with heads of {tuned} patched in")
         table.add_column("group")
         for components in found["groups"]:
             table.add_column(components, justify="right")

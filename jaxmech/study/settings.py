@@ -179,6 +179,16 @@ class Settings:
             "desiderata": [str(path) for path in self.desiderata],
         }
 
+    def in_use(self) -> dict[str, Any]:
+        """Those of `to_dict` that make a difference to a study of these prompts."""
+        of_boxes, of_pairs = (
+            ("data", "scenes", "boxes", "variants", "compat"),
+            ("desiderata", "first_token", "between", "prompts"),
+        )
+        of_dcm = ("train", "validation", "test", "lam", "epochs", "dcm_batch", "repeats", "patched")
+        unused = (*of_boxes, *(() if self.desiderata else of_dcm)) if self.pairs else ("pairs", *of_pairs)
+        return {name: value for name, value in self.to_dict().items() if name not in unused}
+
     def quick(self) -> "Settings":
         """A study that is through in a fraction of the time, to see that everything runs; its numbers are rough."""
         return dataclasses.replace(
