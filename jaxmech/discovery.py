@@ -75,7 +75,7 @@ def discover(
     chain = read_chain(chain) if isinstance(chain, str | Path) else PAPER_CHAIN if chain is None else chain
     chain = with_k(chain, k or {})
     _check_roles(pairs, chain, default)
-    _check_one_name(pairs, chain)
+    check_one_name(pairs, chain)
     check_number_of_heads(chain, model.config)
     check_min_effect(min_effect, metric)
     done = dict(done or {})
@@ -155,7 +155,7 @@ def _check_roles(pairs: Pairs, chain: Sequence[Stage], default: bool) -> None:
             )
 
 
-def _check_one_name(pairs: Pairs, chain: Sequence[Stage]) -> None:
+def check_one_name(pairs: Pairs, chain: Sequence[Stage]) -> None:
     """ValueError if two roles of the chain are the same token in every prompt: a head would be in two groups there."""
     for one, other in itertools.combinations(dict.fromkeys(stage.sender for stage in chain), 2):
         if (pairs.position(one) == pairs.position(other)).all():

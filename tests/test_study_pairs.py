@@ -313,6 +313,16 @@ BAD = {
         [line | {"wrong_answer": line["answer"]} for line in records(2)],
         "line 1: wrong_answers.0.: .* are one token",
     ),
+    "two roles of the chain that are one token": (
+        {"chain": (jm.Stage("a", "last"), jm.Stage("b", "asked", "a", "v"), jm.Stage("c", "twin", "a", "v"))},
+        [
+            line
+            | {"roles": line["roles"] | {"twin": line["roles"]["asked"]}}
+            | {"corrupt_roles": line["corrupt_roles"] | {"twin": line["corrupt_roles"]["asked"]}}
+            for line in records(2)
+        ],
+        "roles 'asked' and 'twin' of the chain are the same token in every prompt",
+    ),
     "an edge that leads on": ({"edges": (("before", "last"),)}, records(2), "the target must be before the source"),
     "an answer beyond the vocabulary": ({}, [line | {"answer": 999} for line in records(2)], "labels reach from"),
     "a role with the name of the control": (

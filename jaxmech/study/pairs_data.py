@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmech.ablation import RoleMeans, role_means
 from jaxmech.config import Config
+from jaxmech.discovery import check_one_name
 from jaxmech.knockout import blocked, random_target
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import check_metric
@@ -66,6 +67,7 @@ class PairsData:
             check_prompts(config, pairs)
             check_tokens(config, np.asarray(pairs.corrupt))
         check_metric(settings.metric, None, self.pairs, config.vocab_size)
+        check_one_name(self.pairs, settings.chain)
         for source, target in self.edges:
             blocked(self.pairs, source, random_target(self.pairs, source) if target == RANDOM else target)
         senders = {stage.sender for stage in settings.chain}
