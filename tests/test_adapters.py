@@ -26,6 +26,7 @@ from convert.families import META
 from convert.tensors import open_tensors
 from jaxmech import cli
 from jaxmech.study import Settings
+from jaxmech.study.models import known
 from jaxmech.study.stages import Study
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -268,11 +269,16 @@ def test_discover_merges_an_adapter(tmp_path, monkeypatch, capsys):
     def load(*arguments, **options):
         raise ValueError(f"loaded {arguments}")
 
+    read = []
+    demo = known(jm.demo.path("base"), None, {})
+    monkeypatch.setattr(cli, "known", lambda *paths: read.append(paths[:2]) or demo)
+    monkeypatch.setattr(cli, "fingerprint", str)
     monkeypatch.setattr(jm, "load", load)
     command = ["discover", "--model", "base", "--adapter", "lora", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         cli.main(command)
     assert f"loaded {(Path('base'), 'float32', Path('lora'))}" in capsys.readouterr().err
+    assert read == [(Path("base"), Path("lora"))]
 
 
 def test_a_study_takes_an_adapter_as_a_fine_tuned_model(tmp_path):

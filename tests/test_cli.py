@@ -344,7 +344,7 @@ def test_a_chain_that_cannot_work_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--chain", str(tmp_path / "chain.toml"), "--out", str(tmp_path / "out"), "--scenes", "6"])
     printed = capsys.readouterr()
-    assert stop.value.code == 2 and "has the sender 'object'; boxes prompts have the roles" in printed.err
+    assert stop.value.code == 2 and "has the sender 'object'; the prompts have the roles" in printed.err
     assert not printed.out
     assert [file.name for file in tmp_path.iterdir()] == ["chain.toml"]
 

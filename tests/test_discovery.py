@@ -34,11 +34,12 @@ def test_roles_of_a_chain_are_different_tokens_somewhere(random_model, random_pa
     model = random_model(num_layers=3)
     pairs = random_pairs(model)
     at, corrupt_at = ({**roles, "twin": roles["early"].copy()} for roles in (pairs.positions, pairs.corrupt_positions))
-    chain = (*CHAIN, jm.Stage("again", "twin", "senders", "v", 2))
+    chain = (CHAIN[0], jm.Stage("early", "early", "readers", "v", 2), jm.Stage("again", "twin", "readers", "v", 2))
     with pytest.raises(ValueError, match="roles 'early' and 'twin' of the chain are the same token in every prompt"):
         jm.discover(model, replace(pairs, positions=at, corrupt_positions=corrupt_at), chain=chain)
     at["twin"][0] += 1
-    jm.discover(model, replace(pairs, positions=at, corrupt_positions=corrupt_at), chain=chain)
+    found = jm.discover(model, replace(pairs, positions=at, corrupt_positions=corrupt_at), chain=chain)
+    assert all(found.groups[group] for group in ("early", "again"))
 
 
 @pytest.fixture
