@@ -42,8 +42,10 @@ def prompts_of(options: Discover) -> Prompts:
         return _of_pairs(options)
     if options.first_token or options.between != " ":
         raise ValueError("--first-token and --between say how answers of --pairs are read; give --pairs, too.")
-    examples = boxes.make(options.scenes, options.boxes, options.seed) if options.data is None else None
-    examples = examples or boxes.read(options.data)  # pyright: ignore
+    if options.data is None:
+        examples = boxes.make(options.scenes, options.boxes, options.seed)
+    else:
+        examples = boxes.read(options.data)
 
     def pairs(tokenizer: Any) -> Pairs:
         return boxes.pairs(examples, tokenizer, seed=options.seed, split_objects="drop", add_bos=options.add_bos)

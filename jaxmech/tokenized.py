@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+Place = str | tuple[int, int] | int  # a piece of a prompt, the characters from start to before end, or a token
+
 
 class ExampleError(ValueError):
     """What is wrong with one example of several.
@@ -32,9 +34,6 @@ def _example(row: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ExampleError(str(error), row) from error
-
-
-Place = str | tuple[int, int] | int  # a piece of a prompt, the characters from start to before end, or a token
 
 
 class HasTokens(Protocol):
@@ -172,8 +171,8 @@ def _answer_token(
         )
     if len(whole.ids) > place + 1 and answer.strip() and not whole.text[slice(*whole.spans[place])].strip():
         raise ValueError(
-            f"{name}: behind {prompt.text!r}, the first token of {text!r} is white space alone. If the answer follows "
-            "at once, give between=''; else put the space at the end of the prompt, too."
+            f"{name}: behind {prompt.text!r}, the first token of {text!r} is white space alone. Give between='', and "
+            "if there is to be a space, let the prompt end in it."
         )
     if len(whole.ids) > place + 1 and not first_token:
         raise ValueError(

@@ -111,6 +111,7 @@ def train(
       The run; `mask` is that after the last step.
 
     Raises:
+      TypeError: an optimizer that is none of optax.
       ValueError: no corrupt prompts, an unknown role or head, a head named twice, fewer pairs than a batch, no epochs,
         a lambda or learning rate that is no number, an unknown metric, or a loss that is not finite.
     """
@@ -160,9 +161,7 @@ def train_many(
     for name, given in {"desiderata": train_pairs, "groups": groups, "lams": lams, "seeds": seeds}.items():
         if not given:
             raise ValueError(f"train_many has no {name}; expected at least one.")
-    count = _check_training(config, train_pairs, lams, learning_rate, epochs, batch_size, metric)
-    if not isinstance(optimizer, optax.GradientTransformation | None):
-        raise TypeError(f"optimizer={optimizer!r}; expected one of optax, such as optax.sgd(0.1), or None for Adam.")
+    count = _check_training(config, train_pairs, lams, learning_rate, optimizer, epochs, batch_size, metric)
     chosen = {name: check_heads(config, heads) for name, heads in groups.items()}
     first_layer = first_layer_of(config, [head for heads in chosen.values() for head in heads])
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
@@ -199,11 +198,14 @@ def _check_training(
     train_pairs: Mapping[str, Pairs],
     lams: Sequence[float],
     learning_rate: float,
+    optimizer: optax.GradientTransformation | None,
     epochs: int,
     batch_size: int,
     metric: Metric,
 ) -> int:
-    """How many pairs every desideratum has; ValueError as `train`."""
+    """How many pairs every desideratum has; ValueError and TypeError as `train`."""
+    if not isinstance(optimizer, optax.GradientTransformation | None):
+        raise TypeError(f"optimizer={optimizer!r}; expected one of optax, such as optax.sgd(0.1), or None for Adam.")
     if epochs < 1 or not np.isfinite(lams).all():
         raise ValueError(f"epochs={epochs}, lams={list(lams)}; expected epochs >= 1 and finite lambdas.")
     if not (np.isfinite(learning_rate) and learning_rate > 0):

@@ -34,7 +34,7 @@ def circuit_table(
     Args:
       chain: the stages.
       circuit: what `discover` found.
-      moved: heads that a later stage took into its own group, see `jaxmech.study.chains.moved_heads`.
+      moved: heads that a later stage took into its own group, see `jaxmech.discovery.moved_heads`.
     """
     metric = next((scores.metric for scores in circuit.scores.values()), "probability")
     changed = CHANGED.get(metric, Changed(metric, f"change of {metric}", 1))

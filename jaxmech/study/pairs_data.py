@@ -92,9 +92,13 @@ class PairsData:
         return np.sort(evaluated), np.sort(first[contexts[: settings.contexts]])
 
     @cached_property
-    def _all(self) -> Pairs:
+    def _written(self) -> list[TextPair]:
         assert self.settings.pairs is not None
-        found = self._read(self.settings.pairs)
+        return _texts(self.settings.pairs)
+
+    @cached_property
+    def _all(self) -> Pairs:
+        found = self._tokens(self._written)
         if (count := len(_distinct(found)[0])) < LEAST:
             raise ValueError(
                 f"{self.settings.pairs} has {count} different clean prompts; a study needs at least {LEAST}, and for "
@@ -102,9 +106,9 @@ class PairsData:
             )
         return found
 
-    def _read(self, file: Path) -> Pairs:
+    def _tokens(self, texts: Sequence[TextPair]) -> Pairs:
         how = {name: getattr(self.settings, name) for name in ("first_token", "between", "add_bos")}
-        return pairs_of(_texts(file), self.tokenizer, **how)
+        return pairs_of(texts, self.tokenizer, **how)
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -119,8 +123,7 @@ class PairsData:
     @property
     def example(self) -> str:
         """The first that is evaluated as text, with its answer."""
-        assert self.settings.pairs is not None
-        return _texts(self.settings.pairs)[self._split[0][0]].sentence
+        return self._written[self._split[0][0]].sentence
 
     def means(self, model: Model) -> RoleMeans:
         """What ablated heads put out: z averaged over the contexts, by role and by position."""
@@ -161,7 +164,7 @@ class PairsData:
     @cached_property
     def _counterfactuals(self) -> dict[str, Pairs]:
         """All pairs of each desideratum."""
-        found = {path.stem: self._read(path) for path in self.settings.desiderata}
+        found = {path.stem: self._tokens(_texts(path)) for path in self.settings.desiderata}
         for path in self.settings.desiderata:
             if (count := len(found[path.stem])) < LEAST_OF_A_DESIDERATUM:
                 raise ValueError(f"{path} has {count} pairs; DCM needs at least {LEAST_OF_A_DESIDERATUM}.")
