@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jaxmech as jm
+from jaxmech.study import Settings
 
 CHAIN = """
 [[stage]]
@@ -65,3 +66,20 @@ def write_task(folder: Path, lines: Iterable[dict]) -> None:
     """Writes pairs.jsonl and chain.toml."""
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "chain.toml").write_text(CHAIN)
+
+
+def settings_of(folder: Path) -> Settings:
+    """A small study of what `write_task` wrote to a folder."""
+    return Settings(
+        base=jm.demo.path("base"),
+        tuned=(jm.demo.path("tuned"),),
+        pairs=folder / "pairs.jsonl",
+        chain=jm.read_chain(folder / "chain.toml"),
+        min_effect=0.01,
+        metric="logit_difference",
+        random_circuits=2,
+        random_subsets=2,
+        components=("z",),
+        single_head_prompts=5,
+        seed=2,
+    )
