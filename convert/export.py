@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from convert.families import TABLES, source
-from convert.hf_config import FAMILIES, LAYER_TYPES
+from convert.hf_config import FAMILIES
+from convert.hf_rope import LAYER_TYPES, rope_parameters
 from jaxmech.config import Config
 from jaxmech.files import replacing, write_text
 from jaxmech.model import check_params
@@ -75,7 +76,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         "attention_bias": config.output_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": _rope_parameters(config),
+        "rope_parameters": rope_parameters(config.rope),
         "dtype": config.param_dtype,
     }
     return common | _family_fields(config)
@@ -91,15 +92,29 @@ def _family_fields(config: Config) -> dict[str, Any]:
             return {"sliding_window": window}
         case "qwen2" | "qwen3":
             return {"use_sliding_window": bool(window), "sliding_window": window, "layer_types": types}
-        case "gemma2":
+        case "gemma2" | "gemma3_text":
+            windows = {"sliding_window": window, "layer_types": types}
+            ropes = {} if config.family == "gemma2" else {"rope_parameters": _by_layer_type(config)}
+            return (
+                windows
+                | ropes
+                | {
+                    "hidden_activation": "gelu_pytorch_tanh",
+                    "query_pre_attn_scalar": _whole(config.score_scale**-2),
+                    "attn_logit_softcapping": config.score_cap or None,
+                    "final_logit_softcapping": config.logit_cap or None,
+                }
+            )
+        case "olmo3":
             return {
-                "hidden_activation": "gelu_pytorch_tanh",
                 "sliding_window": window,
                 "layer_types": types,
-                "query_pre_attn_scalar": _whole(config.score_scale**-2),
-                "attn_logit_softcapping": config.score_cap or None,
-                "final_logit_softcapping": config.logit_cap or None,
+                "rope_parameters": _by_layer_type(config),
             }
+        case "smollm3":
+            rotated = [int(config.rope_of(i).kind != "none") for i in range(config.num_layers)]
+            windows = {"use_sliding_window": bool(window), "sliding_window": window, "layer_types": types}
+            return windows | {"no_rope_layers": rotated}
         case "phi3":
             original = config.rope.original_max_positions if config.rope.kind == "longrope" else config.max_positions
             return {"sliding_window": window, "original_max_position_embeddings": original}
@@ -113,24 +128,10 @@ def _family_fields(config: Config) -> dict[str, Any]:
     return {}
 
 
-def _rope_parameters(config: Config) -> dict[str, Any]:
-    rope = config.rope
-    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.fraction != 1:
-        parameters["partial_rotary_factor"] = rope.fraction
-    if rope.kind in ("linear", "dynamic", "llama3", "yarn"):
-        parameters["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn", "longrope"):
-        parameters["original_max_position_embeddings"] = rope.original_max_positions
-    if rope.kind == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-    if rope.kind == "longrope":
-        parameters |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
-    if rope.kind in ("yarn", "longrope"):
-        parameters["attention_factor"] = rope.attention_factor
-    return parameters
+def _by_layer_type(config: Config) -> dict[str, Any]:
+    """RoPE of the layers without and with a window."""
+    ropes = config.rope, config.other_rope or config.rope
+    return {name: rope_parameters(rope) for name, rope in zip(LAYER_TYPES, ropes, strict=True)}
 
 
 def _whole(number: float) -> float | int:

@@ -113,15 +113,17 @@ LLAMA = {
     "up_bias": Source(_MLP + "up_proj.bias", "F", "F"),
     "down_bias": Source(_MLP + "down_proj.bias", "D", "D"),
 }
-QWEN3 = LLAMA | {
+_HEAD_NORMS = {
     "q_norm": Source(_ATTENTION + "q_norm.weight", "H", "H"),
     "k_norm": Source(_ATTENTION + "k_norm.weight", "H", "H"),
 }
+QWEN3 = LLAMA | _HEAD_NORMS
 _POST_NORMS = {
     "attn_post_norm": Source(_LAYER + "post_attention_layernorm.weight", "D", "D"),
     "mlp_post_norm": Source(_LAYER + "post_feedforward_layernorm.weight", "D", "D"),
 }
 GEMMA2 = LLAMA | _POST_NORMS | {"mlp_norm": Source(_LAYER + "pre_feedforward_layernorm.weight", "D", "D")}
+GEMMA3 = GEMMA2 | _HEAD_NORMS
 OLMO2 = (
     LLAMA
     | _POST_NORMS
@@ -160,8 +162,11 @@ TABLES: dict[str, Mapping[str, Source]] = {
     "qwen3": QWEN3,
     "gemma": LLAMA,
     "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
     "phi3": PHI3,
     "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "smollm3": LLAMA,
     "granite": LLAMA,
 }
 

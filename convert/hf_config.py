@@ -1,12 +1,11 @@
 """Hugging Face's config.json to `jaxmech.config.Config`.
 
-Reads the layout of transformers 5 (`rope_parameters`, `dtype`) and the older ones (`rope_theta` + `rope_scaling`,
-`torch_dtype`). Every field of the file is read, known to have no effect on inference, or refused by name.
+Reads the layout of transformers 5 (`dtype`) and the older ones (`torch_dtype`); `convert.hf_rope` reads what concerns
+the rotary embedding. Every field of the file is read, known to have no effect on inference, or refused by name.
 
 What a family computes is said once, here, in the fields of `Config`; where its tensors are, in `convert.families`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 
 from convert import meta
 from convert.adapters import Adapter, is_adapter
-from convert.json_files import Fields, read_fields, refuse_unknown
+from convert.hf_rope import LAYER_TYPES, read_rope, read_ropes_by_layer_type
+from convert.json_files import Fields, positive_integer, positive_number, read_fields, refuse_unknown
+from convert.multimodal import MULTIMODAL, text_fields
 from jaxmech.config import Config, Rope
 
 # Fields without effect on a forward pass: bookkeeping, token ids, training and generation settings.
@@ -33,20 +34,8 @@ READ = frozenset(
 )
 # Fields that would change the mathematics, in any family, if they were not as here.
 UNUSED = {"rope_interleaved": False, "use_bidirectional_attention": False, "use_mrope": False}
-# Fields of each RoPE type that must be there, and that may be.
-ROPE_FIELDS: dict[str, tuple[str, str]] = {
-    "default": ("", ""),
-    "linear": ("factor", ""),
-    "dynamic": ("factor", ""),
-    "llama3": ("factor low_freq_factor high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor",
-        "attention_factor beta_fast beta_slow mscale mscale_all_dim original_max_position_embeddings truncate",
-    ),
-    "longrope": ("short_factor long_factor", "attention_factor factor original_max_position_embeddings"),
-}
+IsFull = Callable[[int, int], bool]
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -88,28 +77,80 @@ def _gemma(fields: Fields) -> dict[str, Any]:
     return {"norm_style": "gemma", "embed_scale": fields["hidden_size"] ** 0.5, **_biases(fields)}
 
 
-def _gemma2(fields: Fields) -> dict[str, Any]:
+def _gemma2(fields: Fields, is_full: IsFull = lambda i, _: i % 2 == 1) -> dict[str, Any]:
     return {
         **_gemma(fields),
-        **_windows(fields, True, lambda i, _: i % 2 == 1),
+        **_windows(fields, True, is_full),
         "post_norm": True,
-        "score_scale": _number(fields, "query_pre_attn_scalar") ** -0.5,
+        "score_scale": positive_number(fields, "query_pre_attn_scalar") ** -0.5,
         "score_cap": fields.get("attn_logit_softcapping") or 0.0,
         "logit_cap": fields.get("final_logit_softcapping") or 0.0,
     }
+
+
+def _gemma3(fields: Fields) -> dict[str, Any]:
+    if fields.get("attn_logit_softcapping"):
+        raise ValueError(
+            f"attn_logit_softcapping={fields['attn_logit_softcapping']!r}; expected null, since transformers does not "
+            "cap the scores of this family."
+        )
+    every = positive_integer(fields, "sliding_window_pattern")
+    windowed = _gemma2(fields, lambda i, _: (i + 1) % every == 0)
+    return {**windowed, "qk_norm": "head", **_ropes_by_window(fields, windowed)}
 
 
 def _olmo2(fields: Fields) -> dict[str, Any]:
     return {"norm_style": "float32", "pre_norm": False, "post_norm": True, "qk_norm": "all", **_biases(fields)}
 
 
+def _olmo3(fields: Fields) -> dict[str, Any]:
+    theta, local = fields["rope_theta"], fields["rope_local_base_freq"]
+    if theta != local and not fields.get("rope_parameters"):
+        raise ValueError(
+            f"rope_theta={theta!r} outside of rope_parameters: transformers 4 takes it for all layers, 5 for those "
+            f"without a window, and {local} for the others. Say it in rope_parameters, for {' and '.join(LAYER_TYPES)}."
+        )
+    windows = _windows(fields, True, lambda i, _: i % 4 == 3)
+    return {**_olmo2(fields), **windows, **_ropes_by_window(fields, windows)}
+
+
+def _smollm3(fields: Fields) -> dict[str, Any]:
+    layers, every = fields["num_hidden_layers"], positive_integer(fields, "no_rope_layer_interval")
+    rotated = fields.get("no_rope_layers")  # so it is called, but it has 1 where a layer rotates
+    if rotated is None:
+        rotated = [int(i % every != every - 1) for i in range(layers)]
+    if not isinstance(rotated, list) or len(rotated) < layers or any(x not in (0, 1) for x in rotated):
+        raise ValueError(f"no_rope_layers={rotated!r}; expected 0 or 1 for each of {layers} layers.")
+    windows = _windows(fields, fields.get("use_sliding_window"), lambda i, _: bool(rotated[i]))
+    others = tuple(i for i in range(layers) if not rotated[i])
+    return {**_llama(fields), **windows, **_ropes(read_rope(fields), Rope(kind="none"), others, layers)}
+
+
+def _ropes_by_window(fields: Fields, settings: Fields) -> dict[str, Any]:
+    """`rope` and `other_rope`, that of layers with a window, if `settings` have any."""
+    if fields.get("sliding_window") is None:
+        raise ValueError("sliding_window is null; expected a number of tokens.")
+    full, sliding = read_ropes_by_layer_type(fields)
+    layers = range(fields["num_hidden_layers"])
+    others = tuple(i for i in layers if i not in settings["full_layers"]) if "window" in settings else ()
+    return _ropes(full, sliding, others, len(layers))
+
+
+def _ropes(rope: Rope, other: Rope, others: tuple[int, ...], layers: int) -> dict[str, Any]:
+    if rope == other or not others:
+        return {"rope": rope}
+    if len(others) == layers:
+        return {"rope": other}
+    return {"rope": rope, "other_rope": other, "other_rope_layers": others}
+
+
 def _granite(fields: Fields) -> dict[str, Any]:
     return {
         **_llama(fields),
-        "embed_scale": _number(fields, "embedding_multiplier"),
-        "residual_scale": _number(fields, "residual_multiplier"),
-        "score_scale": _number(fields, "attention_multiplier"),
-        "logit_divisor": _number(fields, "logits_scaling"),
+        "embed_scale": positive_number(fields, "embedding_multiplier"),
+        "residual_scale": positive_number(fields, "residual_multiplier"),
+        "score_scale": positive_number(fields, "attention_multiplier"),
+        "logit_divisor": positive_number(fields, "logits_scaling"),
     }
 
 
@@ -118,7 +159,7 @@ def _biases(fields: Fields) -> dict[str, Any]:
     return {"attention_bias": bias, "output_bias": bias}
 
 
-def _windows(fields: Fields, used: Any, is_full: Callable[[int, int], bool]) -> dict[str, Any]:
+def _windows(fields: Fields, used: Any, is_full: IsFull) -> dict[str, Any]:
     """`window` and `full_layers`; is_full(layer, max_window_layers) where config.json does not say it of each layer."""
     window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
     if not used or window is None:
@@ -140,6 +181,29 @@ _QWEN = (*_WINDOWS, "use_sliding_window", "max_window_layers")
 _QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 _GEMMA2 = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _GEMMA2_DEFAULTS = dict(zip(_GEMMA2, (256, 50.0, 30.0), strict=True))
+_GEMMA3_DEFAULTS = {  # the published config.json of the larger models leave out what is as in these
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}
+_OLMO3_DEFAULTS = {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5, "rope_local_base_freq": 5e5}
+_SMOLLM3 = ("no_rope_layers", "no_rope_layer_interval", "use_sliding_window", *_WINDOWS)
+_SMOLLM3_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "no_rope_layer_interval": 4,
+    "rope_theta": 2e6,
+    "tie_word_embeddings": True,
+}
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 FAMILIES = {
     "llama": Family(("LlamaForCausalLM", "LLaMAForCausalLM"), _llama),
@@ -158,6 +222,12 @@ FAMILIES = {
         (*_WINDOWS, *_GEMMA2, "hidden_activation"),
         _TIED | _GEMMA2_DEFAULTS | {"max_position_embeddings": 8192, "sliding_window": 4096},
     ),
+    "gemma3_text": Family(
+        ("Gemma3ForCausalLM",),
+        _gemma3,
+        (*_WINDOWS, *_GEMMA2, "hidden_activation", "sliding_window_pattern", "rope_local_base_freq"),
+        _TIED | _GEMMA3_DEFAULTS,
+    ),
     "phi3": Family(
         ("Phi3ForCausalLM",),
         _window,
@@ -165,6 +235,8 @@ FAMILIES = {
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     ),
     "olmo2": Family(("Olmo2ForCausalLM",), _olmo2, (), {"rms_norm_eps": 1e-5}),
+    "olmo3": Family(("Olmo3ForCausalLM",), _olmo3, _WINDOWS, _OLMO3_DEFAULTS),
+    "smollm3": Family(("SmolLM3ForCausalLM",), _smollm3, _SMOLLM3, _SMOLLM3_DEFAULTS),
     "granite": Family(("GraniteForCausalLM",), _granite, _MULTIPLIERS, dict.fromkeys(_MULTIPLIERS, 1.0)),
 }
 
@@ -209,34 +281,40 @@ def _read_config(path: Path) -> Config:
 
 def config_from_hf(fields: Fields) -> Config:
     """A `Config` from the fields of config.json. ValueError names whatever is unknown or unsupported."""
+    fields = text_fields(fields, IGNORED)
     family = _family(fields)
     private = {name for name in fields if name.startswith("_")}
     refuse_unknown(fields, READ | IGNORED | UNUSED.keys() | set(family.fields) | private)
     if used := [name for name, value in UNUSED.items() if fields.get(name) not in (None, value)]:
         raise ValueError(f"{used[0]}={fields[used[0]]!r} is not supported; expected {UNUSED[used[0]]!r}.")
     fields = {**family.defaults, **fields}
-    heads = _size(fields, "num_attention_heads")
-    width = _size(fields, "hidden_size")
+    heads = positive_integer(fields, "num_attention_heads")
+    width = positive_integer(fields, "hidden_size")
     if fields.get("head_dim") is None and width % heads:
         raise ValueError(
             f"hidden_size={width} is not a multiple of num_attention_heads={heads} and head_dim is absent. Add the "
             "head_dim that the model was trained with."
         )
+    sizes = {
+        "vocab_size": positive_integer(fields, "vocab_size"),
+        "width": width,
+        "num_layers": positive_integer(fields, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": positive_integer(fields, "num_key_value_heads", default=heads),
+        "head_dim": positive_integer(fields, "head_dim", default=width // heads),
+        "mlp_width": positive_integer(fields, "intermediate_size"),
+    }
+    settings = family.settings(fields)
+    if "rope" not in settings:
+        settings["rope"] = read_rope(fields)
     return Config(
         family=fields["model_type"],
-        vocab_size=_size(fields, "vocab_size"),
-        width=width,
-        num_layers=_size(fields, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=_size(fields, "num_key_value_heads", default=heads),
-        head_dim=_size(fields, "head_dim", default=width // heads),
-        mlp_width=_size(fields, "intermediate_size"),
+        **sizes,
         norm_eps=fields.get("rms_norm_eps", 1e-6),
-        max_positions=_size(fields, "max_position_embeddings", default=2048),
-        rope=_rope(fields),
+        max_positions=positive_integer(fields, "max_position_embeddings", default=2048),
         activation=_activation(fields),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        **family.settings(fields),
+        **settings,
     )
 
 
@@ -244,7 +322,8 @@ def _family(fields: Fields) -> Family:
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={model_type!r} is not supported; choose a checkpoint of type {', '.join(FAMILIES)}."
+            f"model_type={model_type!r} is not supported; choose a checkpoint of type "
+            f"{', '.join([*FAMILIES, *MULTIMODAL])}."
         )
     family = FAMILIES[model_type]
     for name in fields.get("architectures") or family.architectures[:1]:
@@ -256,7 +335,7 @@ def _family(fields: Fields) -> Family:
 
 
 def _activation(fields: Fields) -> str:
-    gemma = fields["model_type"] in ("gemma", "gemma2")
+    gemma = fields["model_type"] in ("gemma", "gemma2", "gemma3_text")
     name = "hidden_activation" if gemma and fields.get("hidden_activation") else "hidden_act"
     value = fields.get(name, "silu")
     if gemma and value == "gelu":  # the first Gemma configs say so and mean the approximation (HF `GemmaConfig`)
@@ -266,86 +345,3 @@ def _activation(fields: Fields) -> str:
             f"{name}={value!r} is not supported; choose a checkpoint with one of {', '.join(map(repr, ACTIVATIONS))}."
         )
     return ACTIVATIONS[value]
-
-
-def _size(fields: Fields, name: str, default: int | None = None) -> int:
-    """The positive integer at `name`, or the default if it is absent or null."""
-    value = default if fields.get(name) is None else fields[name]
-    if value is None:
-        raise ValueError(f"field {name!r} is missing and has no safe default; copy the model's original config.json.")
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}; expected a positive integer.")
-    return value
-
-
-def _number(fields: Fields, name: str) -> float:
-    """The positive number at `name`."""
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{name}={value!r}; expected a positive number.")
-    return value
-
-
-def _rope(fields: Fields) -> Rope:
-    """Either layout: `rope_parameters` {rope_theta, rope_type, ...}, or `rope_theta` beside `rope_scaling`.
-
-    Where both are given, `rope_scaling` wins (HF `RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`).
-    """
-    parameters = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
-    theta = parameters.pop("rope_theta", fields.get("rope_theta", 10000.0))
-    kind = parameters.pop("rope_type", None) or parameters.get("type", "default")
-    parameters.pop("type", None)  # the name of the field before transformers 4.43
-    fraction = parameters.pop("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if fields["model_type"] == "phi3":
-        kind = {"su": "longrope", "yarn": "longrope"}.get(kind, kind)  # older names (HF `Phi3Config`)
-    elif fraction != 1.0:
-        raise ValueError(f"partial_rotary_factor={fraction} is not supported; expected 1.0.")
-    if kind not in ROPE_FIELDS:
-        raise ValueError(
-            f"rope_type={kind!r} is not supported; choose a checkpoint with one of {', '.join(ROPE_FIELDS)}."
-        )
-    needed, optional = (names.split() for names in ROPE_FIELDS[kind])
-    given = {name: value for name, value in parameters.items() if value is not None}
-    # yarn may say that its factor is null: then it follows from the two context lengths.
-    if missing := [name for name in needed if name not in (parameters if kind == "yarn" else given)]:
-        raise ValueError(f"rope_type={kind!r} lacks {', '.join(missing)}; copy the model's original config.json.")
-    if unknown := sorted(set(parameters) - {*needed, *optional}):
-        raise ValueError(
-            f"rope_type={kind!r} has unknown fields {', '.join(unknown)}; remove those that change nothing."
-        )
-    lists = ("short_factor", "long_factor")
-    for name in given.keys() - {"truncate", *lists}:
-        _number(given, name)
-    if wrong := [name for name in lists if name in given and not isinstance(given[name], list)]:
-        raise ValueError(f"{wrong[0]}={given[wrong[0]]!r}; expected a list of numbers, one for each frequency.")
-    if kind in ("default", "linear"):
-        return Rope(theta=theta, kind=kind, fraction=fraction, factor=given.get("factor", 1.0))
-    limit = _size(fields, "max_position_embeddings", default=2048)
-    original = given.pop("original_max_position_embeddings", limit)
-    if kind != "dynamic" and fields.get("original_max_position_embeddings") is not None:
-        original = _size(fields, "original_max_position_embeddings")
-    factor = given.setdefault("factor", limit / original)
-    if kind in ("yarn", "longrope"):
-        scale = _attention_factor(kind, given, factor, original)
-        for name in ("mscale", "mscale_all_dim"):
-            given.pop(name, None)
-        given["attention_factor"] = scale
-    if kind == "longrope":
-        given |= {"short_factors": tuple(given.pop("short_factor")), "long_factors": tuple(given.pop("long_factor"))}
-        del given["factor"]
-    return Rope(theta=theta, kind=kind, fraction=fraction, original_max_positions=original, **given)
-
-
-def _attention_factor(kind: str, given: Fields, factor: float, original: int) -> float:
-    """Factor of cos and sin (HF `_compute_yarn_parameters`, `_compute_longrope_parameters`)."""
-    if "attention_factor" in given:
-        return given["attention_factor"]
-    if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-
-    def scale(by: float) -> float:
-        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return scale(given["mscale"]) / scale(given["mscale_all_dim"])
-    return scale(1)

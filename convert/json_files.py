@@ -26,3 +26,21 @@ def refuse_unknown(fields: Fields, known: Collection[str], *, what: str = "model
             f"unknown fields {', '.join(f'{name}={fields[name]!r}' for name in unknown)}. They might change what the "
             f"{what} computes, so they are refused; remove those that do not."
         )
+
+
+def positive_integer(fields: Fields, name: str, default: int | None = None) -> int:
+    """The positive integer at `name`, or the default if it is absent or null."""
+    value = default if fields.get(name) is None else fields[name]
+    if value is None:
+        raise ValueError(f"field {name!r} is missing and has no safe default; copy the model's original config.json.")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}; expected a positive integer.")
+    return value
+
+
+def positive_number(fields: Fields, name: str) -> float:
+    """The positive number at `name`."""
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name}={value!r}; expected a positive number.")
+    return value

@@ -216,13 +216,13 @@ def _live_layer(cone: Cone, i: Layer, x: jax.Array, patches: Patches, knockout: 
     """Layer i of the live stream x [C, D]."""
     config, suffixes, layer = cone.config, cone.suffixes, layer_weights(cone.weights, i)
     normed = attention_input(config, layer, x)
-    rotation = rope.angles(config, suffixes.position)
+    rotation = rope.of_layer(config, i, rope.rotations(config, suffixes.position))
 
     def site(name: str, activation: jax.Array) -> jax.Array:
         return _patched(cone, i, patches.get(name), activation)
 
     q, k, v = (site(name, project(config, layer, name, normed)) for name in ("q", "k", "v"))
-    q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+    q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
     z = []
     for bucket in suffixes.buckets:
         token = jnp.arange(bucket.span.width)
@@ -239,6 +239,10 @@ def _last_layer(cone: Cone, x: jax.Array, patches: Patches, knockout: Knockout |
     """The last layer of the live stream x [C, D] at `last` only, [B, D]; other tokens give their keys and values."""
     config, suffixes, i = cone.config, cone.suffixes, cone.config.num_layers - 1
     layer = layer_weights(cone.weights, i)
+
+    def rotated(activation: jax.Array, position: jax.Array) -> jax.Array:
+        return rope.rotate(activation, rope.of_layer(config, i, rope.rotations(config, position)))
+
     normed = attention_input(config, layer, x)
 
     def site(name: str, activation: jax.Array) -> jax.Array:
@@ -253,8 +257,8 @@ def _last_layer(cone: Cone, x: jax.Array, patches: Patches, knockout: Knockout |
 
     k, v = (site(name, project(config, layer, name, normed)) for name in ("k", "v"))
     q = site("q", project(config, layer, "q", normed[suffixes.at_last]))  # [B, N, H]
-    q = rope.rotate(q, *rope.angles(config, suffixes.position[suffixes.at_last]))[:, None]  # [B, 1, N, H]
-    k = rope.rotate(k, *rope.angles(config, suffixes.position))
+    q = rotated(q, suffixes.position[suffixes.at_last])[:, None]  # [B, 1, N, H]
+    k = rotated(k, suffixes.position)
     z = []
     for bucket in suffixes.buckets:
         within = jnp.arange(bucket.span.width) < bucket.length[:, None, None, None]  # [b, 1, 1, W]

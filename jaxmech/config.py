@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "none", "linear", "dynamic", "llama3", "yarn", "longrope")
 # JAX's `jax.lax.Precision`, and its dot algorithms (`jax.lax.DotAlgorithmPreset`) of float32 numbers.
 PRECISIONS = (
     *("default", "high", "highest"),
@@ -28,9 +28,10 @@ class Rope:
 
     Attributes:
       theta: base of the frequencies.
-      kind: "default"; "linear" (frequencies / factor); "dynamic" (a larger base for prompts over
-        `original_max_positions`, by their length); "llama3" (Llama 3.1, section 3.4 of Dubey et al. 2024); "yarn" (Peng
-        et al. 2023, arXiv:2309.00071); "longrope" (Ding et al. 2024, arXiv:2402.13753).
+      kind: "default"; "none" (nothing is rotated: NoPE; Kazemnejad et al. 2023, arXiv:2305.19466); "linear"
+        (frequencies / factor); "dynamic" (a larger base for prompts over `original_max_positions`, by their length);
+        "llama3" (Llama 3.1, section 3.4 of Dubey et al. 2024); "yarn" (Peng et al. 2023, arXiv:2309.00071); "longrope"
+        (Ding et al. 2024, arXiv:2402.13753).
       factor: how many times longer the context is than `original_max_positions` ("linear", "dynamic", "llama3",
         "yarn").
       low_freq_factor, high_freq_factor: wavelengths above original_max_positions / low are divided by
@@ -98,12 +99,14 @@ class Config:
         The mathematics does not read it: all of that is in the fields below.
       norm_eps: epsilon of RMSNorm.
       norm_style: where RMSNorm casts back from float32: "llama" before the product with the weight, "float32" after it
-        (OLMo 2), "gemma" after the product with 1 + weight.
+        (OLMo), "gemma" after the product with 1 + weight.
       pre_norm: attention and MLP read the norm of the residual stream, not the stream itself.
-      post_norm: what they put out is normed before it is added to the stream (Gemma 2, OLMo 2).
-      qk_norm: norm of q and k before RoPE: "none", of each "head" (Qwen3), or of "all" heads together (OLMo 2).
+      post_norm: what they put out is normed before it is added to the stream (Gemma 2 and 3, OLMo).
+      qk_norm: norm of q and k before RoPE: "none", of each "head" (Qwen3, Gemma 3), or of "all" heads together (OLMo).
       max_positions: context length that the checkpoint states, in tokens; longer prompts are warned of.
       rope: rotary embedding.
+      other_rope, other_rope_layers: that of some layers, if it is another one (Gemma 3 and OLMo 3, where they have a
+        window; SmolLM3, which does not rotate there).
       window: a query attends to this many tokens at most, itself included; 0: to all.
       full_layers: layers that have no window.
       attention_bias: q, k and v projections have a bias.
@@ -140,6 +143,8 @@ class Config:
     qk_norm: str = "none"
     max_positions: int = field(default=2048, compare=False)
     rope: Rope = field(default_factory=Rope)
+    other_rope: Rope | None = None
+    other_rope_layers: tuple[int, ...] = ()
     window: int = 0
     full_layers: tuple[int, ...] = ()
     attention_bias: bool = False
@@ -170,23 +175,30 @@ class Config:
             raise ValueError(
                 f"Config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}."
             )
-        if self.rope.rotated(self.head_dim) % 2:
-            part = "" if self.rope.fraction == 1 else f", of which {self.rope.rotated(self.head_dim)} are rotated,"
-            raise ValueError(f"Config: head_dim={self.head_dim}{part} is odd; RoPE rotates pairs of dimensions.")
-        pairs = self.rope.rotated(self.head_dim) // 2
-        if self.rope.kind == "dynamic" and pairs == 1:
-            raise ValueError("Config: dynamic RoPE of one pair of dimensions is not defined; expected more in a head.")
-        for name in ("short_factors", "long_factors"):
-            if self.rope.kind == "longrope" and len(getattr(self.rope, name)) != pairs:
-                raise ValueError(
-                    f"Config: RoPE has {len(getattr(self.rope, name))} {name}; expected one for each of the {pairs} "
-                    f"pairs of dimensions that are rotated."
-                )
-        if not all(0 <= layer < self.num_layers for layer in self.full_layers):
-            raise ValueError(f"Config: full_layers={self.full_layers}; the layers are 0..{self.num_layers - 1}.")
+        for rope in self.ropes:
+            _check_rope(rope, self.head_dim)
+        if (self.other_rope is None) != (not self.other_rope_layers):
+            raise ValueError(
+                f"Config: other_rope={self.other_rope} and other_rope_layers={self.other_rope_layers}; expected both "
+                "or neither."
+            )
+        if len({rope.rotated(self.head_dim) for rope in self.ropes}) > 1:
+            raise ValueError("Config: rope and other_rope rotate parts of different sizes; expected one fraction.")
+        for name in ("full_layers", "other_rope_layers"):
+            if not all(0 <= layer < self.num_layers for layer in getattr(self, name)):
+                raise ValueError(f"Config: {name}={getattr(self, name)}; the layers are 0..{self.num_layers - 1}.")
         known = {"param_dtype": DTYPES, "dtype": DTYPES, "precision": PRECISIONS, "activation": ACTIVATIONS}
         for name, values in (known | {"norm_style": NORM_STYLES, "qk_norm": QK_NORMS}).items():
             _check_known("Config", name, getattr(self, name), values)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary embeddings of all layers: `rope` and, if some have another one, `other_rope`."""
+        return (self.rope,) if self.other_rope is None else (self.rope, self.other_rope)
+
+    def rope_of(self, layer: int) -> Rope:
+        """The rotary embedding of a layer."""
+        return self.other_rope if self.other_rope and layer in self.other_rope_layers else self.rope
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -215,13 +227,31 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """Reads `values`, the output of `to_dict`. ValueError names any field that is missing or unknown here."""
         _check_fields(cls, values)
-        _check_fields(Rope, values["rope"])
-        return cls(**_tuples(values | {"rope": Rope(**_tuples(values["rope"]))}))
+        ropes = {name: values[name] for name in ("rope", "other_rope") if values[name] is not None}
+        for rope in ropes.values():
+            _check_fields(Rope, rope)
+        return cls(**_tuples(values | {name: Rope(**_tuples(rope)) for name, rope in ropes.items()}))
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     """Lists, as JSON has them, to tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _check_rope(rope: Rope, head_dim: int) -> None:
+    """Raises ValueError if the embedding cannot rotate a head of that size."""
+    rotated = rope.rotated(head_dim)
+    if rotated % 2:
+        part = "" if rope.fraction == 1 else f", of which {rotated} are rotated,"
+        raise ValueError(f"Config: head_dim={head_dim}{part} is odd; RoPE rotates pairs of dimensions.")
+    if rope.kind == "dynamic" and rotated == 2:
+        raise ValueError("Config: dynamic RoPE of one pair of dimensions is not defined; expected more in a head.")
+    for name in ("short_factors", "long_factors"):
+        if rope.kind == "longrope" and len(getattr(rope, name)) != rotated // 2:
+            raise ValueError(
+                f"Config: RoPE has {len(getattr(rope, name))} {name}; expected one for each of the {rotated // 2} "
+                f"pairs of dimensions that are rotated."
+            )
 
 
 def _check_known(owner: str, name: str, value: Any, known: tuple[str, ...]) -> None:

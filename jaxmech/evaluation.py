@@ -224,18 +224,19 @@ class _Ablated(NamedTuple):
 @partial(jax.jit, static_argnames="config")
 def _ablated_everywhere(config: Config, weights: Params, batch: _Vital, values: Array, distinct: _Distinct) -> _Ablated:
     """Runs the distinct tokens with every head ablated; values [L, S, T, N, H]."""
-    rotation = rope.angles(config, distinct.position)
+    rotations = rope.rotations(config, distinct.position)
 
-    def layer(x, weights_and_values):
-        layer_weights, z = weights_and_values
+    def layer(x, inputs):
+        index, layer_weights, z = inputs
+        rotation = rope.of_layer(config, index, rotations)
         normed = attention_input(config, layer_weights, x)
         k, v = (project(config, layer_weights, site, normed) for site in ("k", "v"))
         attn_out = attention_output(config, layer_weights, z.astype(x.dtype))  # [S, T, D]
         x = mlp_half(config, layer_weights, x + attn_out[distinct.source, distinct.position])
-        return x, _Ablated(rope.rotate(k, *rotation), v, _at_vital(batch.vital, batch.source, z))
+        return x, _Ablated(rope.rotate(k, rotation), v, _at_vital(batch.vital, batch.source, z))
 
     x = embed(config, weights, distinct.token)
-    return jax.lax.scan(layer, x, (weights["blocks"], values))[1]
+    return jax.lax.scan(layer, x, (jnp.arange(config.num_layers), weights["blocks"], values))[1]
 
 
 @partial(jax.jit, static_argnames=("config", "keep_logits"))
@@ -254,12 +255,12 @@ def _circuit_logits(config: Config, weights: Params, batch: _Vital, ablated: _Ab
     again = (same & jnp.tri(vital.shape[1], k=-1, dtype=bool)).any(-1)  # [B, R]: a token that an earlier role names
     token = jnp.arange(batch.tokens.shape[1])
     is_vital = (vital[:, :, None] == token).any(1)  # [B, T]
-    rotation = rope.angles(config, vital)
+    rotations = rope.rotations(config, vital)
 
     def layer(x, inputs):
         index, layer_weights, constant, kept = inputs
         normed = attention_input(config, layer_weights, x)
-        q, k, v = rotated_qkv(config, layer_weights, normed, rotation)
+        q, k, v = rotated_qkv(config, layer_weights, normed, rope.of_layer(config, index, rotations))
         before = visible(config, index, vital, token) & ~is_vital[:, None, None]  # [B, 1, R, T]
         own = visible(config, index, vital, vital) & ~again[:, None, None]  # [B, 1, R, R]
         keys = [(constant.k[batch.index], before), (k, own)]

@@ -23,6 +23,7 @@ class Place:
       side: "input" or "output" of that module.
       item: which of several outputs.
       heads: "q", "k" or "v" where the projections of all three are one (Phi-3).
+      heads_first: its axes are [B, N, T, H] (Gemma 3).
       multiplied: the layer multiplies it by residual_multiplier before it adds it (Granite).
     """
 
@@ -30,6 +31,7 @@ class Place:
     side: str = "output"
     item: int = 0
     heads: str | None = None
+    heads_first: bool = False
     multiplied: bool = False
 
 
@@ -54,8 +56,14 @@ PLACES: dict[str, Mapping[str, Place]] = {
     "qwen3": LLAMA | NORMED,
     "gemma": LLAMA,
     "gemma2": LLAMA | POST_NORMED | {"resid_mid": Place("pre_feedforward_layernorm", "input")},
+    "gemma3_text": LLAMA
+    | {site: Place(f"self_attn.{site}_norm", heads_first=True) for site in ("q", "k")}
+    | POST_NORMED
+    | {"resid_mid": Place("pre_feedforward_layernorm", "input")},
     "phi3": LLAMA | {site: Place("self_attn.qkv_proj", heads=site) for site in ("q", "k", "v")},
     "olmo2": LLAMA | NORMED | POST_NORMED | {"resid_mid": Place("mlp", "input")},
+    "olmo3": LLAMA | NORMED | POST_NORMED | {"resid_mid": Place("mlp", "input")},
+    "smollm3": LLAMA,
     "granite": LLAMA | {"attn_out": Place("self_attn", multiplied=True), "mlp_out": Place("mlp", multiplied=True)},
 }
 
@@ -102,25 +110,34 @@ def activations(model: Any, tokens: np.ndarray, attention: str = "eager") -> dic
     model.set_attn_implementation(attention)
     places = {
         site: place
-        for site, place in PLACES[model.config.model_type].items()
+        for site, place in PLACES[_decoder(model).config.model_type].items()
         if site != "pattern" or attention == "eager"
     }
     kept: dict[str, list[np.ndarray]] = {site: [] for site in places}
     with ExitStack() as stack, torch.no_grad():
-        for layer in model.model.layers:
+        for layer in _decoder(model).layers:
             for site, place in places.items():
                 stack.callback(_hook(layer, site, place, kept[site].append).remove)
         logits = model(torch.tensor(tokens, dtype=torch.int64), use_cache=False).logits
     return {site: np.stack(layers) for site, layers in kept.items()} | {"logits": logits.float().numpy()}
 
 
-def rotation(model: Any, length: int) -> tuple[np.ndarray, float]:
-    """Frequencies [H/2] of the model's RoPE in a prompt of that many tokens, and its factor of cos and sin."""
+def rotation(model: Any, layer: int, length: int) -> tuple[np.ndarray, float]:
+    """Frequencies [H/2] of a layer's RoPE in a prompt of that many tokens, and its factor of cos and sin."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    rotary = copy.deepcopy(model.model.rotary_emb)  # a long prompt changes its state
-    rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
-    return rotary.inv_freq.float().numpy(), float(rotary.attention_scaling)
+    rotary = copy.deepcopy(_decoder(model).rotary_emb)  # a long prompt changes its state
+    kind = (
+        [_decoder(model).config.layer_types[layer]] if hasattr(rotary, "layer_types") else []
+    )  # else one for all layers
+    rotary(torch.zeros(1), torch.tensor([[0, length - 1]]), *kind)
+    frequency, factor = ("_".join([*kind, name]) for name in ("inv_freq", "attention_scaling"))
+    return getattr(rotary, frequency).float().numpy(), float(getattr(rotary, factor))
+
+
+def _decoder(model: Any) -> Any:
+    """The stack of layers, which in multimodal models is one part of the model."""
+    return getattr(model.model, "language_model", model.model)
 
 
 def _hook(layer: Any, site: str, place: Place, keep: Callable[[np.ndarray], None]) -> Any:
@@ -144,7 +161,7 @@ def _our_axes(attention: Any, site: str, place: Place, x: np.ndarray) -> np.ndar
         return x.swapaxes(1, 2)
     if site not in ("q", "k", "v", "z"):
         return x
-    x = x.reshape(*x.shape[:2], -1, attention.head_dim)
+    x = x.swapaxes(1, 2) if place.heads_first else x.reshape(*x.shape[:2], -1, attention.head_dim)
     num_heads, num_kv_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
     if place.heads is not None:
         x = x[:, :, _rows(place.heads, num_heads, num_kv_heads)]

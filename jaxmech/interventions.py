@@ -48,10 +48,10 @@ class Patch:
 class Interventions:
     """One optional `Patch` per site and an attention knockout. A site that is None costs nothing.
 
-    q and k are taken before RoPE, and after their norm in families that norm them (Qwen3, OLMo 2). k and v are patched
-    per *query* head, after the grouped-query repeat, so that one head of a group can be patched alone. `pattern` is the
-    attention probability, patched after the softmax. attn_out and mlp_out are what is added to the residual stream:
-    after the norms that follow them (Gemma 2, OLMo 2) and the multiplier (Granite).
+    q and k are taken before RoPE, and after their norm in families that norm them (Qwen3, Gemma 3, OLMo). k and v are
+    patched per *query* head, after the grouped-query repeat, so that one head of a group can be patched alone.
+    `pattern` is the attention probability, patched after the softmax. attn_out and mlp_out are what is added to the
+    residual stream: after the norms that follow them (Gemma 2 and 3, OLMo) and the multiplier (Granite).
 
     Attributes:
       knockout: bool [L, B, T, N, S], broadcastable; True forbids query T of head N in layer L to attend to key S.

@@ -183,10 +183,11 @@ def check_tokens(config: Config, tokens: jax.Array | np.ndarray, *, any_length: 
             f"token ids reach from {tokens.min()} to {tokens.max()}; this model's vocabulary has ids "
             f"0..{config.vocab_size - 1}. Were the prompts made with another tokenizer?"
         )
-    if not any_length and tokens.shape[1] > config.rope.longest:
+    rope = min(config.ropes, key=lambda rope: rope.longest)
+    if not any_length and tokens.shape[1] > rope.longest:
         raise ValueError(
-            f"The prompts have {tokens.shape[1]} tokens. This model's RoPE ({config.rope.kind}) depends on the length "
-            f"of prompts over {config.rope.longest} tokens, and the methods do not support that; shorten the prompts."
+            f"The prompts have {tokens.shape[1]} tokens. This model's RoPE ({rope.kind}) depends on the length of "
+            f"prompts over {rope.longest} tokens, and the methods do not support that; shorten the prompts."
         )
     if not traced and tokens.shape[1] > (context := _context(config)):
         _warn_of_length(tokens.shape[1], context)
@@ -197,7 +198,7 @@ def _context(config: Config) -> int:
     """Context length in tokens. Of a scaled RoPE, checkpoints state it with or without the scaling: the longer one."""
     rope = config.rope
     before = config.max_positions if rope.kind in ("linear", "dynamic") else rope.original_max_positions
-    return max(config.max_positions, int(rope.factor * before) if rope.kind != "default" else 0)
+    return max(config.max_positions, int(rope.factor * before) if rope.kind not in ("default", "none") else 0)
 
 
 @lru_cache  # one sweep checks its prompts many times

@@ -177,11 +177,11 @@ def forward(
     interventions.check(config, tokens.shape)
     keep = _captor(config, check_capture(capture), capture_at)
     positions = jnp.arange(tokens.shape[1])
-    rotation = rope.angles(config, positions, length=tokens.shape[1])
+    rotations = rope.rotations(config, positions, length=tokens.shape[1])
 
     def layer(x, index_and_weights):
         index, weights = index_and_weights
-        x, sites = block(config, weights, x, rotation, interventions, index)
+        x, sites = block(config, weights, x, rope.of_layer(config, index, rotations), interventions, index)
         return x, keep(sites)
 
     x = embed(config, params, tokens)
@@ -196,7 +196,7 @@ def block(
     config: Config,
     weights: Params,
     x: jax.Array,
-    rotation: tuple[jax.Array, jax.Array],
+    rotation: rope.Rotation,
     interventions: Interventions,
     index: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -220,7 +220,7 @@ def block(
     allowed = visible(config, index, position, position)
     if forbidden is not None:
         allowed = allowed & ~jnp.swapaxes(forbidden, -3, -2)
-    (pattern,) = attention_pattern(config, rope.rotate(q, *rotation), [(rope.rotate(k, *rotation), allowed)])
+    (pattern,) = attention_pattern(config, rope.rotate(q, rotation), [(rope.rotate(k, rotation), allowed)])
     if forbidden is not None:
         pattern = jnp.where(allowed, pattern, 0)  # a query with no key left attends to nothing, not to all alike
     pattern = jnp.swapaxes(site("pattern", jnp.swapaxes(pattern, -3, -2)), -3, -2)
@@ -298,11 +298,11 @@ def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Arr
 
 
 def rotated_qkv(
-    config: Config, weights: Params, x: jax.Array, rotation: tuple[jax.Array, jax.Array]
+    config: Config, weights: Params, x: jax.Array, rotation: rope.Rotation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k and v of the normed stream x [..., T, D], as `project` has them, but q and k rotated by the angles."""
+    """q, k and v of the normed stream x [..., T, D], as `project` has them, but q and k rotated."""
     q, k, v = (project(config, weights, site, x) for site in ("q", "k", "v"))
-    return rope.rotate(q, *rotation), rope.rotate(k, *rotation), v
+    return rope.rotate(q, rotation), rope.rotate(k, rotation), v
 
 
 def visible(config: Config, layer: jax.Array | int, query: jax.Array, key: jax.Array) -> jax.Array:

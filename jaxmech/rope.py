@@ -5,6 +5,8 @@ Follows Hugging Face's convention, in which dimension i is paired with dimension
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,8 @@ def inverse_frequencies(rope: Rope, head_dim: int, length: int | None = None) ->
     of a frequency is an angle of 0.001 at position 16000.
     """
     size = rope.rotated(head_dim)
+    if rope.kind == "none":
+        return np.zeros(size // 2, np.float32)
     if rope.kind == "longrope":
         long = length is not None and length > rope.original_max_positions
         factors = np.array(rope.long_factors if long else rope.short_factors, np.float32)
@@ -76,20 +80,40 @@ def _yarn(rope: Rope, powers: np.ndarray) -> np.ndarray:
     return (1 / (np.float32(rope.factor) * powers)) * (1 - keep) + (1 / powers) * keep
 
 
-def angles(config: Config, positions: jax.Array, length: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotation at `positions` [..., T], each in the compute dtype, [..., T, H/2].
+class Rotation(NamedTuple):
+    """cos and sin of the angles of R rotated dimensions."""
+
+    cos: jax.Array  # [..., T, R/2]
+    sin: jax.Array  # [..., T, R/2]
+
+
+def rotations(config: Config, positions: jax.Array, length: int | None = None) -> tuple[Rotation, ...]:
+    """The rotation at `positions` [..., T] by each of the model's embeddings, in the compute dtype.
 
     Angles are float32: in bfloat16, positions over 256 could not be told apart. `length` as in `inverse_frequencies`.
     """
-    frequency, factor = inverse_frequencies(config.rope, config.head_dim, length), config.rope.attention_factor
+    return tuple(_rotation(config, rope, positions, length) for rope in config.ropes)
+
+
+def _rotation(config: Config, rope: Rope, positions: jax.Array, length: int | None) -> Rotation:
+    frequency, factor = inverse_frequencies(rope, config.head_dim, length), rope.attention_factor
     angle = positions[..., None].astype(jnp.float32) * frequency
     cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
-    return cos.astype(config.compute_dtype), sin.astype(config.compute_dtype)
+    return Rotation(cos.astype(config.compute_dtype), sin.astype(config.compute_dtype))
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates queries or keys x [..., T, N, H] by the angles cos, sin [..., T, R/2]; dimensions from R on stay."""
-    half = cos.shape[-1]
+def of_layer(config: Config, layer: jax.Array | int, rotations: Sequence[Rotation]) -> Rotation:
+    """The one of `rotations`, in the order of `config.ropes`, by which a layer rotates."""
+    if config.other_rope is None:
+        return rotations[0]
+    is_other = jnp.isin(jnp.asarray(layer), jnp.asarray(config.other_rope_layers, jnp.int32))
+    rope, other = rotations
+    return Rotation(*(jnp.where(is_other, y, x) for x, y in zip(rope, other, strict=True)))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates queries or keys x [..., T, N, H]; of each head, the dimensions from R on stay as they are."""
+    half = rotation.cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos[..., None, :], sin[..., None, :]  # one rotation for all heads
+    cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]  # one rotation for all heads
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -111,8 +111,8 @@ def _layer(
     before: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Layer `index` on x [R, T, D] at `position` [T] that also attends to the (k, v, position) `before`; its sites."""
-    normed, rotation = attention_input(config, weights, x), rope.angles(config, position)
-    q, k, v = rotated_qkv(config, weights, normed, rotation)
+    rotation = rope.of_layer(config, index, rope.rotations(config, position))
+    q, k, v = rotated_qkv(config, weights, attention_input(config, weights, x), rotation)
     blocks = [*before, (k, v, position)]
     patterns = attention_pattern(config, q, [(keys, visible(config, index, position, at)) for keys, _, at in blocks])
     z = mix_values(config, [(pattern, values) for pattern, (_, values, _) in zip(patterns, blocks, strict=True)])

@@ -218,15 +218,18 @@ def _compare(
 
 def _compare_rope(config: Config, theirs: Any, length: int) -> Iterator[Comparison]:
     """RoPE's numbers themselves, since short prompts hide how far off they are at long ones."""
-    lengths = [length] + ([2 * int(config.rope.longest)] if config.rope.longest < float("inf") else [])
     frequencies, factors = [], []
-    for tokens in lengths:
-        frequency, factor = hf_sites.rotation(theirs, tokens)
-        found = rope.inverse_frequencies(config.rope, config.head_dim, tokens)
-        frequencies.append(largest_deviation(found / frequency, np.ones_like(frequency)))
-        factors.append(abs(config.rope.attention_factor / factor - 1))
-    yield Comparison("float32", "inv_freq", None, max(frequencies), FREQUENCY)
-    yield Comparison("float32", "attention_factor", None, max(factors), FREQUENCY)
+    for ours, layer in {config.rope_of(i): i for i in range(config.num_layers)}.items():
+        if ours.kind == "none":
+            continue
+        for tokens in [length] + ([2 * int(ours.longest)] if ours.longest < float("inf") else []):
+            frequency, factor = hf_sites.rotation(theirs, layer, tokens)
+            found = rope.inverse_frequencies(ours, config.head_dim, tokens)
+            frequencies.append(largest_deviation(found / frequency, np.ones_like(frequency)))
+            factors.append(abs(ours.attention_factor / factor - 1))
+    if frequencies:
+        yield Comparison("float32", "inv_freq", None, max(frequencies), FREQUENCY)
+        yield Comparison("float32", "attention_factor", None, max(factors), FREQUENCY)
 
 
 def _activations(model: Model, tokens: np.ndarray) -> Activations:

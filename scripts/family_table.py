@@ -37,8 +37,14 @@ NAMES = {
     "qwen3": ("Qwen3", "norm of each head's q and k"),
     "gemma": ("Gemma 1", "embedding scale, 1 + w norms, gelu"),
     "gemma2": ("Gemma 2", "and soft-caps, norms after attention and MLP, alternating windows"),
+    "gemma3_text": (
+        "Gemma 3",
+        "norm of each head's q and k, another RoPE in windows; text alone of `gemma3`, from 4B on",
+    ),
     "phi3": ("Phi-3, Phi-4-mini", "fused qkv and gate_up, window, longrope, partly rotated heads"),
     "olmo2": ("OLMo 2", "norms after attention and MLP alone, norm of all q and k"),
+    "olmo3": ("OLMo 3", "and windows, RoPE scaled outside of them"),
+    "smollm3": ("SmolLM3", "layers without RoPE"),
     "granite": ("Granite 3", "multipliers"),
 }
 TOKENS = np.random.default_rng(0).integers(0, 48, (8, 24))

@@ -35,9 +35,11 @@ NEEDS_TORCH = (
     "test_convert.py",
     "test_family_parity.py",
     "test_formats.py",
+    "test_multimodal.py",
     "test_parity.py",
     "test_peers.py",
     "test_rope.py",
+    "test_ropes_by_layer.py",
     "test_torch_reference.py",
     "test_verify.py",
 )

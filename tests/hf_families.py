@@ -1,4 +1,4 @@
-"""The nine families as tiny Hugging Face models with random weights, every option that sets a family apart active."""
+"""The twelve families as tiny Hugging Face models with random weights, every option that sets a family apart active."""
 
 import torch
 import transformers
@@ -22,8 +22,50 @@ HF_FAMILIES = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 12,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 16,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "phi3": ("Phi3Config", {"pad_token_id": 0, "sliding_window": 6}),
     "olmo2": ("Olmo2Config", {"pad_token_id": 0}),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            "pad_token_id": 0,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 16,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        {
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "no_rope_layer_interval": 2,
+        },
+    ),
     "granite": (
         "GraniteConfig",
         {

@@ -39,6 +39,22 @@ FEATURES = {
         "qk_norm": "all",
         "num_kv_heads": 2,
     },
+    "Gemma 3: another RoPE in the layers that have a window": {
+        "norm_style": "gemma",
+        "post_norm": True,
+        "qk_norm": "head",
+        "window": 4,
+        "full_layers": (1, 3),
+        "rope": jm.Rope(theta=1e6, kind="linear", factor=8.0),
+        "other_rope": jm.Rope(),
+        "other_rope_layers": (0, 2),
+        "num_kv_heads": 2,
+    },
+    "SmolLM3: layers without RoPE": {
+        "other_rope": jm.Rope(kind="none"),
+        "other_rope_layers": (1, 3),
+        "num_kv_heads": 2,
+    },
     "Granite: multipliers; Phi-3: a part of each head rotated": {
         "embed_scale": 2.0,
         "residual_scale": 0.4,

@@ -18,6 +18,7 @@ COUNT, SEVERAL, LENGTH = 6, 4, 14
 FEATURES = {
     "mha": {},
     "gqa": {"num_kv_heads": 2},
+    "two RoPEs": {"other_rope": jm.Rope(kind="none"), "other_rope_layers": (0, 2)},
     "windows": {"num_kv_heads": 2, "window": 4, "full_layers": (1,), "qk_norm": "head", "post_norm": True},
 }
 

@@ -97,7 +97,7 @@ def test_llama3_keeps_divides_and_interpolates():
 def test_angles_beyond_4096_equal_those_of_transformers(both):
     theirs, config = both
     expected = theirs(torch.zeros(1), torch.tensor(POSITIONS)[None])
-    for found, reference in zip(rope.angles(config, jnp.asarray(POSITIONS), 16384), expected, strict=True):
+    for found, reference in zip(rope.rotations(config, jnp.asarray(POSITIONS), 16384)[0], expected, strict=True):
         assert_close(found, reference[0, :, :64].numpy(), TOLERANCES.angle)
 
 
@@ -107,13 +107,13 @@ def test_a_query_rotated_beyond_4096_equals_that_of_transformers(both):
     cos, sin = theirs(torch.zeros(1), torch.tensor(POSITIONS)[None])
     q = torch.tensor(x).transpose(0, 1)[None]  # [1, N, T, H]
     expected, _ = apply_rotary_pos_emb(q, q, cos, sin)
-    found = rope.rotate(jnp.asarray(x), *rope.angles(config, jnp.asarray(POSITIONS), 16384))
+    found = rope.rotate(jnp.asarray(x), rope.rotations(config, jnp.asarray(POSITIONS), 16384)[0])
     assert_close(found, expected[0].transpose(0, 1).numpy(), TOLERANCES.angle)
 
 
 def test_angles_are_computed_in_float32_for_a_bfloat16_model(both):
     _, config = both
-    cos, _ = rope.angles(config.replace(dtype="bfloat16"), jnp.arange(257, 261))
+    cos = rope.rotations(config.replace(dtype="bfloat16"), jnp.arange(257, 261))[0].cos
     assert cos.dtype == jnp.bfloat16
     assert len(set(np.asarray(cos[:, 0], np.float32))) == 4, "positions over 256 must not fall together"
 
@@ -124,7 +124,7 @@ def test_only_the_difference_of_positions_matters(both):
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 128)).astype(np.float32)) for _ in range(2))
 
     def score(at_q, at_k):
-        rotated = (rope.rotate(x, *rope.angles(config, jnp.array([at]))) for x, at in ((q, at_q), (k, at_k)))
+        rotated = (rope.rotate(x, rope.rotations(config, jnp.array([at]))[0]) for x, at in ((q, at_q), (k, at_k)))
         return float(jnp.sum(next(rotated) * next(rotated)))
 
     assert abs(score(9, 4) - score(109, 104)) < 1e-3
@@ -141,7 +141,7 @@ def test_a_part_of_each_head_is_rotated_as_in_phi3():
     x = np.random.default_rng(0).normal(size=(len(POSITIONS), 2, 16)).astype(np.float32)
     q = torch.tensor(x).transpose(0, 1)[None]
     expected, _ = modeling_phi3.apply_rotary_pos_emb(q, q, *theirs(torch.zeros(1), torch.tensor(POSITIONS)[None]))
-    found = rope.rotate(jnp.asarray(x), *rope.angles(ours, jnp.asarray(POSITIONS)))
+    found = rope.rotate(jnp.asarray(x), rope.rotations(ours, jnp.asarray(POSITIONS))[0])
     assert_close(found, expected[0].transpose(0, 1).numpy(), TOLERANCES.angle)
     np.testing.assert_array_equal(found[..., 12:], x[..., 12:])
 
@@ -154,6 +154,36 @@ def test_methods_refuse_prompts_whose_frequencies_depend_on_their_length(random_
     model(pairs.clean)
     with pytest.raises(ValueError, match=rf"12 tokens.*{kind}.*over 11 tokens.*shorten"):
         jm.path_patch(model, pairs)
+
+
+def test_layers_rotate_by_the_embedding_that_they_have(random_model):
+    """The other embedding only in its layers; none at all is the identity, in every bit."""
+    config = random_model(other_rope=Rope(kind="none"), other_rope_layers=(1, 3)).config
+    positions, x = (
+        jnp.arange(5),
+        jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, config.head_dim)), jnp.float32),
+    )
+    both = rope.rotations(config, positions)
+    rotated = rope.rotate(x, both[0])
+    assert np.abs(rotated - x).max() > 0.1
+    for layer in range(4):
+        found = rope.rotate(x, rope.of_layer(config, jnp.asarray(layer), both))
+        np.testing.assert_array_equal(found, x if layer in (1, 3) else rotated)
+        assert config.rope_of(layer) == (config.other_rope if layer in (1, 3) else config.rope)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"other_rope": Rope()}, "other_rope_layers=.*expected both or neither"),
+        ({"other_rope_layers": (1,)}, "other_rope=None.*expected both or neither"),
+        ({"other_rope": Rope(), "other_rope_layers": (4,)}, r"other_rope_layers=\(4,\); the layers are 0..3"),
+        ({"other_rope": Rope(fraction=0.5), "other_rope_layers": (1,)}, "parts of different sizes"),
+    ],
+)
+def test_another_rope_that_fits_no_layer_is_refused(random_model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        random_model(**changes)
 
 
 def test_a_rotated_part_is_at_most_a_head(random_model):

@@ -121,7 +121,7 @@ SWEEPS = {
 }
 
 
-@pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma2", "smollm3"])
 def family_twins(request, tmp_path_factory) -> Twins:
     """Models with windows, q/k norms, soft-caps and post-norms, in which heads matter."""
     model = family_model(request.param, noise=0.3, initializer_range=0.4).requires_grad_(False)

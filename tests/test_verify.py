@@ -135,6 +135,7 @@ def test_gate_and_up_exchanged_are_found_in_the_mlp_of_that_layer(saved, spoilt)
         ("granite", "residual_multiplier", 0.3, "attn_out of layer 0"),
         ("granite", "embedding_multiplier", 2.0, "resid_pre of layer 0"),
         ("qwen3", "rms_norm_eps", 0.1, "q of layer 0"),
+        ("smollm3", "no_rope_layers", [1, 1, 0], "pattern of layer 1"),
     ],
 )
 def test_another_setting_is_found_where_it_acts_first(saved, spoilt, family, field, value, where):

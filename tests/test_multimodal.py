@@ -1,0 +1,131 @@
+"""Gemma 3 from 4B on: the decoder of a checkpoint that holds a vision encoder as well."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import TOLERANCES, assert_close
+from hf_families import HF_FAMILIES
+from hf_llama import SIZES
+from safetensors.numpy import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+import convert
+import jaxmech as jm
+from jaxmech import verify
+
+TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"] - 1, (3, 11))
+IMAGE = SIZES["vocab_size"] - 1
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(transformers' model, its folder)."""
+    torch.manual_seed(0)
+    _, own = HF_FAMILIES["gemma3_text"]
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=SIZES | own | {"initializer_range": 0.2, "final_logit_softcapping": None},
+        vision_config=SiglipVisionConfig(**small, image_size=28, patch_size=14).to_dict(),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=IMAGE,
+        eoi_token_index=IMAGE,
+    )
+    config._attn_implementation = "eager"
+    model = Gemma3ForConditionalGeneration(config).eval()
+    folder = tmp_path_factory.mktemp("gemma3")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def changed(saved, tmp_path):
+    """A function that copies the checkpoint with changed fields of config.json and its tensors renamed."""
+
+    def copy(rename=lambda name: name, **fields):
+        _, folder = saved
+        config = json.loads((folder / "config.json").read_text()) | fields
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        tensors = load_file(folder / "model.safetensors")
+        save_file({rename(name): x for name, x in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+        return tmp_path
+
+    return copy
+
+
+def in_the_model(name: str) -> str:
+    """The name that some versions of transformers saved a tensor by."""
+    return f"model.{name.replace('language_model.model.', 'language_model.')}"
+
+
+@pytest.mark.parametrize("rename", [lambda name: name, in_the_model], ids=["published", "in the model"])
+def test_logits_of_the_decoder_equal_those_of_transformers(saved, changed, rename):
+    theirs, folder = saved
+    published = load_file(folder / "model.safetensors")
+    assert "language_model.model.norm.weight" in published and any(name.startswith("vision") for name in published)
+    ours = jm.load(changed(rename), precision="highest")
+    assert ours.config.family == "gemma3_text" and len(ours.config.ropes) == 2
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    assert_close(ours(TOKENS)[0], expected, TOLERANCES.parity)
+
+
+def test_sites_of_the_decoder_are_verified(saved):
+    report = verify.verify(saved[1])
+    assert report.ok, report
+    assert {"pattern", "mlp_out", "inv_freq"} <= {c.site for c in report.comparisons}
+
+
+def test_the_decoder_is_written_as_a_model_of_its_own(saved, tmp_path):
+    ours = jm.load(saved[1])
+    convert.write_hf(tmp_path, ours.config, ours.params)
+    again = jm.load(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gemma3_text"
+    assert again.config.to_dict() == ours.config.to_dict()
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, ours.params))
+
+
+def test_fields_that_published_configs_leave_out_are_those_of_transformers():
+    """gemma-3-4b-pt says six fields of its decoder."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    theirs = Gemma3Config(text_config=dict(text)).to_dict()
+    ours = convert.config_from_hf({"model_type": "gemma3", "text_config": text})
+    assert ours == convert.config_from_hf(theirs)
+    assert (ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.vocab_size) == (8, 4, 256, 262208)
+    assert ours.rope == jm.Rope(1e6, "linear", 8.0) and ours.other_rope == jm.Rope(1e4)
+    assert ours.full_layers == (5, 11, 17, 23, 29) and ours.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quantization_config": {"bits": 4}}, "unknown fields quantization_config"),
+        ({"text_config": None}, "text_config=None; expected the fields of a decoder"),
+        ({"text_config": {"model_type": "llama"}}, "model_type 'gemma3_text'"),
+        ({"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping=30.0.*expected null"),
+        ({"architectures": ["Gemma3ForSequenceClassification"]}, "ForSequenceClassification.*expected.*Conditional"),
+    ],
+)
+def test_what_is_not_the_decoder_that_it_should_be_is_refused(changed, fields, message):
+    with pytest.raises(ValueError, match=message):
+        jm.load(changed(**fields))
+
+
+def test_unknown_tensors_and_adapters_are_refused(saved, changed, tmp_path):
+    path = changed(lambda name: name.replace("multi_modal_projector", "audio_tower"))
+    with pytest.raises(ValueError, match="tensors that its config does not call for: audio_tower"):
+        jm.load(path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
+    )
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
+    parts = {name.format("A"): np.ones((2, 32), np.float32), name.format("B"): np.ones((48, 2), np.float32)}
+    save_file(parts, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="multimodal.*merge_and_unload"):
+        jm.load(saved[1], adapter=adapter)

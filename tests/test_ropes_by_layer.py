@@ -1,0 +1,80 @@
+"""config.json of families whose layers rotate differently: both layouts, and what does not say it clearly."""
+
+import pytest
+from hf_llama import SIZES
+from transformers import Gemma3TextConfig, Olmo3Config, SmolLM3Config
+
+import convert
+import jaxmech as jm
+from convert.export import config_to_hf
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "attention_factor": 1.2}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+OLD = {  # as released before transformers 5
+    "gemma3_text": {
+        "rope_theta": 2e6,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": LINEAR,
+        "sliding_window_pattern": 3,
+        "num_hidden_layers": 7,
+    },
+    "olmo3": {"rope_theta": 500000, "rope_scaling": YARN, "max_position_embeddings": 65536, "num_hidden_layers": 5},
+    "smollm3": {"rope_theta": 5e6, "no_rope_layers": [1, 0, 1, 1, 0]},
+}
+EXPECTED = {
+    "gemma3_text": (jm.Rope(2e6, "linear", 8.0), jm.Rope(2e4), (0, 1, 3, 4, 6)),
+    "olmo3": (jm.Rope(5e5, "yarn", 8.0, attention_factor=1.2), jm.Rope(5e5), (0, 1, 2, 4)),
+    "smollm3": (jm.Rope(5e6), jm.Rope(kind="none"), (1,)),
+}
+CONFIGS = {"gemma3_text": Gemma3TextConfig, "olmo3": Olmo3Config, "smollm3": SmolLM3Config}
+
+
+def read(family: str, **fields) -> jm.Config:
+    return convert.config_from_hf({"model_type": family, **SIZES, "pad_token_id": 0, **fields})
+
+
+@pytest.mark.parametrize("family", OLD)
+def test_older_configs_mean_what_they_mean_in_transformers(family):
+    ours = read(family, **OLD[family])
+    assert (ours.rope, ours.other_rope, ours.other_rope_layers) == EXPECTED[family]
+    given = {**SIZES, "pad_token_id": 0, **OLD[family]}
+    theirs = CONFIGS[family](**{k: dict(v) if isinstance(v, dict) else v for k, v in given.items()}).to_dict()
+    theirs.pop("sliding_window_pattern", None)
+    assert convert.config_from_hf(theirs) == ours
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_layers_of_one_kind_alone_have_one_rope(family, kind):
+    theta = {"full_attention": 1e6, "sliding_attention": 1e4}
+    ropes = {name: {"rope_type": "default", "rope_theta": value} for name, value in theta.items()}
+    ours = read(family, layer_types=[kind] * 3, rope_parameters=ropes)
+    assert (ours.rope, ours.other_rope, ours.other_rope_layers) == (jm.Rope(theta[kind]), None, ())
+    assert bool(ours.window) == (kind == "sliding_attention")
+
+
+def test_a_model_that_never_rotates_has_no_other_rope():
+    ours = read("smollm3", no_rope_layers=[0, 0, 0])
+    assert (ours.rope.kind, ours.other_rope) == ("none", None)
+    fields = config_to_hf(ours)
+    assert convert.config_from_hf(fields) == ours
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("gemma3_text", {"rope_parameters": LINEAR}, "expected one for each of 'full_attention', 'sliding_attention'"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window is null"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0; expected null"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern=0; expected a positive integer"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("olmo3", {"rope_theta": 1e4}, "rope_theta=10000.0 outside of rope_parameters.*full_attention"),
+        ("olmo3", {"rope_scaling": {"rope_type": "yarn"}}, "'yarn' lacks factor"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]; expected 0 or 1 for each of 3 layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "expected 0 or 1 for each of 3 layers"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0; expected a positive integer"),
+    ],
+)
+def test_what_is_unclear_or_not_supported_is_refused(family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(family, **fields)
