@@ -197,7 +197,7 @@ class Config:
         return (self.rope,) if self.other_rope is None else (self.rope, self.other_rope)
 
     def rope_of(self, layer: int) -> Rope:
-        """The rotary embedding of a layer."""
+        """The rotary embedding of layer number `layer`."""
         return self.other_rope if self.other_rope and layer in self.other_rope_layers else self.rope
 
     @property
