@@ -75,7 +75,7 @@ class Change(NamedTuple):
 class HeadPatch(NamedTuple):
     """Other values for heads' q, k, v (before RoPE, per query head) or z at p; see `jaxmech.interventions.Patch`."""
 
-    weight: jax.Array  # [L, N], bool or float
+    weight: jax.Array  # [L, N] or [L, R, N], bool or float
     value: jax.Array  # [L, B, R, N, H]
 
 
@@ -281,7 +281,7 @@ def _patched(cone: Cone, i: Layer, patch: HeadPatch | None, activation: jax.Arra
 
 def _mixed(patch: HeadPatch, entry: Layer, old: jax.Array) -> jax.Array:
     """The activations `old` [B, R, N, H] of one layer, that entry of the patch, with the patch's values."""
-    return mixed(old, jnp.asarray(patch.weight)[entry][:, None], patch.value[entry])
+    return mixed(old, jnp.asarray(patch.weight)[entry][..., None], patch.value[entry])
 
 
 class _Queries(NamedTuple):

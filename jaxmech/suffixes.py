@@ -94,7 +94,7 @@ class Suffixes:
 
     @classmethod
     def padded(cls, p: jax.Array, last: jax.Array, *, width: int, prefix: int) -> "Suffixes":
-        """The suffixes from p [B], the one token that is patched, to last [B]; for jit.
+        """The suffixes from the first of the patched tokens p [B, R] to last [B]; for jit.
 
         All are padded to `width` tokens with copies of their last one.
 
@@ -102,16 +102,18 @@ class Suffixes:
           width: W, at least the longest suffix.
           prefix: P, at least the longest prefix, and not 0.
         """
-        count, length = len(p), last - p + 1
+        start = p[:, 0] if p.shape[1] == 1 else p.min(axis=1)
+        count, length = len(p), last - start + 1
         offset = jnp.minimum(jnp.arange(width), length[:, None] - 1)  # [B, W]
         first = width * jnp.arange(count)
-        packed, patched = first[:, None] + jnp.arange(width), jnp.zeros((count, 1), jnp.int32)
-        bucket = Bucket(packed, p, length, patched, Span(0, count, width, prefix))
+        packed = first[:, None] + jnp.arange(width)
+        patched = jnp.zeros_like(p) if p.shape[1] == 1 else p - start[:, None]  # XLA is to know where a single one is
+        bucket = Bucket(packed, start, length, patched, Span(0, count, width, prefix))
         return cls(
             example=jnp.repeat(jnp.arange(count), width),
-            position=(p[:, None] + offset).reshape(-1),
+            position=(start[:, None] + offset).reshape(-1),
             unpacked=jnp.arange(count * width),
-            at_p=first[:, None],
+            at_p=first[:, None] + patched,
             at_last=first + length - 1,
             buckets=(bucket,),
         )

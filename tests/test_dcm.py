@@ -13,7 +13,7 @@ from conftest import TOLERANCES, assert_close, right_in_turn
 
 import jaxmech as jm
 from jaxmech import dcm, memory
-from jaxmech.dcm import prompts, selection, stream, targets, training
+from jaxmech.dcm import groups, prompts, selection, targets, training
 from jaxmech.metrics import name_of
 from jaxmech.model import forward
 
@@ -218,7 +218,7 @@ def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
     desiderata = {name: answering(model, x, HEADS, "query_box", [0, 1, 1, 0]) for name, x in desiderata.items()}
     options = {"role": "query_box", "lams": [0.0, 0.05], "seeds": [0, 5], "batch_size": 3, "shuffle": shuffle}
     whole = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
-    kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), "query_box", 1)
+    kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), ["query_box"], 1)
     calls, train = [], training._train
     monkeypatch.setattr(training, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
     monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 6 * kept)  # 6 prompts of each, of 10
@@ -316,7 +316,9 @@ def test_runs_are_selected_together_as_one_by_one(model, pairs):
 def run_with(masks) -> dcm.Run:
     masks = np.asarray(masks, np.float32)
     rows = np.tile(np.arange(4), (len(masks), 1))
-    return dcm.Run(HEADS, masks[-1], dcm.History(np.zeros(len(masks)), masks, rows), len(masks))
+    return dcm.Run(
+        HEADS, [("last",)] * len(HEADS), masks[-1], dcm.History(np.zeros(len(masks)), masks, rows), len(masks)
+    )
 
 
 def test_runs_are_shown_in_one_line():
@@ -386,10 +388,10 @@ def test_training_compiles_once_for_all_groups_that_begin_in_one_layer(random_mo
 def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
-    base = prompts.BasePrompts(model, [pairs], "query_box", 1, [np.arange(4)]).run(0)
+    base = prompts.BasePrompts(model, [pairs], ["query_box"], 1, [np.arange(4)]).run(0)
     data = training._stacked(targets.collect_targets(model, [pairs], ["query_box"], [3]), first_layer=1)
     zero = np.zeros(1, int)
-    member = stream.members(model.config, HEADS, 1)[None]
+    member = training._member(model.config, groups.masked(model.config, HEADS, ["query_box"]), 1, 1)[None]
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
     inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1, optimizer=None), 0.1

@@ -7,20 +7,24 @@ model say what a desideratum predicts (Prakash et al. 2024, section 4 and append
     loss = -mean target logit + lam sum(1 - m)              or another metric in place of the target's logit
 
 The counterfactual prompts are run once, up to the group's last layer, and of the base prompts only what is clean; a
-step then runs, forward and backward, the layers from the group's first on and the tokens from its role on
+step then runs, forward and backward, the layers from the group's first on and the tokens from its first role on
 (`jaxmech.cone`).
 
 training.py    trains masks, many at once
 selection.py   how well masks do on other pairs, and which of a training's is the best
+runs.py        what a training leaves
+groups.py      the heads of a mask, and the roles at which they are patched
 stream.py      a forward pass under a mask, which both share
 prompts.py     what is kept of the base prompts, and how much of it at a time
 targets.py     what is kept of the counterfactual prompts
 
 Axes as in `jaxmech.model`, L being counted from the first layer that a group has; n counts the heads of a group, M
-masks, E the entries of a batch.
+masks, E the entries of a batch, R the roles at which heads are patched, and U the numbers that a mask has for a head:
+one for all roles, or one for each.
 """
 
+from jaxmech.dcm.runs import History, Run
 from jaxmech.dcm.selection import accuracies, accuracy, select, select_many
-from jaxmech.dcm.training import History, Run, train, train_many
+from jaxmech.dcm.training import train, train_many
 
 __all__ = ["History", "Run", "accuracies", "accuracy", "select", "select_many", "train", "train_many"]

@@ -4,7 +4,7 @@ A step needs the keys and values of all their tokens in all layers from the grou
 prompts of a large model. They are computed for as many steps at a time as the memory budget holds, a *segment*; if all
 fit, there is one segment, and every prompt is run once.
 
-Axes as in `jaxmech.dcm`; S counts sets of base prompts, R the prompts of each that are held at a time, W the tokens of
+Axes as in `jaxmech.dcm`; S counts sets of base prompts, Q the prompts of each that are held at a time, W the tokens of
 the longest suffix.
 """
 
@@ -22,46 +22,49 @@ from jaxmech.cone import live_cache
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
-from jaxmech.pairs import Pairs
+from jaxmech.pairs import Pairs, positions_of
 from jaxmech.shared_prefix import SharedPrompts, shared_length
-from jaxmech.suffixes import Suffixes
+from jaxmech.suffixes import Suffixes, suffix_lengths
 
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
 class Base(NamedTuple):
-    """What is computed of base prompts: layers from the group's first on, tokens from the role on."""
+    """What is computed of base prompts: layers from the group's first on, tokens from the first role on."""
 
     resid_pre: Array  # [B, W, D] at the first layer, of the suffix, padded with copies of its last token's
     k: Array  # [B, L, K, T, H], rotated
     v: Array  # [B, L, K, T, H]
-    p: Array  # [B]
+    p: Array  # [B, R]
     last: Array  # [B]
 
 
-def base_key(pairs: Pairs, role: str) -> tuple[bytes, ...]:
+def base_key(pairs: Pairs, roles: Sequence[str]) -> tuple[bytes, ...]:
     """The same for pairs with the same base prompts."""
-    return pairs.clean.tobytes(), pairs.position(role).tobytes(), pairs.position("last").tobytes()
+    return pairs.clean.tobytes(), positions_of(pairs.position, roles).tobytes(), pairs.position("last").tobytes()
 
 
 class BasePrompts:
     """S sets of equally many base prompts, run part by part when they are asked for.
 
     Args:
+      roles: the R whose tokens are patched.
       first_layer: the layer from which on they are kept.
-      parts: indices of prompts, the same in every set and as many in every part, int [R] each.
+      parts: indices of prompts, the same in every set and as many in every part, int [Q] each.
     """
 
-    def __init__(self, model: Model, sets: Sequence[Pairs], role: str, first_layer: int, parts: Sequence[np.ndarray]):
+    def __init__(
+        self, model: Model, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int, parts: Sequence[np.ndarray]
+    ):
         self._model, self._first_layer = model, first_layer
-        T, self._width = _lengths(sets, role)
+        T, self._width = _lengths(sets, roles)
         tokens = np.stack([np.pad(x.clean, ((0, 0), (0, T - x.clean.shape[1]))) for x in sets])
         self._tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]
-        self._p = np.concatenate([pairs.position(role) for pairs in sets])
+        self._p = np.concatenate([positions_of(pairs.position, roles) for pairs in sets])
         self._last = np.concatenate([pairs.position("last") for pairs in sets])
         config, starts = model.config, len(sets[0]) * np.arange(len(sets))
         together = [(starts[:, None] + part).reshape(-1) for part in parts]
-        kept = 2 * _base_bytes(config, sets, role, 0)  # of all layers, and once transposed
+        kept = 2 * _base_bytes(config, sets, roles, 0)  # of all layers, and once transposed
         most = memory.fitting(model.weights, kept + memory.of_forward(config, T))
         calls = math.ceil(len(together[0]) / most)
         size = math.ceil(len(together[0]) / calls)
@@ -69,59 +72,59 @@ class BasePrompts:
         self._split = shared_length([self._tokens[call] for rows in self._rows for call in rows])
 
     def run(self, part: int) -> Base:
-        """The prompts of a part, S * R of them: set by set, and behind them what fills up the last call."""
+        """The prompts of a part, S * Q of them: set by set, and behind them what fills up the last call."""
         rows = self._rows[part]
         prompts = [SharedPrompts.split(self._tokens[call], *self._split) for call in rows]
         p, last = self._p[rows], self._last[rows]
         prompts = jax.tree.map(lambda *x: np.stack(x), *prompts)
         model, options = self._model, {"first_layer": self._first_layer, "width": self._width}
         resid_pre, k, v = _run_base(model.config, model.weights, prompts, p, last, **options)
-        return Base(resid_pre, k, v, p.reshape(-1), last.reshape(-1))
+        return Base(resid_pre, k, v, p.reshape(-1, p.shape[-1]), last.reshape(-1))
 
 
-def examples_at_a_time(model: Model, sets: Sequence[Pairs], role: str, first_layer: int) -> int:
+def examples_at_a_time(model: Model, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int) -> int:
     """Prompts of each set that are held at a time, in half of the memory budget; the other half is for the runs."""
-    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, role, first_layer))
+    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, roles, first_layer))
 
 
 def runs_at_a_time(
-    model: Model, sets: Sequence[Pairs], role: str, first_layer: int, examples: int, *, logits: bool
+    model: Model, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int, examples: int, *, logits: bool
 ) -> int:
     """Runs whose steps of so many examples, forward and backward, fit half of the memory budget.
 
     Args:
       logits: a step needs those of all tokens, not the target's alone.
     """
-    config, (T, width) = model.config, _lengths(sets, role)
+    config, (T, width) = model.config, _lengths(sets, roles)
     stream = memory.of_streams(config, width, config.num_layers - first_layer)
     stream += 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
     stream += 2 * memory.of_logits(config) if logits else 0
-    return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, role, first_layer) + stream))
+    return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, roles, first_layer) + stream))
 
 
 def masked_examples_at_a_time(
-    model: Model, pairs: Pairs, role: str, first_layer: int, masks: int, besides: float
+    model: Model, pairs: Pairs, roles: Sequence[str], first_layer: int, masks: int, besides: float
 ) -> int:
     """Examples whose prompts, whose streams for all masks, and what else each takes fit the memory budget.
 
     Args:
       besides: bytes.
     """
-    config, (T, width) = model.config, _lengths([pairs], role)
+    config, (T, width) = model.config, _lengths([pairs], roles)
     stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
-    kept = 2 * _base_bytes(config, [pairs], role, first_layer)
+    kept = 2 * _base_bytes(config, [pairs], roles, first_layer)
     return memory.fitting(model.weights, kept + masks * stream + besides)
 
 
-def _lengths(sets: Sequence[Pairs], role: str) -> tuple[int, int]:
+def _lengths(sets: Sequence[Pairs], roles: Sequence[str]) -> tuple[int, int]:
     """T and W of the base prompts."""
-    widths = [int((pairs.position("last") - pairs.position(role)).max()) + 1 for pairs in sets]
-    return max(pairs.clean.shape[1] for pairs in sets), max(widths)
+    widths = [suffix_lengths(positions_of(pairs.position, roles), pairs.position("last")).max() for pairs in sets]
+    return max(pairs.clean.shape[1] for pairs in sets), int(max(widths))
 
 
-def _base_bytes(config: Config, sets: Sequence[Pairs], role: str, first_layer: int) -> float:
+def _base_bytes(config: Config, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int) -> float:
     """Bytes of `Base` of one prompt."""
-    T, width = _lengths(sets, role)
+    T, width = _lengths(sets, roles)
     return memory.of_keys_and_values(config, T, config.num_layers - first_layer) + memory.of_streams(config, width, 1)
 
 
@@ -146,7 +149,7 @@ def _run_base(
 class Segment(NamedTuple):
     """Consecutive steps whose examples are held at a time."""
 
-    rows: np.ndarray  # [R] the examples
+    rows: np.ndarray  # [Q] the examples
     orders: np.ndarray  # [orders, steps, E] those of every step, as indices into `rows`; -1 where its batch is shorter
 
 

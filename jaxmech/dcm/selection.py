@@ -1,6 +1,7 @@
 """How well masks do on other pairs than those they were trained on, and which mask of a training is the best."""
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,43 +12,48 @@ from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
+from jaxmech.dcm.groups import Group, Place, Role, check_place, first_layer_of, masked, place_of
 from jaxmech.dcm.prompts import Base, BasePrompts, base_key, masked_examples_at_a_time
-from jaxmech.dcm.stream import Heads, StepExamples, check_heads, first_layer_of, patched_stream
+from jaxmech.dcm.runs import Run
+from jaxmech.dcm.stream import StepExamples, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
-from jaxmech.dcm.training import Run
 from jaxmech.loading import Model
 from jaxmech.model import Params, unembed
-from jaxmech.pairs import Pairs
+from jaxmech.pairs import Pairs, one_or_more
 from jaxmech.predictions import answers, is_correct
 from jaxmech.sharding import over_rows
 
 Name = TypeVar("Name", bound=Hashable)
 Desideratum = TypeVar("Desideratum", bound=Hashable)
+Roles = TypeVar("Roles", bound=str | tuple[str, ...])
 Array = Any  # NumPy on the host, jax.Array inside jit
+Masks = Mapping[tuple[Desideratum, Roles], Mapping[Name, tuple[Group, np.ndarray]]]
+Accuracies = dict[tuple[Desideratum, Roles], dict[Name, np.ndarray]]
 
 
-def accuracy(model: Model, pairs: Pairs, heads: Heads, masks: np.ndarray, role: str = "last") -> np.ndarray:
+def accuracy(model: Model, pairs: Pairs, heads: Group, masks: np.ndarray, role: Role = "last") -> np.ndarray:
     """How often the model says the target when heads are patched by `masks`, at once for all of them: float [M].
 
     Args:
       model: the model that is run.
       pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
-      heads: the n heads, distinct (layer, head).
+      heads: the n heads, distinct (layer, head); or {role: heads}.
       masks: float [M, n], in which 0 patches a head and 1 leaves it alone, as `train` has them; round them for the
         accuracy of a selection of heads.
-      role: the role at which the heads are patched.
+      role: the role at which the heads are patched, or several. Not used where `heads` name their roles.
 
     Raises:
       ValueError: as `train`, or masks of another shape.
     """
-    return accuracies(model, {"": pairs}, {("", role): {"": (heads, masks)}})["", role][""]
+    key = "", tuple(one_or_more(role, "role"))
+    return accuracies(model, {"": pairs}, {key: {"": (heads, masks)}})[key][""]
 
 
 def accuracies(
     model: Model,
     pairs: Mapping[Desideratum, Pairs],
-    masks: Mapping[tuple[Desideratum, str], Mapping[Name, tuple[Heads, np.ndarray]]],
-) -> dict[tuple[Desideratum, str], dict[Name, np.ndarray]]:
+    masks: Masks[Desideratum, Roles, Name],
+) -> Accuracies[Desideratum, Roles, Name]:
     """`accuracy` of masks over several sets of heads, at several roles, on the pairs of several desiderata.
 
     Base prompts are run once for all desiderata that share them, counterfactual prompts once for all roles.
@@ -55,7 +61,8 @@ def accuracies(
     Args:
       model: the model that is run.
       pairs: desideratum -> its pairs.
-      masks: (desideratum, role) -> {name: (n heads, masks [M, n])}.
+      masks: (desideratum, role) -> {name: (n heads, masks [M, n])}; the role may be a tuple of several, and is not used
+        where heads are {role: heads}, which all of one key are or none.
 
     Returns:
       (desideratum, role) -> {name: accuracy [M]}.
@@ -63,50 +70,63 @@ def accuracies(
     Raises:
       ValueError: as `accuracy`.
     """
-    roles: dict[Desideratum, set[str]] = {}
-    for name, role in masks:
-        roles.setdefault(name, set()).add(role)
+    places = {key: place_of((group for group, _ in sets.values()), key[1]) for key, sets in masks.items()}
+    named: dict[Desideratum, set[Place]] = {}
+    for (name, _), place in places.items():
+        check_place(pairs[name], place)
+        named.setdefault(name, set()).add(place)
     sharing: dict[Any, dict[Desideratum, Pairs]] = {}
-    for name, named in roles.items():
-        key = tuple((role, base_key(pairs[name], role)) for role in sorted(named))
+    for name, some in named.items():
+        key = tuple((place, base_key(pairs[name], place.roles)) for place in sorted(some))
         sharing.setdefault(key, {})[name] = pairs[name]
-    found: dict[tuple[Desideratum, str], dict[Name, np.ndarray]] = {}
+    found: Accuracies[Desideratum, Roles, Name] = {}
     for same in sharing.values():
-        found |= _accuracies(model, same, {(name, role): x for (name, role), x in masks.items() if name in same})
+        found |= _accuracies(model, same, {key: sets for key, sets in masks.items() if key[0] in same}, places)
     return {key: found[key] for key in masks}
 
 
 def _accuracies(
     model: Model,
     pairs: Mapping[Desideratum, Pairs],
-    masks: Mapping[tuple[Desideratum, str], Mapping[Name, tuple[Heads, np.ndarray]]],
-) -> dict[tuple[Desideratum, str], dict[Name, np.ndarray]]:
-    """`accuracies` on desiderata that share their base prompts, at the same roles."""
+    masks: Masks[Desideratum, Roles, Name],
+    places: Mapping[tuple[Desideratum, Roles], Place],
+) -> Accuracies[Desideratum, Roles, Name]:
+    """`accuracies` on desiderata that share their base prompts, at the same places."""
     config, some = model.config, next(iter(pairs.values()))
-    roles = list(dict.fromkeys(role for _, role in masks))
-    first_layer = {role: _first_layer_at(config, masks, role) for role in roles}
-    weights = {(name, role): _weights(config, sets, first_layer[role]) for (name, role), sets in masks.items()}
-    last = [max(_last_patched(x, first_layer[at]) for (name, at), x in weights.items() if name == one) for one in pairs]
-    most = {role: max(len(x) for (_, at), x in weights.items() if at == role) for role in roles}
-    most = {role: 2 ** (count - 1).bit_length() for role, count in most.items()}  # few numbers, so few compilations
+    keys_at: dict[Place, list[tuple[Desideratum, Roles]]] = {}
+    for key in masks:
+        keys_at.setdefault(places[key], []).append(key)
+    roles = list(dict.fromkeys(role for place in keys_at for role in place.roles))
+    first_layer = {
+        place: first_layer_of(config, [masked(config, x, place.roles) for key in keys for x, _ in masks[key].values()])
+        for place, keys in keys_at.items()
+    }
+    weights = {key: _weights(config, sets, places[key], first_layer[places[key]]) for key, sets in masks.items()}
+    last = [max(_last_patched(x, first_layer[places[key]]) for key, x in weights.items() if key[0] == d) for d in pairs]
+    most = {place: max(len(weights[key]) for key in keys) for place, keys in keys_at.items()}
+    most = {place: 2 ** (count - 1).bit_length() for place, count in most.items()}  # few numbers, so few compilations
     kept = 2 * memory.of_heads(config, len(pairs) * len(roles), config.num_layers)  # once more as they are sorted
-    size = min(masked_examples_at_a_time(model, some, role, first_layer[role], most[role], kept) for role in roles)
+    size = min(
+        masked_examples_at_a_time(model, some, place.roles, first_layer[place], most[place], kept) for place in keys_at
+    )
     parts = list(equal_parts(len(some), size))
-    base = {role: BasePrompts(model, [some], role, first_layer[role], [rows for rows, _ in parts]) for role in roles}
-    correct: dict[tuple[Desideratum, str], list[np.ndarray]] = {key: [] for key in masks}
+    base = {
+        place: BasePrompts(model, [some], place.roles, first_layer[place], [rows for rows, _ in parts])
+        for place in keys_at
+    }
+    correct: dict[tuple[Desideratum, Roles], list[np.ndarray]] = {key: [] for key in masks}
     for part, (rows, new) in enumerate(parts):
         collected = collect_targets(model, [x[rows] for x in pairs.values()], roles, last)
         targets = dict(zip(pairs, collected, strict=True))
-        for i, role in enumerate(roles):
-            prompts = base[role].run(part)
-            for name in [name for name, at in weights if at == role]:
-                weight = weights[name, role]
-                padded = np.pad(weight, ((0, most[role] - len(weight)), (0, 0), (0, 0)))
-                here = over_rows(model.weights, padded)
-                inputs = prompts, targets[name], here
-                found = _answers(config, model.weights, *inputs, role=i, first_layer=first_layer[role])
-                right = is_correct(np.asarray(found)[: len(weight)], pairs[name].labels[rows])
-                correct[name, role].append(right[:, new])
+        for place, keys in keys_at.items():
+            prompts, at = base[place].run(part), tuple(roles.index(role) for role in place.roles)
+            for key in keys:
+                weight = weights[key]
+                padded = np.pad(weight, ((0, most[place] - len(weight)), *((0, 0),) * 3))
+                inputs = prompts, targets[key[0]], over_rows(model.weights, padded)
+                found = _answers(config, model.weights, *inputs, roles=at, first_layer=first_layer[place])
+                right = is_correct(np.asarray(found)[: len(weight)], pairs[key[0]].labels[rows])
+                correct[key].append(right[:, new])
     answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
     ends = {key: np.cumsum([len(some) for _, some in sets.values()])[:-1] for key, sets in masks.items()}
     return {key: dict(zip(sets, np.split(answered[key], ends[key]), strict=True)) for key, sets in masks.items()}
@@ -116,7 +136,7 @@ def select(
     model: Model,
     run: Run,
     validation_pairs: Pairs,
-    role: str = "last",
+    role: Role | None = None,
     *,
     every: int = 4,
     compat: str | None = None,
@@ -130,7 +150,7 @@ def select(
       model: the model that the run was trained on.
       run: what `train` returned.
       validation_pairs: as `train_pairs`, others.
-      role: the one it was trained at.
+      role: where the heads are patched; None: where they were in training.
       every: steps between two masks that are tried.
       compat: "paper" lets ties go to the mask that patches more heads (i), and takes `prev_query_box` from the training
         batch of the step instead of the validation pairs (h); see docs/paper_compat.md.
@@ -144,19 +164,19 @@ def select_many(
     model: Model,
     runs: Mapping[tuple[Desideratum, Name], Run],
     validation_pairs: Mapping[Desideratum, Pairs],
-    role: str = "last",
+    role: Role | None = None,
     *,
     every: int = 4,
     compat: str | None = None,
     train_pairs: Mapping[Desideratum, Pairs] | None = None,
 ) -> dict[tuple[Desideratum, Name], Run]:
-    """`select` for several runs at one role, {(desideratum, name): run}, in one pass over the validation pairs.
+    """`select` for several runs, {(desideratum, name): run}, in one pass over the validation pairs.
 
     Args:
       model: the model that the runs were trained on.
       runs: (desideratum, name) -> what was trained; names are any that tell the runs of a desideratum apart.
       validation_pairs: desideratum -> pairs that it was not trained on.
-      role: the one that all were trained at.
+      role: where the heads are patched; None: where they were in training.
       every: steps between two masks that are tried.
       compat: "paper" does as in `select`.
       train_pairs: desideratum -> what its runs were trained on; for compat="paper" at `prev_query_box` alone.
@@ -171,41 +191,50 @@ def select_many(
     for key, run in runs.items():
         steps[key] = sorted({*range(every, len(run.history.mask) + 1, every), len(run.history.mask)})
         rounded[key] = np.round(run.history.mask[np.array(steps[key]) - 1])
+    at = {key: _roles(run, role) for key, run in runs.items()}
+    moved = {key for key, roles in at.items() if paper and roles == ("prev_query_box",)}
+    if moved and train_pairs is None:
+        raise ValueError('compat="paper" at prev_query_box validates at training positions; give train_pairs.')
     found: dict[tuple[Desideratum, Name], np.ndarray] = {}
-    if paper and role == "prev_query_box":
-        if train_pairs is None:
-            raise ValueError('compat="paper" at prev_query_box validates at training positions; give train_pairs.')
-        for key, run in runs.items():
-            pairs = validation_pairs[key[0]], train_pairs[key[0]]
-            moved = [_training_positions(*pairs, run.history.rows[step - 1], role) for step in steps[key]]
-            tried = zip(moved, rounded[key], strict=True)
-            found[key] = np.array([accuracy(model, x, run.heads, mask[None], role)[0] for x, mask in tried])
-    else:
-        distinct = {key: np.unique(masks, axis=0, return_inverse=True) for key, masks in rounded.items()}
-        masks: dict[tuple[Desideratum, str], dict[Name, tuple[Heads, np.ndarray]]] = {}
-        for (desideratum, name), (once, _) in distinct.items():
-            masks.setdefault((desideratum, role), {})[name] = runs[desideratum, name].heads, once
-        answered = accuracies(model, validation_pairs, masks)
-        for (desideratum, name), (_, index) in distinct.items():
-            found[desideratum, name] = answered[desideratum, role][name][index.reshape(-1)]
+    distinct, masks = {}, {}
+    for key, run in runs.items():
+        (desideratum, name), roles = key, at[key]
+        if key in moved and train_pairs is not None:
+            pairs = validation_pairs[desideratum], train_pairs[desideratum]
+            tried = [_training_positions(*pairs, run.history.rows[step - 1], *roles) for step in steps[key]]
+            each = zip(tried, rounded[key], strict=True)
+            found[key] = np.array([accuracy(model, x, run.group, mask[None], roles)[0] for x, mask in each])
+        else:
+            once, distinct[key] = np.unique(rounded[key], axis=0, return_inverse=True)
+            masks.setdefault((desideratum, roles), {})[name] = run.group, once
+    answered = accuracies(model, validation_pairs, masks)
+    for (desideratum, name), index in distinct.items():
+        found[desideratum, name] = answered[desideratum, at[desideratum, name]][name][index.reshape(-1)]
 
     def best(key: tuple[Desideratum, Name]) -> Run:
         run, patched = runs[key], (rounded[key] == 0).sum(axis=1)
         rank = [(x, n if paper else -n, -i) for i, (x, n) in enumerate(zip(found[key], patched, strict=True))]
         i = rank.index(max(rank))
         step = steps[key][i]
-        return Run(run.heads, run.history.mask[step - 1], run.history, step, float(found[key][i]))
+        return replace(run, mask=run.history.mask[step - 1], step=step, validation_accuracy=float(found[key][i]))
 
     return {key: best(key) for key in runs}
 
 
-@partial(jax.jit, static_argnames=("config", "role", "first_layer"))
+@partial(jax.jit, static_argnames=("config", "roles", "first_layer"))
 def _answers(
-    config: Config, weights: Params, base: Base, targets: Targets, weight: Array, *, role: int, first_layer: int
+    config: Config,
+    weights: Params,
+    base: Base,
+    targets: Targets,
+    weight: Array,
+    *,
+    roles: tuple[int, ...],
+    first_layer: int,
 ) -> jax.Array:
-    """Answers with heads patched by each of the weights [M, L, N], int [M, B], at one of the targets' roles."""
+    """Answers with heads patched by each of the weights [M, L, U, N], int [M, B], at some of the targets' roles."""
     base = jax.tree.map(lambda x: x[: len(targets.labels)], base)  # calls of prompts are filled up
-    batch = StepExamples(base, targets.at(role, first_layer))
+    batch = StepExamples(base, targets.at(roles, first_layer))
 
     def one(weight):
         return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first_layer)))
@@ -213,29 +242,30 @@ def _answers(
     return jax.vmap(one)(weight)
 
 
-def _first_layer_at(config: Config, masks: Mapping[Any, Mapping[Any, tuple[Heads, Any]]], role: str) -> int:
-    """The first layer of all heads that are patched at a role."""
-    here = [heads for (_, at), sets in masks.items() if at == role for heads, _ in sets.values()]
-    return first_layer_of(config, [head for heads in here for head in check_heads(config, heads)])
+def _roles(run: Run, role: Role | None) -> tuple[str, ...]:
+    """Where the heads of a run are patched: at `role`, or where they were in training."""
+    group = run.group
+    if isinstance(group, Mapping):
+        return tuple(group)
+    return run.roles[0] if role is None else tuple(one_or_more(role, "role"))
 
 
 def _last_patched(weights: np.ndarray, first_layer: int) -> int:
-    """The last layer in which one of the `weights` [M, L, N] patches a head, or `first_layer`."""
-    return first_layer + int(np.append(0, np.flatnonzero(weights.any(axis=(0, 2))))[-1])
+    """The last layer in which one of the `weights` [M, L, U, N] patches a head, or `first_layer`."""
+    return first_layer + int(np.append(0, np.flatnonzero(weights.any(axis=(0, 2, 3))))[-1])
 
 
-def _weights(config: Config, masks: Mapping[Any, tuple[Heads, np.ndarray]], first_layer: int) -> np.ndarray:
-    """What is patched by each of the masks of all sets, [M, L, N]."""
+def _weights(config: Config, masks: Mapping[Any, tuple[Group, Any]], place: Place, first_layer: int) -> np.ndarray:
+    """What is patched by each of the masks of all sets, [M, L, U, N]."""
     found = []
-    for heads, some in masks.values():
-        heads = check_heads(config, heads)
-        if np.shape(some)[1:] != (len(heads),):
-            raise ValueError(
-                f"masks has shape {np.shape(some)}; expected [M, {len(heads)}], of one mask [1, {len(heads)}]."
-            )
-        layers, numbers = np.array(heads).T
-        found.append(np.zeros((len(some), config.num_layers - first_layer, config.num_heads), np.float32))
-        found[-1][:, layers - first_layer, numbers] = 1 - np.asarray(some)
+    for group, some in masks.values():
+        heads = masked(config, group, place.roles)
+        count = len(heads.heads)
+        if np.shape(some)[1:] != (count,):
+            raise ValueError(f"masks has shape {np.shape(some)}; expected [M, {count}], of one mask [1, {count}].")
+        layers = config.num_layers - first_layer
+        found.append(np.zeros((len(some), layers, place.units, config.num_heads), np.float32))
+        found[-1][(slice(None), *heads.within(first_layer))] = 1 - np.asarray(some)
     return np.concatenate(found)
 
 

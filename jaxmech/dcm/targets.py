@@ -35,13 +35,14 @@ Array = Any  # NumPy on the host, jax.Array inside jit
 class Targets(NamedTuple):
     """What a desideratum says about the base prompts."""
 
-    z: Array  # [B, L, N, H], of the counterfactual prompts at the role; layers above those asked for may be 0
+    z: Array  # [B, L, R, N, H], of the counterfactual prompts at the roles; layers above those asked for may be 0
     labels: Array  # [B]
     wrong_labels: Array  # [B], the labels where there are none
 
-    def at(self, role: int, first_layer: int) -> "Targets":
-        """At one of the roles that were collected, layers from `first_layer` on."""
-        return Targets(self.z[:, first_layer:, role], self.labels, self.wrong_labels)
+    def at(self, roles: Sequence[int], first_layer: int) -> "Targets":
+        """At some of the roles that were collected, layers from `first_layer` on."""
+        z = jnp.stack([self.z[:, first_layer:, role] for role in roles], axis=2)
+        return Targets(z, self.labels, self.wrong_labels)
 
 
 def collect_targets(

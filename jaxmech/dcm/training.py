@@ -1,12 +1,11 @@
 """Training of masks: all steps of all epochs are one scan, and many runs are one call.
 
-`train_many` vmaps over desiderata, groups, lambdas and seeds. Inside, a mask is [L, N], with 1 at the heads that are
+`train_many` vmaps over desiderata, groups, lambdas and seeds. Inside, a mask is [L, U, N], with 1 at the heads that are
 not in the group, so that groups of all sizes share a compilation.
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +16,10 @@ import optax
 
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
+from jaxmech.dcm.groups import Group, Masked, Role, check_place, first_layer_of, masked, place_of
 from jaxmech.dcm.prompts import Base, BasePrompts, base_key, cut, examples_at_a_time, runs_at_a_time
-from jaxmech.dcm.stream import Heads, StepExamples, check_heads, first_layer_of, members, patched_stream
+from jaxmech.dcm.runs import History, Run
+from jaxmech.dcm.stream import StepExamples, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.loading import Model
 from jaxmech.metrics import METRICS, Metric, check_metric, measure
@@ -30,52 +31,11 @@ TARGET_LOGIT = "target_logit"  # the logit of the target alone, which needs no o
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
-class History(NamedTuple):
-    """Every step of a run."""
-
-    loss: np.ndarray  # [steps] before the step's update
-    mask: np.ndarray  # [steps, n] after it
-    rows: np.ndarray  # [steps, E] the examples of the step; -1 where its batch is shorter
-
-    def __repr__(self) -> str:
-        losses = f", loss {self.loss[0]:.4g} to {self.loss[-1]:.4g}" if len(self.loss) else ""
-        return f"History({len(self.loss)} steps{losses})"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Run:
-    """A trained mask.
-
-    Attributes:
-      heads: the n heads, (layer, head).
-      mask: float32 [n] in [0, 1], 0 where a head is patched; after the last step, or the best one by `select`.
-      history: loss and mask of every step.
-      step: the step after which `mask` was taken, from 1 on.
-      validation_accuracy: of the rounded mask, if it was selected by validation.
-    """
-
-    heads: list[tuple[int, int]]
-    mask: np.ndarray  # [n]
-    history: History
-    step: int
-    validation_accuracy: float | None = None
-
-    def __repr__(self) -> str:
-        accuracy = self.validation_accuracy
-        validation = "" if accuracy is None else f", validation accuracy {accuracy:.3f}"
-        return f"Run({len(self.selected)} of {len(self.heads)} heads selected, step {self.step}{validation})"
-
-    @property
-    def selected(self) -> list[tuple[int, int]]:
-        """The heads that the rounded mask patches: those with m <= 0.5."""
-        return [head for head, m in zip(self.heads, self.mask, strict=True) if np.round(m) == 0]
-
-
 def train(
     model: Model,
     train_pairs: Pairs,
-    heads: Heads,
-    role: str = "last",
+    heads: Group,
+    role: Role = "last",
     lam: float = 0.01,
     learning_rate: float = 0.1,
     epochs: int = 2,
@@ -93,8 +53,9 @@ def train(
     Args:
       model: the model, which stays as it is.
       train_pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
-      heads: distinct (layer, head), all at `role`.
-      role: the role at which the heads are patched.
+      heads: distinct (layer, head), all at `role`; or {role: heads}, where a head at two roles has two masks.
+      role: the role at which the heads are patched, or several, at all of which a head has one mask: the tokens of a
+        name, say. Not used where `heads` name their roles.
       lam: weight of the number of patched heads in the loss, logits per head. With 0, nothing holds back the masks of
         heads that change nothing: Adam turns the rounding of their gradients into steps.
       learning_rate: that of Adam.
@@ -113,7 +74,8 @@ def train(
     Raises:
       TypeError: an optimizer that is none of optax.
       ValueError: no corrupt prompts, an unknown role or head, a head named twice, fewer pairs than a batch, no epochs,
-        a lambda or learning rate that is no number, an unknown metric, or a loss that is not finite.
+        a lambda or learning rate that is no number, an unknown metric, roles that are one token and would give it two
+        values, or a loss that is not finite.
     """
     options = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "shuffle": shuffle}
     options |= {"metric": metric, "optimizer": optimizer}
@@ -124,8 +86,8 @@ def train(
 def train_many(
     model: Model,
     train_pairs: Mapping[str, Pairs],
-    groups: Mapping[str, Heads],
-    role: str = "last",
+    groups: Mapping[str, Group],
+    role: Role = "last",
     *,
     lams: Sequence[float] = (0.01,),
     seeds: Sequence[int] = (0,),
@@ -142,8 +104,8 @@ def train_many(
     Args:
       model: the model, which stays as it is.
       train_pairs: desideratum -> its pairs, equally many for each.
-      groups: group -> its heads, all at `role`.
-      role: the role at which the heads are patched.
+      groups: group -> its heads, all at `role`; or, for all groups, {role: heads}.
+      role: the role at which the heads are patched, or several; see `train`.
       lams: the lambdas, weights of the number of patched heads in the loss; `lam` of `train`.
       seeds: the seeds; without `shuffle` they make no difference.
       learning_rate: that of Adam.
@@ -162,23 +124,27 @@ def train_many(
         if not given:
             raise ValueError(f"train_many has no {name}; expected at least one.")
     count = _check_training(config, train_pairs, lams, learning_rate, optimizer, epochs, batch_size, metric)
-    chosen = {name: check_heads(config, heads) for name, heads in groups.items()}
-    first_layer = first_layer_of(config, [head for heads in chosen.values() for head in heads])
+    place = place_of(groups.values(), role)
+    roles = place.roles
+    for pairs in train_pairs.values():
+        check_place(pairs, place)
+    chosen = {name: masked(config, group, roles) for name, group in groups.items()}
+    first_layer = first_layer_of(config, chosen.values())
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
-    key_of = {name: base_key(pairs, role) for name, pairs in train_pairs.items()}
+    key_of = {name: base_key(pairs, roles) for name, pairs in train_pairs.items()}
     sets = {key: train_pairs[name] for name, key in key_of.items()}  # desiderata may share their base prompts
     keys = list(itertools.product(train_pairs, groups, lams, seeds))
-    place = [{name: i for i, name in enumerate(names)} for names in (train_pairs, groups, lams, seeds)]
+    number = [{name: i for i, name in enumerate(names)} for names in (train_pairs, groups, lams, seeds)]
     arguments = _Arguments(
         base=np.array([list(sets).index(key_of[desideratum]) for desideratum, *_ in keys]),
-        data=np.array([place[0][desideratum] for desideratum, *_ in keys]),
-        member=np.array([members(config, chosen[group], first_layer) for _, group, *_ in keys]),
+        data=np.array([number[0][desideratum] for desideratum, *_ in keys]),
+        member=np.array([_member(config, chosen[group], place.units, first_layer) for _, group, *_ in keys]),
         lam=np.array([lam for *_, lam, _ in keys], np.float32),
-        order=np.array([place[3][seed] for *_, seed in keys]),
+        order=np.array([number[3][seed] for *_, seed in keys]),
     )
     prompts = list(sets.values()), list(train_pairs.values())
     how = learning_rate, optimizer, metric
-    losses, masks = _run_all(model, *prompts, role, first_layer, arguments, orders, *how, progress)
+    losses, masks = _run_all(model, *prompts, roles, first_layer, arguments, orders, *how, progress)
     if not np.isfinite(losses).all():
         count = int((~np.isfinite(losses).all(axis=1)).sum())
         raise ValueError(
@@ -187,9 +153,9 @@ def train_many(
         )
     runs = {}
     for i, key in enumerate(keys):
-        layers, heads = np.array(chosen[key[1]]).T
-        history = History(losses[i], masks[i][:, layers - first_layer, heads], orders[arguments.order[i]])
-        runs[key] = Run(chosen[key[1]], history.mask[-1], history, len(history.mask))
+        group = chosen[key[1]]
+        history = History(losses[i], masks[i][(slice(None), *group.within(first_layer))], orders[arguments.order[i]])
+        runs[key] = Run(group.heads, group.roles, history.mask[-1], history, len(history.mask))
     return runs
 
 
@@ -223,12 +189,19 @@ def _check_training(
     return count
 
 
+def _member(config: Config, group: Masked, units: int, first_layer: int) -> np.ndarray:
+    """The heads of a group, bool [L, U, N]."""
+    member = np.zeros((config.num_layers - first_layer, units, config.num_heads), bool)
+    member[group.within(first_layer)] = True
+    return member
+
+
 class _Arguments(NamedTuple):
     """What differs between the runs of one call; each has an axis of runs."""
 
     base: Array  # [] which base prompts
     data: Array  # [] which desideratum
-    member: Array  # [L, N], bool, the heads of the group
+    member: Array  # [L, U, N], bool, the heads of the group
     lam: Array  # []
     order: Array  # [] which order
 
@@ -237,7 +210,7 @@ def _run_all(
     model: Model,
     sets: Sequence[Pairs],
     desiderata: Sequence[Pairs],
-    role: str,
+    roles: Sequence[str],
     first_layer: int,
     arguments: _Arguments,
     orders: np.ndarray,
@@ -246,19 +219,19 @@ def _run_all(
     metric: Metric,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses [runs, steps] and masks [runs, steps, L, N], as many steps and runs at a time as fit the memory budget.
+    """Losses [runs, steps] and masks [runs, steps, L, U, N], as many steps and runs at a time as fit the memory budget.
 
     Args:
       sets: the base prompts.
       orders: [orders, steps, E].
     """
     config, weights = model.config, model.weights
-    segments = cut(orders, examples_at_a_time(model, sets, role, first_layer))
-    prompts = BasePrompts(model, sets, role, first_layer, [segment.rows for segment in segments])
-    last = first_layer + int(np.flatnonzero(arguments.member.any(axis=(0, 2)))[-1])
-    targets = _stacked(collect_targets(model, desiderata, [role], [last] * len(desiderata)), first_layer=first_layer)
+    segments = cut(orders, examples_at_a_time(model, sets, roles, first_layer))
+    prompts = BasePrompts(model, sets, roles, first_layer, [segment.rows for segment in segments])
+    last = first_layer + int(np.flatnonzero(arguments.member.any(axis=(0, 2, 3)))[-1])
+    targets = _stacked(collect_targets(model, desiderata, roles, [last] * len(desiderata)), first_layer=first_layer)
     copies = row_devices(weights)
-    at_a_time = copies * runs_at_a_time(model, sets, role, first_layer, orders.shape[2], logits=metric != TARGET_LOGIT)
+    at_a_time = copies * runs_at_a_time(model, sets, roles, first_layer, orders.shape[2], logits=metric != TARGET_LOGIT)
     calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate, optimizer=optimizer)) for call in chosen]
@@ -282,8 +255,9 @@ def _run_all(
 
 @partial(jax.jit, static_argnames="first_layer")
 def _stacked(targets: Sequence[Targets], *, first_layer: int) -> Targets:
-    """Targets at the first role, layers from `first_layer` on, with an axis of desiderata in front."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(0, first_layer) for found in targets))
+    """Targets at all roles, layers from `first_layer` on, with an axis of desiderata in front."""
+    roles = range(targets[0].z.shape[2])
+    return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(roles, first_layer) for found in targets))
 
 
 @partial(jax.jit, static_argnames=("config", "first_layer", "optimizer", "metric"))
@@ -302,12 +276,12 @@ def _train(
     optimizer: optax.GradientTransformation | None,
     metric: Metric,
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    """The states behind all steps, and losses [runs, steps] and masks [runs, steps, L, N].
+    """The states behind all steps, and losses [runs, steps] and masks [runs, steps, L, U, N].
 
     Args:
-      base: S sets of R prompts, one behind another.
+      base: S sets of Q prompts, one behind another.
       data: of all examples, with an axis of desiderata in front, [desiderata, B, ...].
-      examples: those of the prompts, [R].
+      examples: those of the prompts, [Q].
       orders: of the prompts, [orders, steps, E].
       states: mask and optimizer state before the first step, of every run.
     """
@@ -342,7 +316,7 @@ def _train(
 def _unpatched(
     member: Array, learning_rate: float, *, optimizer: optax.GradientTransformation | None
 ) -> tuple[jax.Array, Any]:
-    """The states of runs with members [runs, L, N] before their first step: masks of 1, and the optimizer's."""
+    """The states of runs with members [runs, L, U, N] before their first step: masks of 1, and the optimizer's."""
     masks = jnp.ones(member.shape, jnp.float32)
     return masks, jax.vmap((optimizer or optax.adam(learning_rate)).init)(masks)
 

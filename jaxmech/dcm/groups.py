@@ -1,0 +1,105 @@
+"""What a mask is over: heads at a role, heads at several roles together, or at each role its own heads.
+
+Axes as in `jaxmech.dcm`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmech.cone import live_start
+from jaxmech.config import Config
+from jaxmech.interventions import head_mask
+from jaxmech.pairs import Pairs, one_or_more, positions_of
+from jaxmech.patching import clashing_roles
+
+Heads = Sequence[Sequence[int]]
+Group = Heads | Mapping[str, Heads]
+Role = str | Sequence[str]
+Head = tuple[int, int]
+
+
+class Place(NamedTuple):
+    """The roles at which all groups of a call are patched."""
+
+    roles: tuple[str, ...]  # R
+    apart: bool  # each role has a mask of its own
+
+    @property
+    def units(self) -> int:
+        """U."""
+        return len(self.roles) if self.apart else 1
+
+
+class Masked(NamedTuple):
+    """The n heads of a mask, and where each of its numbers is in [L, U, N]."""
+
+    heads: list[Head]
+    roles: list[tuple[str, ...]]  # at which each is patched
+    layer: np.ndarray  # [n], of the model's
+    unit: np.ndarray  # [n], which of U
+    head: np.ndarray  # [n]
+
+    def within(self, first_layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Indices into a mask [L, U, N] whose layers begin at `first_layer`."""
+        return self.layer - first_layer, self.unit, self.head
+
+
+def place_of(groups: Iterable[Group], role: Role) -> Place:
+    """The roles at which any of the groups is patched: `role`, or those that they name.
+
+    Raises:
+      ValueError: no role, or groups of both kinds.
+    """
+    groups = list(groups)
+    apart = [group for group in groups if isinstance(group, Mapping)]
+    if not apart:
+        return Place(tuple(one_or_more(role, "role")), apart=False)
+    if len(apart) < len(groups):
+        raise ValueError("Some groups are lists of heads, others {role: heads}; expected one kind.")
+    named = dict.fromkeys(role for group in apart for role in group)
+    return Place(tuple(one_or_more(list(named), "the list of roles of heads")), apart=True)
+
+
+def masked(config: Config, group: Group, roles: Sequence[str]) -> Masked:
+    """The heads of a group; `roles` are those of its call.
+
+    Raises:
+      ValueError: no heads, one that does not exist or is named twice at a role.
+    """
+    if isinstance(group, Mapping):
+        found = [(head, (role,), roles.index(role)) for role, heads in group.items() for head in _check(config, heads)]
+    else:
+        found = [(head, tuple(roles), 0) for head in _check(config, group)]
+    heads, at, unit = (list(x) for x in zip(*found, strict=True))
+    layer, number = np.array(heads).T
+    return Masked(heads, at, layer, np.array(unit), number)
+
+
+def _check(config: Config, heads: Heads) -> list[Head]:
+    heads = list(heads)
+    head_mask(config, heads)
+    chosen = [(int(layer), int(head)) for layer, head in heads]
+    if twice := [head for head in chosen if chosen.count(head) > 1]:
+        raise ValueError(f"Head {twice[0]} is named twice in a group of DCM.")
+    return chosen
+
+
+def first_layer_of(config: Config, groups: Iterable[Masked]) -> int:
+    """The first layer that is run where the heads of `groups` are patched."""
+    return int(live_start(config, min(int(group.layer.min()) for group in groups)))
+
+
+def check_place(pairs: Pairs, place: Place) -> None:
+    """ValueError if one token has two masks, or would take the values of two."""
+    roles = place.roles
+    clean, corrupt = (positions_of(position, roles) for position in (pairs.position, pairs.corrupt_position))
+    if place.apart:
+        corrupt = np.broadcast_to(np.arange(len(roles)), clean.shape)  # any two roles differ
+    for i, j, row in clashing_roles(clean, corrupt):
+        raise ValueError(
+            f"In example {row}, {roles[i]!r} and {roles[j]!r} are one token of the clean prompt ({clean[row, i]}), "
+            f"which {'has two masks' if place.apart else 'would take two values'}. Leave such examples out, or one of "
+            "the roles."
+        )

@@ -1,0 +1,174 @@
+"""Masks over heads at several roles: one for all of them, or one for each, equal to full forward passes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TOLERANCES, assert_close
+from test_several_roles import with_a_twin
+
+import jaxmech as jm
+from jaxmech import dcm
+
+HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
+APART = {"last": [(2, 1), (3, 0)], "early": [(1, 3), (2, 1)], "query_box": [(2, 0)]}
+GROUPS = {
+    "one mask for two tokens": (HEADS, ["early", "query_box"]),
+    "one mask, with the last token": (HEADS, ("last", "early")),
+    "one mask for roles that may be one token": (HEADS, ["early", "twin"]),
+    "a mask for each role": (APART, "last"),
+}
+
+
+@pytest.fixture(params=[4, 2], ids=["mha", "gqa"])
+def model(request, random_model) -> jm.Model:
+    return random_model(num_kv_heads=request.param)
+
+
+@pytest.fixture
+def pairs(model, random_pairs) -> jm.Pairs:
+    return with_a_twin(random_pairs(model, count=10))
+
+
+@pytest.fixture(params=GROUPS.values(), ids=GROUPS)
+def group(request):
+    return request.param
+
+
+def places(group, role):
+    """The roles, and of each number of the mask the layer, the roles' indices and the head."""
+    if isinstance(group, dict):
+        roles = list(group)
+        return roles, [(layer, [roles.index(role)], head) for role in roles for layer, head in group[role]]
+    return list(role), [(layer, list(range(len(role))), head) for layer, head in group]
+
+
+def patched(model, pairs, group, role):
+    """A function from a mask to the logits [B, V] of full forward passes."""
+    roles, numbers = places(group, role)
+    clean, corrupt = (np.stack([x[role] for role in roles], 1) for x in (pairs.positions, pairs.corrupt_positions))
+    rows, (batch, length) = np.arange(len(pairs))[:, None], pairs.clean.shape
+    z = model(pairs.corrupt, capture=("z",), capture_at=corrupt)[1]["z"]
+    z = jnp.zeros((len(z), batch, length, *z.shape[3:])).at[:, rows, clean].set(z)
+
+    @jax.jit
+    def logits(mask):
+        weight = jnp.zeros((model.config.num_layers, batch, length, model.config.num_heads))
+        for m, (layer, at, head) in zip(mask, numbers, strict=True):
+            weight = weight.at[layer, rows, clean[:, at], head].set(1 - m)
+        patch = jm.Interventions(z=jm.Patch(weight, z))
+        return model(pairs.clean, patch, logits_at=pairs.positions["last"])[0]
+
+    return logits
+
+
+def answering(pairs, logits) -> jm.Pairs:
+    return dataclasses.replace(pairs, labels=np.asarray(logits.argmax(-1)))
+
+
+def test_training_equals_adam_on_patched_full_forwards(model, pairs, group):
+    logits = patched(model, pairs, *group)
+    count = len(places(*group)[1])
+    pairs = answering(pairs, logits(jnp.zeros(count)) - logits(jnp.ones(count)))  # what patching raises most
+    run = dcm.train(model, pairs, *group, lam=0.03, batch_size=5, epochs=3)
+
+    @jax.value_and_grad
+    def loss(mask, rows):
+        said = jnp.take_along_axis(logits(mask), pairs.labels[:, None], 1)[rows, 0]
+        return -said.mean() + 0.03 * (1 - mask).sum()
+
+    optimizer, mask = optax.adam(0.1), jnp.ones(count)
+    state = optimizer.init(mask)
+    for rows, value, after in zip(run.history.rows, run.history.loss, run.history.mask, strict=True):
+        expected, gradient = loss(mask, rows)
+        updates, state = optimizer.update(gradient, state)
+        mask = jnp.clip(optax.apply_updates(mask, updates), 0, 1)
+        assert_close(value, expected, TOLERANCES.cone)
+        assert_close(after, mask, TOLERANCES.cone)
+    assert ((mask > 0) & (mask < 1)).any(), "nothing was learnt, or all at once"
+
+
+def test_accuracy_equals_full_forwards(model, pairs, group):
+    logits, count = patched(model, pairs, *group), len(places(*group)[1])
+    masks = np.random.default_rng(0).random((3, count)).astype(np.float32)
+    pairs = answering(pairs, logits(masks[1]))
+    found = dcm.accuracy(model, pairs, group[0], masks, group[1])
+    expected = [(logits(mask).argmax(-1) == pairs.labels).mean() for mask in masks]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found[1] == 1 and np.abs(logits(masks[0]) - logits(masks[1])).max() > 0.1
+
+
+def test_a_run_says_what_it_selects_at_each_role(model, pairs, group):
+    pairs = answering(pairs, patched(model, pairs, *group)(jnp.zeros(len(places(*group)[1]))))
+    run = dcm.train(model, pairs, *group, lam=-1.0, batch_size=5, epochs=8)  # patching is rewarded here
+    heads, role = group
+    assert run.mask.max() < 0.5 and run.group == heads
+    by_role = heads if isinstance(heads, dict) else dict.fromkeys(role, heads)
+    assert run.selected_by_role == by_role
+    assert run.selected == [head for at in (heads.values() if isinstance(heads, dict) else [heads]) for head in at]
+    found = dcm.accuracy(model, pairs, run.group, np.round(run.mask)[None], run.roles[0])
+    assert jm.patch_activations(model, pairs, run.selected_by_role).accuracy == found[0] == 1
+
+
+def test_selection_patches_where_the_training_did(model, pairs, group):
+    pairs = answering(pairs, patched(model, pairs, *group)(jnp.arange(len(places(*group)[1])) % 2 * 1.0))
+    run = dcm.train(model, pairs[:6], *group, batch_size=3, epochs=4)
+    chosen = dcm.select(model, run, pairs[6:], every=3)
+    tried = [*range(3, 9, 3), 8]
+    rounded = np.round(run.history.mask[np.array(tried) - 1])
+    expected = dcm.accuracy(model, pairs[6:], run.group, rounded, group[1])
+    assert chosen.validation_accuracy == expected.max()
+    assert chosen.step in [step for step, x in zip(tried, expected, strict=True) if x == expected.max()]
+    assert chosen.roles == run.roles
+
+
+def test_many_groups_at_their_roles_are_trained_as_one_by_one(model, pairs):
+    groups = {"a": APART, "b": {"query_box": [(1, 0)]}, "c": {"last": [(3, 3)], "query_box": [(0, 2), (2, 2)]}}
+    runs = dcm.train_many(model, {"x": pairs}, groups, lams=[0.01, 0.1], batch_size=4)
+    for name, group in groups.items():
+        alone = dcm.train(model, pairs, group, lam=0.1, batch_size=4)
+        run = runs["x", name, 0.1, 0]
+        assert (run.heads, run.roles) == (alone.heads, alone.roles)
+        assert_close(run.history.mask, alone.history.mask, 1e-4)
+    together = dcm.select_many(model, {("x", name): runs["x", name, 0.01, 0] for name in groups}, {"x": pairs})
+    for name in groups:
+        alone = dcm.select(model, runs["x", name, 0.01, 0], pairs)
+        assert (together["x", name].step, together["x", name].selected) == (alone.step, alone.selected)
+
+
+def test_one_mask_at_one_role_is_that_of_a_list(model, pairs):
+    by_name, by_list = (dcm.train(model, pairs, *how, batch_size=5) for how in (({"early": HEADS},), (HEADS, "early")))
+    np.testing.assert_array_equal(by_name.history.mask, by_list.history.mask)
+    assert by_name.roles == by_list.roles == [("early",)] * 4 and by_name.group == HEADS
+
+
+@pytest.mark.parametrize(
+    ("group", "role", "message"),
+    [
+        ({"early": [(1, 1)], "twin": [(1, 2)]}, "last", "'early' and 'twin' are one token.*which has two masks"),
+        (HEADS, ["early", "elsewhere"], "'early' and 'elsewhere' are one token.*would take two values"),
+        ({"early": [(1, 1), (1, 1)]}, "last", r"Head \(1, 1\) is named twice"),
+        ({"early": []}, "last", "No heads given"),
+        ({}, "last", r"the list of roles of heads is \[\]"),
+        (HEADS, [], r"role is \[\]"),
+        ({"nowhere": [(1, 1)]}, "last", "Unknown role 'nowhere'"),
+    ],
+)
+def test_groups_that_make_no_sense_are_refused(random_model, random_pairs, group, role, message):
+    model = random_model()
+    pairs = with_a_twin(random_pairs(model))
+    moved = [dict(pairs.positions), dict(pairs.corrupt_positions)]
+    moved[0]["elsewhere"], moved[1]["elsewhere"] = moved[0]["early"], moved[1]["last"]
+    pairs = dataclasses.replace(pairs, positions=moved[0], corrupt_positions=moved[1])
+    with pytest.raises(ValueError, match=message):
+        dcm.train(model, pairs, group, role, batch_size=2)
+
+
+def test_lists_and_heads_by_role_do_not_go_together(random_model, random_pairs):
+    model = random_model()
+    pairs = random_pairs(model)
+    with pytest.raises(ValueError, match="expected one kind"):
+        dcm.train_many(model, {"x": pairs}, {"a": HEADS, "b": APART}, batch_size=2)
