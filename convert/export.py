@@ -1,5 +1,6 @@
 """Flax parameters to a Hugging Face checkpoint directory that transformers loads: the inverse of `read_params`."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from convert.families import TABLES, source
-from convert.hf_config import FAMILIES
+from convert.hf_config import FAMILIES, config_from_hf
 from convert.hf_rope import LAYER_TYPES, rope_parameters
 from jaxmech.config import Config
 from jaxmech.files import replacing, write_text
@@ -27,15 +28,15 @@ def write_hf(path: Path, config: Config, params: Any, tokenizer: Any = None) -> 
       tokenizer: a Hugging Face tokenizer.
 
     Raises:
-      ValueError: `params` are not those that `config` calls for.
+      ValueError: `params` are not those that `config` calls for, or its family has no way to say what it computes.
     """
     check_params(config, params)
+    fields = config_to_hf(config)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = hf_tensors(config, params)
     with replacing(path / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})  # transformers refuses files without a format
-    fields = config_to_hf(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # transformers' own defaults may not be in V
         fields[name] = None if tokenizer is None else getattr(tokenizer, name)
     if tokenizer is not None:
@@ -59,7 +60,37 @@ def hf_tensors(config: Config, params: Any) -> dict[str, np.ndarray]:
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The fields of config.json (transformers 5 layout) that describe `config`."""
+    """The fields of config.json (transformers 5 layout) that describe `config`; ValueError if none can."""
+    fields = _fields(config)
+    meant, said = _meaning(config), _meaning(config_from_hf(fields))
+    if lost := [name for name in meant if not _alike(meant[name], said[name])]:
+        raise ValueError(
+            f"A checkpoint of family {config.family!r} cannot say {lost[0]}={meant[lost[0]]!r}, but "
+            f"{said[lost[0]]!r}; expected a config of that family, such as `convert.read_config` reads."
+        )
+    return fields
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    """What decides what a model computes, but for dtypes."""
+    layers = range(config.num_layers)
+    unsaid = {"rope", "other_rope", "other_rope_layers", "window", "full_layers", "param_dtype", "dtype", "precision"}
+    said = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.compare and f.name not in unsaid}
+    ropes = [config.rope_of(i) for i in layers]
+    windows = [0 if i in config.full_layers else config.window for i in layers]
+    scale = config.score_scale or config.head_dim**-0.5
+    return said | {
+        "score_scale": scale,
+        "windows": windows,
+        "RoPE of the layers": [None if rope.kind == "none" else rope_parameters(rope) for rope in ropes],
+    }
+
+
+def _alike(x: Any, y: Any) -> bool:
+    return math.isclose(x, y, rel_tol=1e-9) if isinstance(x, float) and isinstance(y, float) else x == y
+
+
+def _fields(config: Config) -> dict[str, Any]:
     common = {
         "architectures": [FAMILIES[config.family].architectures[0]],
         "model_type": config.family,
@@ -87,34 +118,22 @@ def _family_fields(config: Config) -> dict[str, Any]:
     window = config.window or None
     full, sliding = LAYER_TYPES
     types = [full if i in config.full_layers or not window else sliding for i in range(config.num_layers)]
+    windows = {"sliding_window": window, "layer_types": types}
+    always_one = {"sliding_window": window or config.max_positions}  # where null is refused; no layer may have it
     match config.family:
         case "mistral":
             return {"sliding_window": window}
         case "qwen2" | "qwen3":
-            return {"use_sliding_window": bool(window), "sliding_window": window, "layer_types": types}
-        case "gemma2" | "gemma3_text":
-            windows = {"sliding_window": window, "layer_types": types}
-            ropes = {} if config.family == "gemma2" else {"rope_parameters": _by_layer_type(config)}
-            return (
-                windows
-                | ropes
-                | {
-                    "hidden_activation": "gelu_pytorch_tanh",
-                    "query_pre_attn_scalar": _whole(config.score_scale**-2),
-                    "attn_logit_softcapping": config.score_cap or None,
-                    "final_logit_softcapping": config.logit_cap or None,
-                }
-            )
+            return windows | {"use_sliding_window": bool(window)}
+        case "gemma2":
+            return windows | _gemma_fields(config)
+        case "gemma3_text":
+            return windows | always_one | _gemma_fields(config) | {"rope_parameters": _by_layer_type(config)}
         case "olmo3":
-            return {
-                "sliding_window": window,
-                "layer_types": types,
-                "rope_parameters": _by_layer_type(config),
-            }
+            return windows | always_one | {"rope_parameters": _by_layer_type(config)}
         case "smollm3":
             rotated = [int(config.rope_of(i).kind != "none") for i in range(config.num_layers)]
-            windows = {"use_sliding_window": bool(window), "sliding_window": window, "layer_types": types}
-            return windows | {"no_rope_layers": rotated}
+            return windows | {"use_sliding_window": bool(window), "no_rope_layers": rotated}
         case "phi3":
             original = config.rope.original_max_positions if config.rope.kind == "longrope" else config.max_positions
             return {"sliding_window": window, "original_max_position_embeddings": original}
@@ -126,6 +145,15 @@ def _family_fields(config: Config) -> dict[str, Any]:
                 "logits_scaling": config.logit_divisor,
             }
     return {}
+
+
+def _gemma_fields(config: Config) -> dict[str, Any]:
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": _whole(config.score_scale**-2) if config.score_scale else config.head_dim,
+        "attn_logit_softcapping": config.score_cap or None,
+        "final_logit_softcapping": config.logit_cap or None,
+    }
 
 
 def _by_layer_type(config: Config) -> dict[str, Any]:

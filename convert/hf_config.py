@@ -94,6 +94,7 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
             f"attn_logit_softcapping={fields['attn_logit_softcapping']!r}; expected null, since transformers does not "
             "cap the scores of this family."
         )
+    positive_integer(fields, "sliding_window")
     every = positive_integer(fields, "sliding_window_pattern")
     windowed = _gemma2(fields, lambda i, _: (i + 1) % every == 0)
     return {**windowed, "qk_norm": "head", **_ropes_by_window(fields, windowed)}
@@ -104,13 +105,14 @@ def _olmo2(fields: Fields) -> dict[str, Any]:
 
 
 def _olmo3(fields: Fields) -> dict[str, Any]:
+    positive_integer(fields, "sliding_window")
+    windows = _windows(fields, True, lambda i, _: i % 4 == 3)
     theta, local = fields["rope_theta"], fields["rope_local_base_freq"]
-    if theta != local and not fields.get("rope_parameters"):
+    if windows and theta != local and not fields.get("rope_parameters"):
         raise ValueError(
             f"rope_theta={theta!r} outside of rope_parameters: transformers 4 takes it for all layers, 5 for those "
             f"without a window, and {local} for the others. Say it in rope_parameters, for {' and '.join(LAYER_TYPES)}."
         )
-    windows = _windows(fields, True, lambda i, _: i % 4 == 3)
     return {**_olmo2(fields), **windows, **_ropes_by_window(fields, windows)}
 
 
@@ -120,16 +122,20 @@ def _smollm3(fields: Fields) -> dict[str, Any]:
     if rotated is None:
         rotated = [int(i % every != every - 1) for i in range(layers)]
     if not isinstance(rotated, list) or len(rotated) < layers or any(x not in (0, 1) for x in rotated):
-        raise ValueError(f"no_rope_layers={rotated!r}; expected 0 or 1 for each of {layers} layers.")
-    windows = _windows(fields, fields.get("use_sliding_window"), lambda i, _: bool(rotated[i]))
+        raise ValueError(f"no_rope_layers={rotated!r}; expected 1 for each of {layers} layers that rotates, or 0.")
+    used = bool(fields.get("use_sliding_window") and fields.get("sliding_window"))
+    if not used and LAYER_TYPES[1] in (fields.get("layer_types") or []):
+        raise ValueError(
+            f"layer_types={fields['layer_types']} have windows, but use_sliding_window and sliding_window do not; "
+            "expected both or neither."
+        )
+    windows = _windows(fields, used, lambda i, _: bool(rotated[i]))
     others = tuple(i for i in range(layers) if not rotated[i])
     return {**_llama(fields), **windows, **_ropes(read_rope(fields), Rope(kind="none"), others, layers)}
 
 
 def _ropes_by_window(fields: Fields, settings: Fields) -> dict[str, Any]:
     """`rope` and `other_rope`, that of layers with a window, if `settings` have any."""
-    if fields.get("sliding_window") is None:
-        raise ValueError("sliding_window is null; expected a number of tokens.")
     full, sliding = read_ropes_by_layer_type(fields)
     layers = range(fields["num_hidden_layers"])
     others = tuple(i for i in layers if i not in settings["full_layers"]) if "window" in settings else ()
@@ -196,7 +202,7 @@ _GEMMA3_DEFAULTS = {  # the published config.json of the larger models leave out
     "rope_local_base_freq": 1e4,
 }
 _OLMO3_DEFAULTS = {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5, "rope_local_base_freq": 5e5}
-_SMOLLM3 = ("no_rope_layers", "no_rope_layer_interval", "use_sliding_window", *_WINDOWS)
+_SMOLLM3 = ("no_rope_layers", "no_rope_layer_interval", *_QWEN)
 _SMOLLM3_DEFAULTS = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 32768,

@@ -84,7 +84,10 @@ def read_ropes_by_layer_type(fields: Fields) -> tuple[Rope, Rope]:
     if both.keys() - set(LAYER_TYPES):
         raise ValueError(f"rope_parameters={both}; expected one for each of {', '.join(map(repr, LAYER_TYPES))}.")
     full, sliding = (dict(both.get(name) or {}) for name in LAYER_TYPES)
-    full |= fields.get("rope_scaling") or {}
+    scaling = fields.get("rope_scaling") or {}
+    if "type" in scaling:
+        raise ValueError(f"rope_scaling={scaling}: transformers takes no notice of 'type' here; say 'rope_type'.")
+    full |= scaling
     full.setdefault("rope_theta", fields["rope_theta"])
     sliding.setdefault("rope_theta", fields["rope_local_base_freq"])
     without = {**fields, "rope_scaling": None}

@@ -7,6 +7,7 @@ a checkpoint of the decoder alone.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,9 +37,39 @@ MULTIMODAL = {
         frozenset("boi_token_index eoi_token_index image_token_index mm_tokens_per_image".split()),
     )
 }
-# Beginnings of names, as published and as some versions of transformers save them, and what the decoder alone has.
-RENAMED = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
 IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+class Spelling(NamedTuple):
+    """How names of the decoder's parts begin in the names of a multimodal model."""
+
+    stack: str = "model."
+    head: str = "lm_head."
+
+    def ours(self, name: str) -> str:
+        """A name of theirs as a decoder alone has it; of what is not the decoder's, the same."""
+        return _moved(name, self, Spelling())
+
+    def theirs(self, name: str) -> str:
+        """A name of a decoder alone as they have it."""
+        return _moved(name, Spelling(), self)
+
+
+# As published, and as transformers has them in memory and some of its versions save them.
+SPELLINGS = (Spelling("language_model.model.", "language_model.lm_head."), Spelling("model.language_model."))
+
+
+def spelling_of(names: Iterable[str]) -> Spelling:
+    """The spelling of the names of tensors or modules, that of a decoder alone if none is of a multimodal model."""
+    names = list(names)
+    return next((x for x in SPELLINGS if any(name.startswith(x.stack) for name in names)), Spelling())
+
+
+def _moved(name: str, start: Spelling, to: Spelling) -> str:
+    for old, new in zip(start, to, strict=True):
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def text_fields(fields: Fields, ignored: Iterable[str]) -> Fields:
@@ -66,24 +97,24 @@ def text_fields(fields: Fields, ignored: Iterable[str]) -> Fields:
             f"final_logit_softcapping={text['final_logit_softcapping']!r} in text_config; expected null, since "
             "transformers caps the logits of the decoder alone, not of the multimodal model."
         )
-    tied = {"tie_word_embeddings": fields["tie_word_embeddings"]} if "tie_word_embeddings" in fields else {}
-    return {**text, **tied, "model_type": whole.text, "architectures": None}
+    tied = fields.get("tie_word_embeddings", True)  # that of the decoder does not count
+    return {**text, "tie_word_embeddings": tied, "model_type": whole.text, "architectures": None}
 
 
 def text_tensors(tensors: Tensors, family: str) -> Tensors:
     """The decoder's tensors, by the names that they have in a checkpoint of it alone."""
-    multimodal = family in {whole.text for whole in MULTIMODAL.values()}
-    found = multimodal and any(name.startswith((*IMAGES, *RENAMED)) for name in tensors.names)
-    return TextTensors(tensors) if found else tensors
+    spelling = spelling_of(tensors.names)
+    known = family in {whole.text for whole in MULTIMODAL.values()}
+    return TextTensors(tensors, spelling) if known and spelling != Spelling() else tensors
 
 
 class TextTensors:
     """The decoder's tensors of a multimodal checkpoint; a `convert.tensors.Tensors`."""
 
-    def __init__(self, tensors: Tensors):
+    def __init__(self, tensors: Tensors, spelling: Spelling):
         self.path = tensors.path
         self._tensors = tensors
-        self._names = {_renamed(name): name for name in tensors.names if not name.startswith(IMAGES)}
+        self._names = {spelling.ours(name): name for name in tensors.names if not name.startswith(IMAGES)}
 
     @property
     def names(self) -> Iterable[str]:
@@ -100,10 +131,3 @@ class TextTensors:
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         return self._tensors.read(self._names[name], rows)
-
-
-def _renamed(name: str) -> str:
-    for start, other in RENAMED.items():
-        if name.startswith(start):
-            return other + name.removeprefix(start)
-    return name

@@ -23,7 +23,7 @@ from convert.adapters import AdaptedTensors, Adapter
 from convert.families import IGNORED_SUFFIXES, META, TABLES, Source, source
 from convert.hf_config import read_config
 from convert.meta import MetaTensors
-from convert.multimodal import TextTensors, text_tensors
+from convert.multimodal import text_tensors
 from convert.tensors import FLOATS, Tensors, open_tensors
 from jaxmech import host_arrays
 from jaxmech.config import Config
@@ -152,11 +152,6 @@ def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
 
 def _adapted(path: Path, tensors: Tensors, table: Mapping[str, Source], adapter: Path, config: Config) -> Tensors:
     """The tensors with the adapter merged in. The base is checked first, so that errors say whose they are."""
-    if isinstance(tensors, TextTensors):
-        raise ValueError(
-            f"{path} is multimodal, and adapters are not merged into such models. Merge {adapter} with PEFT "
-            "(merge_and_unload, save_pretrained), and give the result."
-        )
     base, opened = read_config(path), Adapter.open(adapter)
     _check_tensors(base, tensors, table)
     expected = opened.adapted(base)

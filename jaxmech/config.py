@@ -270,4 +270,6 @@ def _check_fields(cls: type, values: dict[str, Any]) -> None:
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"{cls.__name__}: unknown fields {unknown}; was this saved by a newer jaxmech?")
     if missing := sorted(known - values.keys()):
-        raise ValueError(f"{cls.__name__}: fields {missing} are missing; was this saved by an older jaxmech?")
+        raise ValueError(
+            f"{cls.__name__}: fields {missing} are missing; if an older jaxmech saved this, convert it again."
+        )

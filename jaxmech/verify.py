@@ -219,7 +219,8 @@ def _compare(
 def _compare_rope(config: Config, theirs: Any, length: int) -> Iterator[Comparison]:
     """RoPE's numbers themselves, since short prompts hide how far off they are at long ones."""
     frequencies, factors = [], []
-    for ours, layer in {config.rope_of(i): i for i in range(config.num_layers)}.items():
+    for layer in range(config.num_layers):
+        ours = config.rope_of(layer)
         if ours.kind == "none":
             continue
         for tokens in [length] + ([2 * int(ours.longest)] if ours.longest < float("inf") else []):

@@ -10,6 +10,7 @@ from conftest import TOLERANCES, assert_close
 from hf_families import HF_FAMILIES
 from hf_llama import SIZES
 from safetensors.numpy import load_file, save_file
+from test_adapters import peft_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
 import convert
@@ -98,6 +99,8 @@ def test_fields_that_published_configs_leave_out_are_those_of_transformers():
     assert (ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.vocab_size) == (8, 4, 256, 262208)
     assert ours.rope == jm.Rope(1e6, "linear", 8.0) and ours.other_rope == jm.Rope(1e4)
     assert ours.full_layers == (5, 11, 17, 23, 29) and ours.tie_embeddings
+    untied = {"model_type": "gemma3", "text_config": text | {"tie_word_embeddings": False}}
+    assert convert.config_from_hf(untied).tie_embeddings, "that of the decoder does not count"
 
 
 @pytest.mark.parametrize(
@@ -115,17 +118,48 @@ def test_what_is_not_the_decoder_that_it_should_be_is_refused(changed, fields, m
         jm.load(changed(**fields))
 
 
-def test_unknown_tensors_and_adapters_are_refused(saved, changed, tmp_path):
+def test_unknown_tensors_are_refused(changed):
     path = changed(lambda name: name.replace("multi_modal_projector", "audio_tower"))
     with pytest.raises(ValueError, match="tensors that its config does not call for: audio_tower"):
         jm.load(path)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
-    )
-    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
-    parts = {name.format("A"): np.ones((2, 32), np.float32), name.format("B"): np.ones((48, 2), np.float32)}
-    save_file(parts, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="multimodal.*merge_and_unload"):
-        jm.load(saved[1], adapter=adapter)
+    path = changed(lambda name: name.replace("language_model.model.norm", "model.language_model.norm"))
+    with pytest.raises(ValueError, match="lacks 1 tensors that its config calls for: model.norm"):
+        jm.load(path)
+
+
+ADAPTERS = {
+    "names": {"target_modules": ["q_proj", "down_proj"]},
+    "all linear layers, those of images, too": {"target_modules": "all-linear", "use_dora": True},
+    "an expression of whole names": {"target_modules": r"model\.language_model\.layers\.[02]\..*(q|o)_proj"},
+    "embedding": {"target_modules": ["embed_tokens", "v_proj"], "rank_pattern": {r"language_model\..*\.v_proj": 3}},
+    "whole modules": {"target_modules": ["k_proj"], "modules_to_save": ["language_model.norm"]},
+}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as saved", "as saved by older versions"])
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters_give_the_logits_that_peft_gives(saved, tmp_path, case, older):
+    theirs = peft_model(saved[1], tmp_path, **ADAPTERS[case])
+    if older:
+        file = tmp_path / "adapter_model.safetensors"
+        renamed = {
+            name.replace(".model.language_model.", ".language_model.model."): x for name, x in load_file(file).items()
+        }
+        save_file(renamed, file)
+        config = (tmp_path / "adapter_config.json").read_text()
+        (tmp_path / "adapter_config.json").write_text(
+            config.replace(r"model\\.language_model", r"language_model\\.model")
+        )
+    ours, plain = jm.load(saved[1], adapter=tmp_path), jm.load(saved[1])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    assert_close(ours(TOKENS)[0], expected, TOLERANCES.parity)
+    assert np.abs(plain(TOKENS)[0] - expected).max() > 0.1
+
+
+def test_an_adapter_of_the_multimodal_model_fits_its_decoder_alone(saved, tmp_path):
+    peft_model(saved[1], tmp_path / "adapter", target_modules="all-linear")
+    whole = jm.load(saved[1])
+    convert.write_hf(tmp_path / "decoder", whole.config, whole.params)
+    ours, expected = (jm.load(path, adapter=tmp_path / "adapter") for path in (tmp_path / "decoder", saved[1]))
+    np.testing.assert_array_equal(ours(TOKENS)[0], expected(TOKENS)[0])

@@ -26,6 +26,7 @@ EXPECTED = {
     "olmo3": (jm.Rope(5e5, "yarn", 8.0, attention_factor=1.2), jm.Rope(5e5), (0, 1, 2, 4)),
     "smollm3": (jm.Rope(5e6), jm.Rope(kind="none"), (1,)),
 }
+WINDOWED = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 CONFIGS = {"gemma3_text": Gemma3TextConfig, "olmo3": Olmo3Config, "smollm3": SmolLM3Config}
 
 
@@ -43,6 +44,21 @@ def test_older_configs_mean_what_they_mean_in_transformers(family):
     assert convert.config_from_hf(theirs) == ours
 
 
+def test_the_published_config_of_smollm3_is_read():
+    """SmolLM3-3B's, with fields that have no effect."""
+    fields = {
+        "max_window_layers": 28,
+        "layer_types": ["full_attention"] * 36,
+        "pretraining_tp": 2,
+        "rope_scaling": None,
+    }
+    fields |= {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "rope_theta": 5e6, "vocab_size": 128256}
+    fields |= {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "intermediate_size": 11008}
+    ours = read("smollm3", **fields, use_sliding_window=False, sliding_window=None, num_key_value_heads=4)
+    assert (ours.rope, ours.other_rope_layers) == (jm.Rope(5e6), tuple(range(3, 36, 4)))
+    assert ours.tie_embeddings and not ours.window
+
+
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
 def test_layers_of_one_kind_alone_have_one_rope(family, kind):
@@ -51,6 +67,9 @@ def test_layers_of_one_kind_alone_have_one_rope(family, kind):
     ours = read(family, layer_types=[kind] * 3, rope_parameters=ropes)
     assert (ours.rope, ours.other_rope, ours.other_rope_layers) == (jm.Rope(theta[kind]), None, ())
     assert bool(ours.window) == (kind == "sliding_attention")
+    fields = config_to_hf(ours)
+    assert convert.config_from_hf(fields) == ours
+    CONFIGS[family](**fields)
 
 
 def test_a_model_that_never_rotates_has_no_other_rope():
@@ -60,18 +79,44 @@ def test_a_model_that_never_rotates_has_no_other_rope():
     assert convert.config_from_hf(fields) == ours
 
 
+OTHER = {"other_rope": jm.Rope(1e3), "other_rope_layers": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", OTHER, "family 'llama' cannot say RoPE of the layers"),
+        ("llama", {"rope": jm.Rope(kind="none")}, "family 'llama' cannot say RoPE of the layers"),
+        ("llama", {"window": 4}, "family 'llama' cannot say windows"),
+        ("llama", {"qk_norm": "head"}, "family 'llama' cannot say qk_norm='head', but 'none'"),
+        ("smollm3", OTHER, "family 'smollm3' cannot say RoPE of the layers"),
+        (
+            "gemma3_text",
+            OTHER | {"window": 4, "full_layers": (1,)},
+            "family 'gemma3_text' cannot say RoPE of the layers",
+        ),
+    ],
+)
+def test_what_a_family_cannot_say_is_not_written(family, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_to_hf(read(family).replace(**changes))
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
         ("gemma3_text", {"rope_parameters": LINEAR}, "expected one for each of 'full_attention', 'sliding_attention'"),
-        ("gemma3_text", {"sliding_window": None}, "sliding_window is null"),
+        ("gemma3_text", {"sliding_window": None}, "field 'sliding_window' is missing"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0; expected null"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern=0; expected a positive integer"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         ("olmo3", {"rope_theta": 1e4}, "rope_theta=10000.0 outside of rope_parameters.*full_attention"),
         ("olmo3", {"rope_scaling": {"rope_type": "yarn"}}, "'yarn' lacks factor"),
-        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]; expected 0 or 1 for each of 3 layers"),
-        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "expected 0 or 1 for each of 3 layers"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]; expected 1 for each of 3 layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "expected 1 for each of 3 layers that rotates, or 0"),
+        ("smollm3", WINDOWED | {"sliding_window": 6}, "have windows, but use_sliding_window and"),
+        ("smollm3", WINDOWED | {"use_sliding_window": True}, "have windows, but use_sliding_window and"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}, "no notice of 'type'.*say 'rope_type'"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0; expected a positive integer"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from convert.json_files import Fields, read_fields, refuse_unknown
+from convert.multimodal import Spelling
 
 Names = tuple[str, ...] | str  # ends of modules' names, or one regular expression of whole names
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class AdapterConfig:
       bias: biases that the adapter replaces: "none", "all", or those of modules with LoRA, "lora_only".
       lora_bias: LoRA adds to the biases of its modules as well.
       base: what the adapter was trained on, for messages.
+      spelling: how it names the decoder's modules; all methods take the names that a decoder alone has.
     """
 
     rank: int = 8
@@ -71,22 +73,24 @@ class AdapterConfig:
     bias: str = "none"
     lora_bias: bool = False
     base: str | None = None
+    spelling: Spelling = Spelling()
 
     def rank_of(self, module: str) -> int:
         """Rank of the module's LoRA."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return _by_pattern(self.rank_pattern, self.spelling.theirs(module), self.rank)
 
     def scale_of(self, module: str) -> float:
         """Factor of the product of the module's two LoRA matrices."""
-        rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        rank, own = self.rank_of(module), self.spelling.theirs(module)
+        return _by_pattern(self.alpha_pattern, own, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def saves(self, module: str) -> bool:
         """Whether the adapter replaces the module's tensors (PEFT `_set_trainable`)."""
-        return module.endswith(self.saved)
+        return self.spelling.theirs(module).endswith(self.saved)
 
     def has_lora(self, module: str) -> bool:
         """Whether the module is to have LoRA (PEFT `check_target_module_exists`)."""
+        module = self.spelling.theirs(module)
         if self.targets is None or not _names(self.targets, module) or _names(self.excluded, module):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):

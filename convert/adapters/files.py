@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from convert.adapters.config import AdapterConfig, read_adapter_config
 from convert.families import TABLES
+from convert.multimodal import IMAGES, spelling_of
 from convert.safetensors_files import SafeTensors
 from convert.tensors import Tensors
 from convert.torch_files import TorchFiles
@@ -60,11 +61,14 @@ class Adapter:
         whole: dict[str, list[str]] = {}
         lora: dict[str, dict[str, list[str]]] = {}
         adapters = set()
-        for name in sorted(tensors.names):
-            if found := _LORA.fullmatch(name.removeprefix(PREFIX)):
+        names = {name: name.removeprefix(PREFIX) for name in sorted(tensors.names)}
+        spelling = spelling_of(names.values())
+        of_decoder = {name: spelling.ours(own) for name, own in names.items() if not own.startswith(IMAGES)}
+        for name, own in of_decoder.items():
+            if found := _LORA.fullmatch(own):
                 part = f"{found['part']}.bias" if found["leaf"] == "bias" else found["part"]
                 lora.setdefault(found["module"], {}).setdefault(part, []).append(name)
-            elif found := _WHOLE.fullmatch(name.removeprefix(PREFIX)):
+            elif found := _WHOLE.fullmatch(own):
                 whole.setdefault(f"{found['module']}.{found['leaf']}", []).append(name)
             else:
                 raise ValueError(
@@ -80,7 +84,7 @@ class Adapter:
         only_lora = {
             module: {part: _only(tensors, names) for part, names in parts.items()} for module, parts in lora.items()
         }
-        return cls(path, config, tensors, only_whole, only_lora)
+        return cls(path, replace(config, spelling=spelling), tensors, only_whole, only_lora)
 
     def adapted(self, base: Config) -> Config:
         """The base's config with the adapter's vocabulary, and not tied where the adapter sets the two tied apart.
