@@ -56,11 +56,7 @@ def read_params(
         finite, or too large for the parameter dtype; the tree is not the model's; the adapter does not fit.
     """
     shapes = cast(dict[tuple[str, ...], tuple[int, ...]], flatten_dict(parameter_shapes(config)))
-    tensors = text_tensors(open_tensors(Path(path)), config.family)
-    table = META if isinstance(tensors, MetaTensors) else TABLES[config.family]
-    if adapter is not None:
-        tensors = _adapted(path, tensors, table, adapter, config)
-    _check_tensors(config, tensors, table)
+    tensors, table = _opened(path, config, adapter)
     sources = {keys: source(keys, table) for keys in shapes}
     count = _counter(sum(len(s.names(config)) for s in sources.values()), progress)
     places = {} if shardings is None else flatten_dict(shardings)
@@ -72,6 +68,27 @@ def read_params(
     params = {"params": unflatten_dict(leaves)}
     check_params(config, params)
     return params
+
+
+def check_weights(path: Path, config: Config, adapter: Path | None = None) -> None:
+    """Checks what `read_params` checks before it reads: raises what it raises of names, shapes and dtypes of tensors.
+
+    Args:
+      path: the checkpoint directory.
+      config: what `read_config` says of it, with the adapter if there is one.
+      adapter: directory of a LoRA adapter.
+    """
+    _opened(path, config, adapter)
+
+
+def _opened(path: Path, config: Config, adapter: Path | None) -> tuple[Tensors, Mapping[str, Source]]:
+    """The tensors of a checkpoint, all of which its config calls for, and where they are in it."""
+    tensors = text_tensors(open_tensors(Path(path)), config.family)
+    table = META if isinstance(tensors, MetaTensors) else TABLES[config.family]
+    if adapter is not None:
+        tensors = _adapted(path, tensors, table, adapter, config)
+    _check_tensors(config, tensors, table)
+    return tensors, table
 
 
 @dataclass(frozen=True)

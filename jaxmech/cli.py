@@ -175,6 +175,7 @@ def run_discover(options: Discover) -> None:
     _check_copies(options.copies)
     found = known(options.model, options.adapter, {"precision": options.precision})  # before weights are read
     check_number_of_heads(with_k(chain, options.k), found.config)
+    found.check_weights()
     with _warnings_printed():
         pairs = prompts.pairs(found.tokenizer)
     run = _run_folder(options, chain, prompts)

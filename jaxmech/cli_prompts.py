@@ -36,8 +36,11 @@ def prompts_of(options: Discover) -> Prompts:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: two files, a line that cannot be read, or options of --pairs without them.
+      ValueError: two files, a line that cannot be read, or options that make no difference to such prompts.
     """
+    made = [name for name in ("scenes", "boxes") if getattr(options, name) != getattr(Discover, name)]
+    if made and (options.data or options.pairs) is not None:
+        raise ValueError(f"--{made[0]} is of scenes that are made; with --data or --pairs, leave it out.")
     if options.pairs is not None:
         return _of_pairs(options)
     if options.first_token or options.between != " ":

@@ -26,7 +26,7 @@ from convert.families import META
 from convert.tensors import open_tensors
 from jaxmech import cli
 from jaxmech.study import Settings
-from jaxmech.study.models import known
+from jaxmech.study.models import check_models, known
 from jaxmech.study.stages import Study
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -299,6 +299,12 @@ def test_a_study_takes_an_adapter_as_a_fine_tuned_model(tmp_path):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found.params, expected.params)))
     tuned = jm.load(jm.demo.path("tuned"))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, study.model("tuned").params, tuned.params)))
+
+
+def test_a_study_of_an_adapter_of_another_model_does_not_begin(tmp_path):
+    write_adapter(tmp_path / "adapter", q_lora())
+    with pytest.raises(ValueError, match=r"q_proj.*has shape \(.*expected"):
+        check_models(jm.demo.path("base"), [tmp_path / "adapter"], [])
 
 
 def config(**changes):

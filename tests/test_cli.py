@@ -22,7 +22,8 @@ BASE, TUNED = str(jm.demo.path("base")), str(jm.demo.path("tuned"))
 
 
 def discover(out, *more: str) -> None:
-    cli.main(["discover", "--model", BASE, "--chain", CHAIN, "--scenes", "6", "--out", str(out), *more])
+    made = [] if "--data" in more else ["--scenes", "6"]
+    cli.main(["discover", "--model", BASE, "--chain", CHAIN, *made, "--out", str(out), *more])
 
 
 @pytest.fixture(scope="module")

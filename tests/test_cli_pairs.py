@@ -76,6 +76,7 @@ def test_how_answers_are_read_can_be_chosen(task, capsys):
 @pytest.mark.parametrize(
     ("arguments", "lines", "message"),
     [
+        (["--scenes", "4"], records(2), "--scenes is of scenes that are made; with --data or --pairs, leave it out"),
         (["--data", "data.jsonl"], records(1), "--data and --pairs: give one of them"),
         (["--pairs", "none.jsonl"], records(1), "There is no file none.jsonl; expected a JSONL file of pairs"),
         ([], [{"clean": "The fig is", "answer": "in"}], 'has no "corrupt" prompts; path patching needs one'),

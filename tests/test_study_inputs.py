@@ -163,6 +163,10 @@ def remove(pattern: str):
             edit("config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 3'),
             r"x has \(layers, .*\) = \(3, .*shape",
         ),
+        (
+            edit("config.json", '"intermediate_size": ', '"intermediate_size": 1'),
+            r"x.*has shape .*; the config calls for",
+        ),
         (edit("tokenizer.json", '"fig"', '"figs"'), "tokenizer of .*x reads .* models of a study must share"),
     ],
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import convert
-from convert.tensors import open_tensors
 from jaxmech import checkpoint
 from jaxmech.config import Config
 from jaxmech.loading import describe
@@ -43,15 +42,34 @@ def _name(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Known:
-    """What a checkpoint folder says of its model, weights apart."""
+    """What a checkpoint folder says of its model, weights apart.
+
+    Attributes:
+      path: as it was named, that of the adapter if there is one.
+      folder, adapter: where the checkpoint and the adapter are.
+    """
 
     path: Path
     config: Config
     tokenizer: Any
+    folder: Path
+    adapter: Path | None
+
+    def check_weights(self) -> None:
+        """Checks that the weights are those that the config calls for, as far as it can be seen without reading them.
+
+        Raises:
+          FileNotFoundError: a file is missing.
+          ValueError: a file is damaged, or a tensor is missing, left over or of another shape.
+        """
+        if checkpoint.is_checkpoint(self.folder):
+            checkpoint.check(self.folder)
+        else:
+            convert.check_weights(self.folder, self.config, self.adapter)
 
 
 def check_models(base: Path, tuned: Sequence[Path], texts: Sequence[str], **changes: Any) -> None:
-    """Checks what can be checked of the models of a study without loading weights.
+    """Checks what can be checked of the models of a study without reading weights.
 
     Args:
       base: checkpoint folder of the base.
@@ -66,6 +84,7 @@ def check_models(base: Path, tuned: Sequence[Path], texts: Sequence[str], **chan
         than the base, or another tokenizer.
     """
     first = known(base, None, changes)
+    first.check_weights()
     for path in tuned:
         adapter = convert.is_adapter(convert.local_path(path))
         found = known(base, path, changes) if adapter else known(path, None, changes)
@@ -75,6 +94,7 @@ def check_models(base: Path, tuned: Sequence[Path], texts: Sequence[str], **chan
                 f"{base} {first.config.patched_shape}; a study needs fine-tunes of the base's shape."
             )
         _check_same_tokens(first, found, texts)
+        found.check_weights()
 
 
 def known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> Known:
@@ -82,13 +102,9 @@ def known(path: Path, adapter: Path | None, changes: Mapping[str, Any]) -> Known
     named = path if adapter is None else adapter
     path, adapter = convert.local_path(path), None if adapter is None else convert.local_path(adapter)
     config, tokenizer = describe(path, adapter, **changes)
-    if checkpoint.is_checkpoint(path):
-        checkpoint.check(path)
-    else:
-        open_tensors(path)  # they are not read
     if tokenizer is None:
         raise ValueError(f"{named} holds no tokenizer; copy tokenizer.json or tokenizer.model there.")
-    return Known(named, config, tokenizer)
+    return Known(named, config, tokenizer, path, adapter)
 
 
 def _check_same_tokens(base: Known, tuned: Known, texts: Sequence[str]) -> None:

@@ -124,8 +124,13 @@ class Settings:
             raise ValueError("pairs are another task than boxes prompts; they go without data and compat.")
         if self.desiderata and self.pairs is None:
             raise ValueError("desiderata are of pairs; those of boxes prompts are made.")
-        if self.pairs is None and (self.prompts is not None or self.first_token or self.between != " "):
-            raise ValueError("prompts, first_token and between are of pairs, which are not given.")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if idle := [name for name in self._unused if getattr(self, name) != defaults[name]]:
+            others = "pairs without desiderata" if self.pairs and not self.desiderata else "pairs"
+            raise ValueError(
+                f"{idle[0]}={getattr(self, idle[0])!r} makes no difference to a study "
+                f"{f'of {others}' if self.pairs else 'without pairs'}; leave it out."
+            )
         names = [path.stem for path in self.desiderata]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"desiderata have the names of their files; {twice[0]!r} is one of two.")
@@ -179,34 +184,36 @@ class Settings:
             "desiderata": [str(path) for path in self.desiderata],
         }
 
+    @property
+    def _unused(self) -> tuple[str, ...]:
+        """Names of those that make no difference to a study of these prompts."""
+        if self.pairs is None:
+            return "pairs", "desiderata", "first_token", "between", "prompts"
+        of_dcm = ("train", "validation", "test", "lam", "epochs", "dcm_batch", "repeats", "patched")
+        return "data", "scenes", "boxes", "variants", "compat", *(() if self.desiderata else of_dcm)
+
     def in_use(self) -> dict[str, Any]:
         """Those of `to_dict` that make a difference to a study of these prompts."""
-        of_boxes, of_pairs = (
-            ("data", "scenes", "boxes", "variants", "compat"),
-            ("desiderata", "first_token", "between", "prompts"),
-        )
-        of_dcm = ("train", "validation", "test", "lam", "epochs", "dcm_batch", "repeats", "patched")
-        unused = (*of_boxes, *(() if self.desiderata else of_dcm)) if self.pairs else ("pairs", *of_pairs)
-        return {name: value for name, value in self.to_dict().items() if name not in unused}
+        return {name: value for name, value in self.to_dict().items() if name not in self._unused}
 
     def quick(self) -> "Settings":
         """A study that is through in a fraction of the time, to see that everything runs; its numbers are rough."""
-        return dataclasses.replace(
-            self,
-            prompts=None if self.pairs is None else min(self.prompts or 84, 84),
-            scenes=min(self.scenes, 12),
-            contexts=min(self.contexts, 60),
-            random_circuits=min(self.random_circuits, 3),
-            random_subsets=min(self.random_subsets, 5),
-            train=min(self.train, 96),
-            validation=min(self.validation, 48),
-            test=min(self.test, 48),
-            variants=False,
-            repeats=min(self.repeats, 2),
-            patched=min(self.patched, 48),
-            components=self.components[:2],
-            single_head_prompts=min(self.single_head_prompts, 28),
-        )
+        changes = {
+            "prompts": min(self.prompts or 84, 84),
+            "scenes": min(self.scenes, 12),
+            "contexts": min(self.contexts, 60),
+            "random_circuits": min(self.random_circuits, 3),
+            "random_subsets": min(self.random_subsets, 5),
+            "train": min(self.train, 96),
+            "validation": min(self.validation, 48),
+            "test": min(self.test, 48),
+            "variants": False,
+            "repeats": min(self.repeats, 2),
+            "patched": min(self.patched, 48),
+            "components": self.components[:2],
+            "single_head_prompts": min(self.single_head_prompts, 28),
+        }
+        return dataclasses.replace(self, **{name: x for name, x in changes.items() if name not in self._unused})
 
 
 def _check_edges(edges: tuple[tuple[str, str], ...]) -> None:
