@@ -107,6 +107,8 @@ def head_weights(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
 def head_mask(config: Config, heads: Iterable[Sequence[int]]) -> np.ndarray:
     """True at each (layer, head) of `heads`: bool [L, N]. ValueError for an unknown head or none at all."""
     mask = np.zeros((config.num_layers, config.num_heads), bool)
+    if not isinstance(heads, Iterable):
+        raise TypeError(f"Heads are {heads!r}; expected a list of (layer, head), such as those of a circuit's group.")
     heads = list(heads)
     if any(np.ndim(head) != 1 for head in heads):
         raise ValueError(f"Heads are {heads}; expected a list of (layer, head), of one head [(3, 6)].")

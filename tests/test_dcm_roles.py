@@ -152,7 +152,7 @@ def test_one_mask_at_one_role_is_that_of_a_list(model, pairs):
         (HEADS, ["early", "elsewhere"], "'early' and 'elsewhere' are one token.*would take two values"),
         ({"early": [(1, 1), (1, 1)]}, "last", r"Head \(1, 1\) is named twice"),
         ({"early": []}, "last", "No heads given"),
-        ({}, "last", r"the list of roles of heads is \[\]"),
+        ({}, "last", r"No heads given: {} has none"),
         (HEADS, [], r"role is \[\]"),
         ({"nowhere": [(1, 1)]}, "last", "Unknown role 'nowhere'"),
     ],
@@ -165,6 +165,18 @@ def test_groups_that_make_no_sense_are_refused(random_model, random_pairs, group
     pairs = dataclasses.replace(pairs, positions=moved[0], corrupt_positions=moved[1])
     with pytest.raises(ValueError, match=message):
         dcm.train(model, pairs, group, role, batch_size=2)
+
+
+def test_a_circuit_is_masked_at_its_roles(random_model, random_pairs):
+    model = random_model()
+    pairs = random_pairs(model)
+    groups = {"a": APART["last"], "none": [], "b": APART["early"], "c": APART["query_box"]}
+    circuit = jm.Circuit(groups, {"a": "last", "none": "elsewhere", "b": "early", "c": "query_box"})
+    found, expected = (dcm.train(model, pairs, group, batch_size=2) for group in (circuit, APART))
+    assert (found.heads, found.roles) == (expected.heads, expected.roles)
+    np.testing.assert_array_equal(found.history.mask, expected.history.mask)
+    once = {role: iter(heads) for role, heads in APART.items()}
+    np.testing.assert_array_equal(dcm.train(model, pairs, once, batch_size=2).mask, expected.mask)
 
 
 def test_lists_and_heads_by_role_do_not_go_together(random_model, random_pairs):

@@ -4,10 +4,11 @@ Axes as in `jaxmech.dcm`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmech.circuits import Circuit, HeadsByRole, as_heads_by_role
 from jaxmech.cone import live_start
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
@@ -15,7 +16,8 @@ from jaxmech.pairs import Pairs, one_or_more, positions_of
 from jaxmech.patching import clashing_roles
 
 Heads = Sequence[Sequence[int]]
-Group = Heads | Mapping[str, Heads]
+Group = Heads | HeadsByRole
+Listed = list[Any] | dict[str, list[Any]]  # a group as lists, see `as_group`
 Role = str | Sequence[str]
 Head = tuple[int, int]
 
@@ -46,30 +48,44 @@ class Masked(NamedTuple):
         return self.layer - first_layer, self.unit, self.head
 
 
-def place_of(groups: Iterable[Group], role: Role) -> Place:
+def as_group(group: Group) -> Listed:
+    """The group as lists: of its heads or, if each role has its own, {role: heads} without roles that have none.
+
+    Raises:
+      ValueError: {role: heads} or a circuit without any head.
+    """
+    if not isinstance(group, Mapping | Circuit):
+        return list(group)
+    found = {role: list(heads) for role, heads in as_heads_by_role(group).items()}
+    if not any(found.values()):
+        raise ValueError(f"No heads given: {group!r} has none; expected at least one to be masked.")
+    return {role: heads for role, heads in found.items() if heads}
+
+
+def place_of(groups: Iterable[Listed], role: Role) -> Place:
     """The roles at which any of the groups is patched: `role`, or those that they name.
 
     Raises:
       ValueError: no role, or groups of both kinds.
     """
     groups = list(groups)
-    apart = [group for group in groups if isinstance(group, Mapping)]
+    apart = [group for group in groups if isinstance(group, dict)]
     if not apart:
         return Place(tuple(one_or_more(role, "role")), apart=False)
     if len(apart) < len(groups):
         raise ValueError("Some groups are lists of heads, others {role: heads}; expected one kind.")
-    named = dict.fromkeys(role for group in apart for role in group)
-    return Place(tuple(one_or_more(list(named), "the list of roles of heads")), apart=True)
+    return Place(tuple(dict.fromkeys(role for group in apart for role in group)), apart=True)
 
 
-def masked(config: Config, group: Group, roles: Sequence[str]) -> Masked:
+def masked(config: Config, group: Listed, roles: Sequence[str]) -> Masked:
     """The heads of a group; `roles` are those of its call.
 
     Raises:
       ValueError: no heads, one that does not exist or is named twice at a role.
     """
-    if isinstance(group, Mapping):
-        found = [(head, (role,), roles.index(role)) for role, heads in group.items() for head in _check(config, heads)]
+    if isinstance(group, dict):
+        by_role = {role: _check(config, heads) for role, heads in group.items()}
+        found = [(head, (role,), roles.index(role)) for role, heads in by_role.items() for head in heads]
     else:
         found = [(head, tuple(roles), 0) for head in _check(config, group)]
     heads, at, unit = (list(x) for x in zip(*found, strict=True))
@@ -77,8 +93,7 @@ def masked(config: Config, group: Group, roles: Sequence[str]) -> Masked:
     return Masked(heads, at, layer, np.array(unit), number)
 
 
-def _check(config: Config, heads: Heads) -> list[Head]:
-    heads = list(heads)
+def _check(config: Config, heads: list[Any]) -> list[Head]:
     head_mask(config, heads)
     chosen = [(int(layer), int(head)) for layer, head in heads]
     if twice := [head for head in chosen if chosen.count(head) > 1]:

@@ -12,7 +12,7 @@ from jaxmech import memory
 from jaxmech.batches import equal_parts
 from jaxmech.compat import check_compat
 from jaxmech.config import Config
-from jaxmech.dcm.groups import Group, Place, Role, check_place, first_layer_of, masked, place_of
+from jaxmech.dcm.groups import Group, Listed, Place, Role, as_group, check_place, first_layer_of, masked, place_of
 from jaxmech.dcm.prompts import Base, BasePrompts, base_key, masked_examples_at_a_time
 from jaxmech.dcm.runs import Run
 from jaxmech.dcm.stream import StepExamples, patched_stream
@@ -37,7 +37,7 @@ def accuracy(model: Model, pairs: Pairs, heads: Group, masks: np.ndarray, role: 
     Args:
       model: the model that is run.
       pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
-      heads: the n heads, distinct (layer, head); or {role: heads}.
+      heads: the n heads, distinct (layer, head); or {role: heads} or a `Circuit`.
       masks: float [M, n], in which 0 patches a head and 1 leaves it alone, as `train` has them; round them for the
         accuracy of a selection of heads.
       role: the role at which the heads are patched, or several. Not used where `heads` name their roles.
@@ -70,7 +70,8 @@ def accuracies(
     Raises:
       ValueError: as `accuracy`.
     """
-    places = {key: place_of((group for group, _ in sets.values()), key[1]) for key, sets in masks.items()}
+    given = {key: {name: (as_group(group), x) for name, (group, x) in sets.items()} for key, sets in masks.items()}
+    places = {key: place_of((group for group, _ in sets.values()), key[1]) for key, sets in given.items()}
     named: dict[Desideratum, set[Place]] = {}
     for (name, _), place in places.items():
         check_place(pairs[name], place)
@@ -81,14 +82,14 @@ def accuracies(
         sharing.setdefault(key, {})[name] = pairs[name]
     found: Accuracies[Desideratum, Roles, Name] = {}
     for same in sharing.values():
-        found |= _accuracies(model, same, {key: sets for key, sets in masks.items() if key[0] in same}, places)
+        found |= _accuracies(model, same, {key: sets for key, sets in given.items() if key[0] in same}, places)
     return {key: found[key] for key in masks}
 
 
 def _accuracies(
     model: Model,
     pairs: Mapping[Desideratum, Pairs],
-    masks: Masks[Desideratum, Roles, Name],
+    masks: Mapping[tuple[Desideratum, Roles], Mapping[Name, tuple[Listed, np.ndarray]]],
     places: Mapping[tuple[Desideratum, Roles], Place],
 ) -> Accuracies[Desideratum, Roles, Name]:
     """`accuracies` on desiderata that share their base prompts, at the same places."""
@@ -255,7 +256,7 @@ def _last_patched(weights: np.ndarray, first_layer: int) -> int:
     return first_layer + int(np.append(0, np.flatnonzero(weights.any(axis=(0, 2, 3))))[-1])
 
 
-def _weights(config: Config, masks: Mapping[Any, tuple[Group, Any]], place: Place, first_layer: int) -> np.ndarray:
+def _weights(config: Config, masks: Mapping[Any, tuple[Listed, Any]], place: Place, first_layer: int) -> np.ndarray:
     """What is patched by each of the masks of all sets, [M, L, U, N]."""
     found = []
     for group, some in masks.values():

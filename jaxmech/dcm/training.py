@@ -16,7 +16,7 @@ import optax
 
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
-from jaxmech.dcm.groups import Group, Masked, Role, check_place, first_layer_of, masked, place_of
+from jaxmech.dcm.groups import Group, Masked, Role, as_group, check_place, first_layer_of, masked, place_of
 from jaxmech.dcm.prompts import Base, BasePrompts, base_key, cut, examples_at_a_time, runs_at_a_time
 from jaxmech.dcm.runs import History, Run
 from jaxmech.dcm.stream import StepExamples, patched_stream
@@ -53,7 +53,7 @@ def train(
     Args:
       model: the model, which stays as it is.
       train_pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
-      heads: distinct (layer, head), all at `role`; or {role: heads}, where a head at two roles has two masks.
+      heads: distinct (layer, head), all at `role`; or {role: heads} or a `Circuit`, where a head at two roles has two.
       role: the role at which the heads are patched, or several, at all of which a head has one mask: the tokens of a
         name, say. Not used where `heads` name their roles.
       lam: weight of the number of patched heads in the loss, logits per head. With 0, nothing holds back the masks of
@@ -104,7 +104,7 @@ def train_many(
     Args:
       model: the model, which stays as it is.
       train_pairs: desideratum -> its pairs, equally many for each.
-      groups: group -> its heads, all at `role`; or, for all groups, {role: heads}.
+      groups: group -> its heads, all at `role`; or, for all groups, {role: heads} or a `Circuit`.
       role: the role at which the heads are patched, or several; see `train`.
       lams: the lambdas, weights of the number of patched heads in the loss; `lam` of `train`.
       seeds: the seeds; without `shuffle` they make no difference.
@@ -124,6 +124,7 @@ def train_many(
         if not given:
             raise ValueError(f"train_many has no {name}; expected at least one.")
     count = _check_training(config, train_pairs, lams, learning_rate, optimizer, epochs, batch_size, metric)
+    groups = {name: as_group(group) for name, group in groups.items()}
     place = place_of(groups.values(), role)
     roles = place.roles
     for pairs in train_pairs.values():
