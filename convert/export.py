@@ -1,5 +1,6 @@
 """Flax parameters to a Hugging Face checkpoint directory that transformers loads: the inverse of `read_params`."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 from convert.families import TABLES, source
 from convert.hf_config import FAMILIES, config_from_hf
 from convert.hf_rope import LAYER_TYPES, rope_parameters
-from jaxmech.config import Config
+from jaxmech.config import Config, Rope
 from jaxmech.files import replacing, write_text
 from jaxmech.model import check_params
 
@@ -28,10 +29,12 @@ def write_hf(path: Path, config: Config, params: Any, tokenizer: Any = None) -> 
       tokenizer: a Hugging Face tokenizer.
 
     Raises:
-      ValueError: `params` are not those that `config` calls for, or its family has no way to say what it computes.
+      ValueError: `params` are not those that `config` calls for, or no checkpoint of its family can say what it
+        computes, or none that transformers loads.
     """
     check_params(config, params)
     fields = config_to_hf(config)
+    _check_transformers(fields)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = hf_tensors(config, params)
@@ -71,6 +74,16 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     return fields
 
 
+def _check_transformers(fields: dict[str, Any]) -> None:
+    """ValueError if transformers refuses a config.json of these fields."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**copy.deepcopy(fields))
+    except Exception as error:  # it raises errors of many kinds
+        raise ValueError(f"transformers refuses the config of this model: {str(error)[:300]}") from error
+
+
 def _meaning(config: Config) -> dict[str, Any]:
     """What decides what a model computes, but for dtypes."""
     layers = range(config.num_layers)
@@ -82,8 +95,16 @@ def _meaning(config: Config) -> dict[str, Any]:
     return said | {
         "score_scale": scale,
         "windows": windows,
-        "RoPE of the layers": [None if rope.kind == "none" else rope_parameters(rope) for rope in ropes],
+        "RoPE of the layers": [_turning(rope) for rope in ropes],
     }
+
+
+def _turning(rope: Rope) -> dict[str, Any]:
+    """What decides how a layer rotates."""
+    if rope.kind == "none":
+        return {}
+    scaled = {} if rope.kind in ("default", "linear") else {"original_max_positions": rope.original_max_positions}
+    return rope_parameters(rope) | scaled
 
 
 def _alike(x: Any, y: Any) -> bool:
@@ -126,7 +147,7 @@ def _family_fields(config: Config) -> dict[str, Any]:
         case "qwen2" | "qwen3":
             return windows | {"use_sliding_window": bool(window)}
         case "gemma2":
-            return windows | _gemma_fields(config)
+            return windows | always_one | _gemma_fields(config)
         case "gemma3_text":
             return windows | always_one | _gemma_fields(config) | {"rope_parameters": _by_layer_type(config)}
         case "olmo3":

@@ -101,11 +101,15 @@ def text_fields(fields: Fields, ignored: Iterable[str]) -> Fields:
     return {**text, "tie_word_embeddings": tied, "model_type": whole.text, "architectures": None}
 
 
+def is_decoder(family: str) -> bool:
+    """Whether there are multimodal models with decoders of that family."""
+    return family in {whole.text for whole in MULTIMODAL.values()}
+
+
 def text_tensors(tensors: Tensors, family: str) -> Tensors:
     """The decoder's tensors, by the names that they have in a checkpoint of it alone."""
     spelling = spelling_of(tensors.names)
-    known = family in {whole.text for whole in MULTIMODAL.values()}
-    return TextTensors(tensors, spelling) if known and spelling != Spelling() else tensors
+    return TextTensors(tensors, spelling) if is_decoder(family) and spelling != Spelling() else tensors
 
 
 class TextTensors:
@@ -114,7 +118,12 @@ class TextTensors:
     def __init__(self, tensors: Tensors, spelling: Spelling):
         self.path = tensors.path
         self._tensors = tensors
-        self._names = {spelling.ours(name): name for name in tensors.names if not name.startswith(IMAGES)}
+        self._names: dict[str, str] = {}
+        for name in tensors.names:
+            if name.startswith(IMAGES):
+                continue
+            if (other := self._names.setdefault(spelling.ours(name), name)) != name:
+                raise ValueError(f"{tensors.path} holds {other} and {name}, which mean the same; expected one of them.")
 
     @property
     def names(self) -> Iterable[str]:

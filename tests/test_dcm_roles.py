@@ -11,7 +11,7 @@ from conftest import TOLERANCES, assert_close
 from test_several_roles import with_a_twin
 
 import jaxmech as jm
-from jaxmech import dcm
+from jaxmech import dcm, memory
 
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
 APART = {"last": [(2, 1), (3, 0)], "early": [(1, 3), (2, 1)], "query_box": [(2, 0)]}
@@ -125,6 +125,67 @@ def test_selection_patches_where_the_training_did(model, pairs, group):
     assert chosen.roles == run.roles
 
 
+def test_selection_can_patch_elsewhere_and_says_so(model, pairs):
+    pairs = answering(pairs, patched(model, pairs, HEADS, ["early"])(jnp.zeros(len(HEADS))))
+    run = dcm.train(model, pairs, HEADS, "last", lam=-1.0, batch_size=5, epochs=8)
+    chosen = dcm.select(model, run, pairs, "early")
+    assert chosen.selected_by_role.keys() == {"early"}
+    assert jm.patch_activations(model, pairs, chosen.selected_by_role).accuracy == chosen.validation_accuracy
+    by_role = dcm.train(model, pairs, APART, batch_size=5)
+    with pytest.raises(ValueError, match="role='early', but heads of the run have masks at roles of their own"):
+        dcm.select(model, by_role, pairs, "early")
+
+
+def test_runs_of_both_kinds_are_selected_together(model, pairs):
+    groups = {"tied": (HEADS, ["early", "query_box"]), "apart": ({"early": [(1, 3)], "query_box": [(2, 0)]}, "last")}
+    runs = {("x", name): dcm.train(model, pairs, *group, batch_size=4) for name, group in groups.items()}
+    found = dcm.select_many(model, runs, {"x": pairs})
+    for key, run in runs.items():
+        alone = dcm.select(model, run, pairs)
+        assert (found[key].step, found[key].validation_accuracy) == (alone.step, alone.validation_accuracy)
+
+
+def test_the_papers_validation_knows_one_role(model, pairs):
+    names = {"early": "prev_query_box", "last": "last", "query_box": "query_box"}
+    roles = [
+        {names[r]: x for r, x in given.items() if r in names} for given in (pairs.positions, pairs.corrupt_positions)
+    ]
+    pairs = dataclasses.replace(pairs, positions=roles[0], corrupt_positions=roles[1])
+    run = dcm.train(model, pairs, HEADS, ["prev_query_box", "last"], batch_size=5)
+    with pytest.raises(ValueError, match="is of masks at prev_query_box alone, not at prev_query_box, last"):
+        dcm.select(model, run, pairs, compat="paper", train_pairs=pairs)
+
+
+def test_desiderata_that_differ_at_the_second_role_alone_are_kept_apart(model, pairs):
+    """They share their prompts and the first role; what is patched at the second is at another token."""
+    moved = dict(pairs.positions) | {"query_box": pairs.positions["query_box"] - 1}
+    both = {"one": pairs, "other": dataclasses.replace(pairs, positions=moved)}
+    group, role = {"early": [(1, 3)], "query_box": [(2, 0), (1, 1)]}, "last"
+    runs = dcm.train_many(model, both, {"g": group}, role, batch_size=5)
+    masks = np.random.default_rng(1).random((2, 3)).astype(np.float32)
+    found = dcm.accuracies(model, both, {(name, ("early", "query_box")): {"m": (group, masks)} for name in both})
+    for name, some in both.items():
+        alone = dcm.train(model, some, group, role, batch_size=5)
+        assert_close(runs[name, "g", 0.01, 0].history.loss, alone.history.loss, TOLERANCES.cone)
+        np.testing.assert_array_equal(found[name, ("early", "query_box")]["m"], dcm.accuracy(model, some, group, masks))
+    losses = [runs[name, "g", 0.01, 0].history.loss for name in both]
+    assert np.abs(losses[0] - losses[1]).max() > 1e-3, "the token made no difference"
+
+
+def test_trainings_at_several_roles_are_cut_to_fit_the_memory(model, pairs, monkeypatch):
+    options = {"batch_size": 2, "epochs": 2}
+    whole = {name: dcm.train(model, pairs, *group, **options) for name, group in GROUPS.items()}
+    fitting = {
+        name: dcm.accuracy(model, pairs, run.group, run.history.mask, run.roles[0]) for name, run in whole.items()
+    }
+    monkeypatch.setattr(memory, "fitting", lambda weights, bytes_each: 3)
+    for name, group in GROUPS.items():
+        cut = dcm.train(model, pairs, *group, **options)
+        assert_close(cut.history.mask, whole[name].history.mask, TOLERANCES.cone)
+        found = dcm.accuracy(model, pairs, whole[name].group, whole[name].history.mask, whole[name].roles[0])
+        np.testing.assert_array_equal(found, fitting[name])
+
+
 def test_many_groups_at_their_roles_are_trained_as_one_by_one(model, pairs):
     groups = {"a": APART, "b": {"query_box": [(1, 0)]}, "c": {"last": [(3, 3)], "query_box": [(0, 2), (2, 2)]}}
     runs = dcm.train_many(model, {"x": pairs}, groups, lams=[0.01, 0.1], batch_size=4)
@@ -148,11 +209,16 @@ def test_one_mask_at_one_role_is_that_of_a_list(model, pairs):
 @pytest.mark.parametrize(
     ("group", "role", "message"),
     [
-        ({"early": [(1, 1)], "twin": [(1, 2)]}, "last", "'early' and 'twin' are one token.*which has two masks"),
-        (HEADS, ["early", "elsewhere"], "'early' and 'elsewhere' are one token.*would take two values"),
+        (
+            {"early": [(1, 1)], "twin": [(1, 2)]},
+            "last",
+            "'early' and 'twin' are one token.*would need the masks of both",
+        ),
+        (HEADS, ["early", "elsewhere"], "'early' and 'elsewhere' are one token.*would take the values of two"),
         ({"early": [(1, 1), (1, 1)]}, "last", r"Head \(1, 1\) is named twice"),
-        ({"early": []}, "last", "No heads given"),
-        ({}, "last", r"No heads given: {} has none"),
+        ({"early": []}, "last", "No heads given in the group"),
+        ({}, "last", "No heads given in the group"),
+        (HEADS, ["early", "early"], r"role=\['early', 'early'\] names a role twice"),
         (HEADS, [], r"role is \[\]"),
         ({"nowhere": [(1, 1)]}, "last", "Unknown role 'nowhere'"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TOLERANCES, assert_close
 from hf_families import HF_FAMILIES
-from hf_llama import SIZES
+from hf_llama import SIZES, hf_model
 from safetensors.numpy import load_file, save_file
 from test_adapters import peft_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
@@ -122,6 +122,12 @@ def test_unknown_tensors_are_refused(changed):
     path = changed(lambda name: name.replace("multi_modal_projector", "audio_tower"))
     with pytest.raises(ValueError, match="tensors that its config does not call for: audio_tower"):
         jm.load(path)
+    twice = load_file(path / "model.safetensors")
+    twice = {name.replace("audio_tower", "multi_modal_projector"): x for name, x in twice.items()}
+    twice["model.norm.weight"] = twice["language_model.model.norm.weight"] + 1
+    save_file(twice, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="language_model.model.norm.weight and model.norm.weight, which mean the same"):
+        jm.load(path)
     path = changed(lambda name: name.replace("language_model.model.norm", "model.language_model.norm"))
     with pytest.raises(ValueError, match="lacks 1 tensors that its config calls for: model.norm"):
         jm.load(path)
@@ -155,6 +161,17 @@ def test_adapters_give_the_logits_that_peft_gives(saved, tmp_path, case, older):
         expected = theirs(torch.tensor(TOKENS)).logits.numpy()
     assert_close(ours(TOKENS)[0], expected, TOLERANCES.parity)
     assert np.abs(plain(TOKENS)[0] - expected).max() > 0.1
+
+
+def test_an_adapter_of_a_multimodal_model_is_refused_where_there_is_no_decoder_of_one(saved, tmp_path):
+    peft_model(saved[1], tmp_path / "adapter", target_modules=["q_proj"])
+    hf_model().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="is an adapter of a multimodal model, and the base .*llama"):
+        jm.load(tmp_path / "llama", adapter=tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if "vision_tower" in name}, file)
+    with pytest.raises(ValueError, match="tensors that the base .* does not have"):
+        jm.load(saved[1], adapter=tmp_path / "adapter")
 
 
 def test_an_adapter_of_the_multimodal_model_fits_its_decoder_alone(saved, tmp_path):

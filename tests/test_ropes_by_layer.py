@@ -1,5 +1,7 @@
 """config.json of families whose layers rotate differently: both layouts, and what does not say it clearly."""
 
+import jax
+import numpy as np
 import pytest
 from hf_llama import SIZES
 from transformers import Gemma3TextConfig, Olmo3Config, SmolLM3Config
@@ -7,6 +9,7 @@ from transformers import Gemma3TextConfig, Olmo3Config, SmolLM3Config
 import convert
 import jaxmech as jm
 from convert.export import config_to_hf
+from jaxmech.model import abstract_params
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "attention_factor": 1.2}
 LINEAR = {"rope_type": "linear", "factor": 8.0}
@@ -88,6 +91,11 @@ OTHER = {"other_rope": jm.Rope(1e3), "other_rope_layers": (0, 1)}
         ("llama", OTHER, "family 'llama' cannot say RoPE of the layers"),
         ("llama", {"rope": jm.Rope(kind="none")}, "family 'llama' cannot say RoPE of the layers"),
         ("llama", {"window": 4}, "family 'llama' cannot say windows"),
+        (
+            "llama",
+            {"rope": jm.Rope(kind="dynamic", factor=2.0, original_max_positions=16)},
+            "family 'llama' cannot say RoPE of the layers",
+        ),
         ("llama", {"qk_norm": "head"}, "family 'llama' cannot say qk_norm='head', but 'none'"),
         ("smollm3", OTHER, "family 'smollm3' cannot say RoPE of the layers"),
         (
@@ -100,6 +108,21 @@ OTHER = {"other_rope": jm.Rope(1e3), "other_rope_layers": (0, 1)}
 def test_what_a_family_cannot_say_is_not_written(family, changes, message):
     with pytest.raises(ValueError, match=message):
         config_to_hf(read(family).replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "changes"),
+    [
+        ("phi3", {}, {"rope": jm.Rope(kind="linear", factor=2.0)}),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 3}, {"score_scale": 12.5**-0.5}),
+    ],
+)
+def test_what_transformers_refuses_is_not_written(tmp_path, family, fields, changes):
+    config = read(family, **fields).replace(**changes)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(config))
+    with pytest.raises(ValueError, match="transformers refuses the config"):
+        convert.write_hf(tmp_path / "out", config, params)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

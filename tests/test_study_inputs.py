@@ -188,6 +188,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_is_loaded_and_anything_
         ({"tuned": ()}, "needs at least one fine-tuned model"),
         ({"tuned": (jm.demo.path("base"),)}, "must be different folders; .*base, .*base are the same"),
         ({"repeats": 0}, "repeats=0"),
+        ({"data": jm.demo.path("chain.toml"), "boxes": 3}, "boxes=3 makes no difference to scenes of a file"),
         ({"compat": "published"}, "compat='published'"),
         ({"chain": ()}, "no stages"),
         ({"chain": FETCHERS_AND_OBJECTS}, "sender 'object'; the prompts have the roles last, query_box"),

@@ -150,13 +150,13 @@ def test_tokenizers_must_read_these_prompts_alike(settings, tmp_path, last_line_
 
 @pytest.mark.parametrize("change", [{"prompts": 5}, {"first_token": True}, {"between": ""}], ids=str)
 def test_settings_of_pairs_are_refused_without_them(change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* makes no difference to a study without pairs"):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* makes no difference to boxes prompts"):
         Settings(base=jm.demo.path("base"), tuned=(jm.demo.path("tuned"),), **change)
 
 
 @pytest.mark.parametrize("change", [{"scenes": 5}, {"boxes": 3}, {"variants": False}, {"train": 10}], ids=str)
 def test_settings_that_make_no_difference_to_pairs_are_refused_with_them(settings, tmp_path, change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* makes no difference to a study of pairs"):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* makes no difference to pairs"):
         dataclasses.replace(settings, desiderata=(), **change)
     if "train" in change:
         assert dataclasses.replace(settings, desiderata=(tmp_path / "some.jsonl",), **change).train == 10

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.adapters.config import AdapterConfig, read_adapter_config
 from convert.families import TABLES
-from convert.multimodal import IMAGES, spelling_of
+from convert.multimodal import IMAGES, Spelling, spelling_of
 from convert.safetensors_files import SafeTensors
 from convert.tensors import Tensors
 from convert.torch_files import TorchFiles
@@ -63,8 +63,9 @@ class Adapter:
         adapters = set()
         names = {name: name.removeprefix(PREFIX) for name in sorted(tensors.names)}
         spelling = spelling_of(names.values())
-        of_decoder = {name: spelling.ours(own) for name, own in names.items() if not own.startswith(IMAGES)}
-        for name, own in of_decoder.items():
+        if spelling != Spelling():
+            names = {name: spelling.ours(own) for name, own in names.items() if not own.startswith(IMAGES)}
+        for name, own in names.items():
             if found := _LORA.fullmatch(own):
                 part = f"{found['part']}.bias" if found["leaf"] == "bias" else found["part"]
                 lora.setdefault(found["module"], {}).setdefault(part, []).append(name)

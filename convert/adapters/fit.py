@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from convert.adapters.files import BIAS, EMBEDDING_A, EMBEDDING_B, LORA_A, LORA_B, MAGNITUDE, Adapter, ends
+from convert.multimodal import Spelling, is_decoder
 from convert.tensors import FLOATS
 from jaxmech.config import Config
 
@@ -21,6 +22,11 @@ def check_fits(adapter: Adapter, config: Config, path: Path, shapes: Mapping[str
         something is missing that adapter_config.json speaks of.
     """
     embed, unembed = ends(config)
+    if adapter.config.spelling != Spelling() and not is_decoder(config.family):
+        raise ValueError(
+            f"{adapter.path} is an adapter of a multimodal model, and the base {path}, of family {config.family!r}, is "
+            f"not the decoder of one. {_advice(adapter)}"
+        )
     if missing := sorted({embed, unembed} - shapes.keys()):
         raise ValueError(
             f"{path} has no {', '.join(missing)}, so it is not in Hugging Face's layout, as the base of an adapter "

@@ -11,7 +11,8 @@ step then runs, forward and backward, the layers from the group's first on and t
 (`jaxmech.cone`).
 
 training.py    trains masks, many at once
-selection.py   how well masks do on other pairs, and which of a training's is the best
+testing.py     how well masks do on other pairs
+selection.py   which mask of a training is the best
 runs.py        what a training leaves
 groups.py      the heads of a mask, and the roles at which they are patched
 stream.py      a forward pass under a mask, which both share
@@ -24,7 +25,8 @@ one for all roles, or one for each.
 """
 
 from jaxmech.dcm.runs import History, Run
-from jaxmech.dcm.selection import accuracies, accuracy, select, select_many
+from jaxmech.dcm.selection import select, select_many
+from jaxmech.dcm.testing import accuracies, accuracy
 from jaxmech.dcm.training import train, train_many
 
 __all__ = ["History", "Run", "accuracies", "accuracy", "select", "select_many", "train", "train_many"]

@@ -22,16 +22,16 @@ Role = str | Sequence[str]
 Head = tuple[int, int]
 
 
-class Place(NamedTuple):
-    """The roles at which all groups of a call are patched."""
+class PatchedRoles(NamedTuple):
+    """The roles at which the groups of a call are patched."""
 
     roles: tuple[str, ...]  # R
-    apart: bool  # each role has a mask of its own
+    mask_per_role: bool  # not one mask for all of them
 
     @property
     def units(self) -> int:
         """U."""
-        return len(self.roles) if self.apart else 1
+        return len(self.roles) if self.mask_per_role else 1
 
 
 class Masked(NamedTuple):
@@ -52,29 +52,32 @@ def as_group(group: Group) -> Listed:
     """The group as lists: of its heads or, if each role has its own, {role: heads} without roles that have none.
 
     Raises:
-      ValueError: {role: heads} or a circuit without any head.
+      TypeError: it is neither.
     """
     if not isinstance(group, Mapping | Circuit):
+        if not isinstance(group, Iterable):
+            raise TypeError(f"heads={group!r}; expected a list of (layer, head), {{role: heads}} or a Circuit.")
         return list(group)
     found = {role: list(heads) for role, heads in as_heads_by_role(group).items()}
-    if not any(found.values()):
-        raise ValueError(f"No heads given: {group!r} has none; expected at least one to be masked.")
     return {role: heads for role, heads in found.items() if heads}
 
 
-def place_of(groups: Iterable[Listed], role: Role) -> Place:
+def patched_roles(groups: Iterable[Listed], role: Role) -> PatchedRoles:
     """The roles at which any of the groups is patched: `role`, or those that they name.
 
     Raises:
-      ValueError: no role, or groups of both kinds.
+      ValueError: no role, one that is named twice, or groups of both kinds.
     """
     groups = list(groups)
-    apart = [group for group in groups if isinstance(group, dict)]
-    if not apart:
-        return Place(tuple(one_or_more(role, "role")), apart=False)
-    if len(apart) < len(groups):
+    by_role = [group for group in groups if isinstance(group, dict)]
+    if by_role and len(by_role) < len(groups):
         raise ValueError("Some groups are lists of heads, others {role: heads}; expected one kind.")
-    return Place(tuple(dict.fromkeys(role for group in apart for role in group)), apart=True)
+    if by_role:
+        return PatchedRoles(tuple(dict.fromkeys(role for group in by_role for role in group)), mask_per_role=True)
+    roles = one_or_more(role, "role")
+    if len(set(roles)) < len(roles):
+        raise ValueError(f"role={role!r} names a role twice.")
+    return PatchedRoles(tuple(roles), mask_per_role=False)
 
 
 def masked(config: Config, group: Listed, roles: Sequence[str]) -> Masked:
@@ -106,15 +109,15 @@ def first_layer_of(config: Config, groups: Iterable[Masked]) -> int:
     return int(live_start(config, min(int(group.layer.min()) for group in groups)))
 
 
-def check_place(pairs: Pairs, place: Place) -> None:
-    """ValueError if one token has two masks, or would take the values of two."""
-    roles = place.roles
+def check_roles(pairs: Pairs, patched: PatchedRoles) -> None:
+    """ValueError if one token would need the masks of two roles, or take the values of two tokens."""
+    roles = patched.roles
     clean, corrupt = (positions_of(position, roles) for position in (pairs.position, pairs.corrupt_position))
-    if place.apart:
+    if patched.mask_per_role:
         corrupt = np.broadcast_to(np.arange(len(roles)), clean.shape)  # any two roles differ
     for i, j, row in clashing_roles(clean, corrupt):
+        clash = "would need the masks of both" if patched.mask_per_role else "would take the values of two"
         raise ValueError(
             f"In example {row}, {roles[i]!r} and {roles[j]!r} are one token of the clean prompt ({clean[row, i]}), "
-            f"which {'has two masks' if place.apart else 'would take two values'}. Leave such examples out, or one of "
-            "the roles."
+            f"which {clash}. Leave such examples out, or one of the roles."
         )

@@ -16,7 +16,7 @@ import optax
 
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
-from jaxmech.dcm.groups import Group, Masked, Role, as_group, check_place, first_layer_of, masked, place_of
+from jaxmech.dcm.groups import Group, Masked, Role, as_group, check_roles, first_layer_of, masked, patched_roles
 from jaxmech.dcm.prompts import Base, BasePrompts, base_key, cut, examples_at_a_time, runs_at_a_time
 from jaxmech.dcm.runs import History, Run
 from jaxmech.dcm.stream import StepExamples, patched_stream
@@ -53,7 +53,8 @@ def train(
     Args:
       model: the model, which stays as it is.
       train_pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
-      heads: distinct (layer, head), all at `role`; or {role: heads} or a `Circuit`, where a head at two roles has two.
+      heads: distinct (layer, head), all at `role`; or {role: heads} or a `Circuit`, whose roles must be different
+        tokens of every prompt, and where a head at two roles has two masks.
       role: the role at which the heads are patched, or several, at all of which a head has one mask: the tokens of a
         name, say. Not used where `heads` name their roles.
       lam: weight of the number of patched heads in the loss, logits per head. With 0, nothing holds back the masks of
@@ -104,7 +105,8 @@ def train_many(
     Args:
       model: the model, which stays as it is.
       train_pairs: desideratum -> its pairs, equally many for each.
-      groups: group -> its heads, all at `role`; or, for all groups, {role: heads} or a `Circuit`.
+      groups: name -> heads of a group, all at `role`; or, in all groups, {role: heads} or a `Circuit`. Names say
+        nothing of roles: {"early": heads} is a group at `role`.
       role: the role at which the heads are patched, or several; see `train`.
       lams: the lambdas, weights of the number of patched heads in the loss; `lam` of `train`.
       seeds: the seeds; without `shuffle` they make no difference.
@@ -125,10 +127,12 @@ def train_many(
             raise ValueError(f"train_many has no {name}; expected at least one.")
     count = _check_training(config, train_pairs, lams, learning_rate, optimizer, epochs, batch_size, metric)
     groups = {name: as_group(group) for name, group in groups.items()}
-    place = place_of(groups.values(), role)
-    roles = place.roles
+    if empty := [name for name, group in groups.items() if not group]:
+        raise ValueError(f"No heads given in the group {empty[0]!r}; expected at least one to be masked.")
+    patched = patched_roles(groups.values(), role)
+    roles = patched.roles
     for pairs in train_pairs.values():
-        check_place(pairs, place)
+        check_roles(pairs, patched)
     chosen = {name: masked(config, group, roles) for name, group in groups.items()}
     first_layer = first_layer_of(config, chosen.values())
     orders = np.stack([_order(count, epochs, batch_size, seed if shuffle else None) for seed in seeds])
@@ -139,7 +143,7 @@ def train_many(
     arguments = _Arguments(
         base=np.array([list(sets).index(key_of[desideratum]) for desideratum, *_ in keys]),
         data=np.array([number[0][desideratum] for desideratum, *_ in keys]),
-        member=np.array([_member(config, chosen[group], place.units, first_layer) for _, group, *_ in keys]),
+        member=np.array([_member(config, chosen[group], patched.units, first_layer) for _, group, *_ in keys]),
         lam=np.array([lam for *_, lam, _ in keys], np.float32),
         order=np.array([number[3][seed] for *_, seed in keys]),
     )

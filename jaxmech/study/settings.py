@@ -125,12 +125,9 @@ class Settings:
         if self.desiderata and self.pairs is None:
             raise ValueError("desiderata are of pairs; those of boxes prompts are made.")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        if idle := [name for name in self._unused if getattr(self, name) != defaults[name]]:
-            others = "pairs without desiderata" if self.pairs and not self.desiderata else "pairs"
-            raise ValueError(
-                f"{idle[0]}={getattr(self, idle[0])!r} makes no difference to a study "
-                f"{f'of {others}' if self.pairs else 'without pairs'}; leave it out."
-            )
+        for name, prompts in self._unused.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} makes no difference to {prompts}; leave it out.")
         names = [path.stem for path in self.desiderata]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"desiderata have the names of their files; {twice[0]!r} is one of two.")
@@ -185,12 +182,18 @@ class Settings:
         }
 
     @property
-    def _unused(self) -> tuple[str, ...]:
-        """Names of those that make no difference to a study of these prompts."""
+    def _unused(self) -> dict[str, str]:
+        """Names of those that make no difference to a study of these prompts, and what these are."""
         if self.pairs is None:
-            return "pairs", "desiderata", "first_token", "between", "prompts"
-        of_dcm = ("train", "validation", "test", "lam", "epochs", "dcm_batch", "repeats", "patched")
-        return "data", "scenes", "boxes", "variants", "compat", *(() if self.desiderata else of_dcm)
+            of_pairs = ("pairs", "desiderata", "first_token", "between", "prompts")
+            of_made = ("boxes",) if self.data is not None else ()
+            return {name: "boxes prompts" for name in of_pairs} | {name: "scenes of a file" for name in of_made}
+        of_boxes, of_dcm = (
+            ("data", "scenes", "boxes", "variants", "compat"),
+            ("train", "validation", "test", "lam", "epochs", "dcm_batch", "repeats", "patched"),
+        )
+        unused = dict.fromkeys(of_boxes, "pairs")
+        return unused if self.desiderata else unused | dict.fromkeys(of_dcm, "pairs without desiderata")
 
     def in_use(self) -> dict[str, Any]:
         """Those of `to_dict` that make a difference to a study of these prompts."""

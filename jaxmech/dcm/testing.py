@@ -1,0 +1,198 @@
+"""How well masks do on other pairs than those they were trained on."""
+
+from collections.abc import Hashable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from jaxmech import memory
+from jaxmech.batches import equal_parts
+from jaxmech.config import Config
+from jaxmech.dcm.groups import (
+    Group,
+    Listed,
+    Masked,
+    PatchedRoles,
+    Role,
+    as_group,
+    check_roles,
+    first_layer_of,
+    masked,
+    patched_roles,
+)
+from jaxmech.dcm.prompts import Base, BasePrompts, base_key, masked_examples_at_a_time
+from jaxmech.dcm.stream import StepExamples, patched_stream
+from jaxmech.dcm.targets import Targets, collect_targets
+from jaxmech.loading import Model
+from jaxmech.model import Params, unembed
+from jaxmech.pairs import Pairs, one_or_more
+from jaxmech.predictions import answers, is_correct
+from jaxmech.sharding import over_rows
+
+Name = TypeVar("Name", bound=Hashable)
+Desideratum = TypeVar("Desideratum", bound=Hashable)
+Roles = TypeVar("Roles", bound=str | tuple[str, ...])
+Array = Any  # NumPy on the host, jax.Array inside jit
+Masks = Mapping[tuple[Desideratum, Roles], Mapping[Name, tuple[Group, np.ndarray]]]
+Accuracies = dict[tuple[Desideratum, Roles], dict[Name, np.ndarray]]
+
+
+def accuracy(model: Model, pairs: Pairs, heads: Group, masks: np.ndarray, role: Role = "last") -> np.ndarray:
+    """How often the model says the target when heads are patched by `masks`, at once for all of them: float [M].
+
+    Args:
+      model: the model that is run.
+      pairs: base prompts (clean), counterfactual prompts (corrupt) and target tokens (labels).
+      heads: the n heads, distinct (layer, head); or {role: heads} or a `Circuit`.
+      masks: float [M, n], in which 0 patches a head and 1 leaves it alone, as `train` has them; round them for the
+        accuracy of a selection of heads.
+      role: the role at which the heads are patched, or several. Not used where `heads` name their roles.
+
+    Raises:
+      ValueError: as `train`, or masks of another shape.
+    """
+    key = "", tuple(one_or_more(role, "role"))
+    return accuracies(model, {"": pairs}, {key: {"": (heads, masks)}})[key][""]
+
+
+def accuracies(
+    model: Model,
+    pairs: Mapping[Desideratum, Pairs],
+    masks: Masks[Desideratum, Roles, Name],
+) -> Accuracies[Desideratum, Roles, Name]:
+    """`accuracy` of masks over several sets of heads, at several roles, on the pairs of several desiderata.
+
+    Base prompts are run once for all desiderata that share them, counterfactual prompts once for all roles.
+
+    Args:
+      model: the model that is run.
+      pairs: desideratum -> its pairs.
+      masks: (desideratum, role) -> {name: (n heads, masks [M, n])}; the role may be a tuple of several, and is not used
+        where heads are {role: heads}, which all of one key are or none.
+
+    Returns:
+      (desideratum, role) -> {name: accuracy [M]}.
+
+    Raises:
+      ValueError: as `accuracy`.
+    """
+    for (name, role), sets in masks.items():
+        if name not in pairs or not sets:
+            what = "none for it" if sets else "no heads"
+            raise ValueError(
+                f"masks has {(name, role)!r}, but there are {what}; expected pairs and masked heads of each."
+            )
+    given = {key: {name: (as_group(group), x) for name, (group, x) in sets.items()} for key, sets in masks.items()}
+    patched = {key: patched_roles((group for group, _ in sets.values()), key[1]) for key, sets in given.items()}
+    named: dict[Desideratum, set[PatchedRoles]] = {}
+    for (name, _), here in patched.items():
+        check_roles(pairs[name], here)
+        named.setdefault(name, set()).add(here)
+    sharing: dict[Any, dict[Desideratum, Pairs]] = {}
+    for name, some in named.items():
+        key = tuple((here, base_key(pairs[name], here.roles)) for here in sorted(some))
+        sharing.setdefault(key, {})[name] = pairs[name]
+    found: Accuracies[Desideratum, Roles, Name] = {}
+    for same in sharing.values():
+        found |= _accuracies(model, same, {key: sets for key, sets in given.items() if key[0] in same}, patched)
+    return {key: found[key] for key in masks}
+
+
+class _MasksAt(NamedTuple):
+    """The masks of all keys whose heads are patched at the same roles."""
+
+    roles: tuple[str, ...]
+    first_layer: int
+    together: int  # masks that run in one call
+    weights: dict[Any, np.ndarray]  # key -> what each of its masks patches, [M, L, U, N]
+
+
+def _masks_at(config: Config, patched: PatchedRoles, masks: Mapping[Any, Mapping[Any, tuple[Listed, Any]]]) -> _MasksAt:
+    chosen = {
+        key: [(masked(config, group, patched.roles), some) for group, some in sets.values()]
+        for key, sets in masks.items()
+    }
+    first_layer = first_layer_of(config, [heads for sets in chosen.values() for heads, _ in sets])
+    shape = config.num_layers - first_layer, patched.units, config.num_heads
+    weights = {
+        key: np.concatenate([_weights(heads, some, first_layer, shape) for heads, some in sets])
+        for key, sets in chosen.items()
+    }
+    most = max(map(len, weights.values()))
+    together = 2 ** (most - 1).bit_length()  # few numbers, so few compilations
+    return _MasksAt(patched.roles, first_layer, together, weights)
+
+
+def _accuracies(
+    model: Model,
+    pairs: Mapping[Desideratum, Pairs],
+    masks: Mapping[tuple[Desideratum, Roles], Mapping[Name, tuple[Listed, np.ndarray]]],
+    patched: Mapping[tuple[Desideratum, Roles], PatchedRoles],
+) -> Accuracies[Desideratum, Roles, Name]:
+    """`accuracies` on desiderata that share their base prompts, whose heads are `patched` at the same roles."""
+    config, some = model.config, next(iter(pairs.values()))
+    at = [
+        _masks_at(config, here, {key: sets for key, sets in masks.items() if patched[key] == here})
+        for here in dict.fromkeys(patched[key] for key in masks)
+    ]
+    roles = list(dict.fromkeys(role for here in at for role in here.roles))
+    last = [
+        max(_last_patched(x, here.first_layer) for here in at for key, x in here.weights.items() if key[0] == name)
+        for name in pairs
+    ]
+    kept = 2 * memory.of_heads(config, len(pairs) * len(roles), config.num_layers)  # once more as they are sorted
+    size = min(masked_examples_at_a_time(model, some, x.roles, x.first_layer, x.together, kept) for x in at)
+    parts = list(equal_parts(len(some), size))
+    base = [BasePrompts(model, [some], here.roles, here.first_layer, [rows for rows, _ in parts]) for here in at]
+    correct: dict[tuple[Desideratum, Roles], list[np.ndarray]] = {key: [] for key in masks}
+    for part, (rows, new) in enumerate(parts):
+        collected = collect_targets(model, [x[rows] for x in pairs.values()], roles, last)
+        targets = dict(zip(pairs, collected, strict=True))
+        for here, base_prompts in zip(at, base, strict=True):
+            prompts, numbers = base_prompts.run(part), tuple(map(roles.index, here.roles))
+            for key, weight in here.weights.items():
+                padded = np.pad(weight, ((0, here.together - len(weight)), *((0, 0),) * 3))
+                inputs = prompts, targets[key[0]], over_rows(model.weights, padded)
+                found = _answers(config, model.weights, *inputs, roles=numbers, first_layer=here.first_layer)
+                right = is_correct(np.asarray(found)[: len(weight)], pairs[key[0]].labels[rows])
+                correct[key].append(right[:, new])
+    answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
+    ends = {key: np.cumsum([len(some) for _, some in sets.values()])[:-1] for key, sets in masks.items()}
+    return {key: dict(zip(sets, np.split(answered[key], ends[key]), strict=True)) for key, sets in masks.items()}
+
+
+@partial(jax.jit, static_argnames=("config", "roles", "first_layer"))
+def _answers(
+    config: Config,
+    weights: Params,
+    base: Base,
+    targets: Targets,
+    weight: Array,
+    *,
+    roles: tuple[int, ...],
+    first_layer: int,
+) -> jax.Array:
+    """Answers with heads patched by each of the weights [M, L, U, N], int [M, B], at some of the targets' roles."""
+    base = jax.tree.map(lambda x: x[: len(targets.labels)], base)  # calls of prompts are filled up
+    batch = StepExamples(base, targets.at(roles, first_layer))
+
+    def one(weight):
+        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first_layer)))
+
+    return jax.vmap(one)(weight)
+
+
+def _last_patched(weights: np.ndarray, first_layer: int) -> int:
+    """The last layer in which one of the `weights` [M, L, U, N] patches a head, or `first_layer`."""
+    return first_layer + int(np.append(0, np.flatnonzero(weights.any(axis=(0, 2, 3))))[-1])
+
+
+def _weights(heads: Masked, masks: Any, first_layer: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """What is patched by each of the masks [M, n] of some heads, [M, L, U, N]; `shape` is that without M."""
+    if np.shape(masks)[1:] != (count := len(heads.heads),):
+        raise ValueError(f"masks has shape {np.shape(masks)}; expected [M, {count}], of one mask [1, {count}].")
+    weights = np.zeros((len(masks), *shape), np.float32)
+    weights[(slice(None), *heads.within(first_layer))] = 1 - np.asarray(masks)
+    return weights
