@@ -187,7 +187,7 @@ _QWEN = (*_WINDOWS, "use_sliding_window", "max_window_layers")
 _QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 _GEMMA2 = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _GEMMA2_DEFAULTS = dict(zip(_GEMMA2, (256, 50.0, 30.0), strict=True))
-_GEMMA3_DEFAULTS = {  # the published config.json of the larger models leave out what is as in these
+_GEMMA3_DEFAULTS = {  # config.json of the larger models, as published, leaves out what is as here
     "vocab_size": 262208,
     "hidden_size": 2304,
     "intermediate_size": 9216,

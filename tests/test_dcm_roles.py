@@ -245,6 +245,20 @@ def test_a_circuit_is_masked_at_its_roles(random_model, random_pairs):
     np.testing.assert_array_equal(dcm.train(model, pairs, once, batch_size=2).mask, expected.mask)
 
 
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({("y", "last"): {"m": (HEADS, np.ones((1, 4)))}}, r"masks has \('y', 'last'\), but there are no pairs of it"),
+        ({("x", "last"): {}}, r"masks has \('x', 'last'\), but there are no heads"),
+        ({("x", "last"): {"m": (5, np.ones((1, 4)))}}, r"heads=5; expected a list of \(layer, head\)"),
+    ],
+)
+def test_masks_of_nothing_are_refused(random_model, random_pairs, masks, message):
+    model = random_model()
+    with pytest.raises((ValueError, TypeError), match=message):
+        dcm.accuracies(model, {"x": random_pairs(model)}, masks)
+
+
 def test_lists_and_heads_by_role_do_not_go_together(random_model, random_pairs):
     model = random_model()
     pairs = random_pairs(model)

@@ -80,7 +80,7 @@ def accuracies(
     """
     for (name, role), sets in masks.items():
         if name not in pairs or not sets:
-            what = "none for it" if sets else "no heads"
+            what = "no pairs of it" if sets else "no heads"
             raise ValueError(
                 f"masks has {(name, role)!r}, but there are {what}; expected pairs and masked heads of each."
             )
