@@ -98,7 +98,8 @@ def study(
 
         @cached_property
         def base(self) -> Known:
-            return Known(settings.base, config, convert.read_tokenizer(settings.base, config))
+            tokenizer = convert.read_tokenizer(settings.base, config)
+            return Known(settings.base, config, tokenizer, folder=settings.base, adapter=None)
 
         @cached_property
         def data(self) -> BoxesData:
