@@ -126,10 +126,10 @@ def rotation(model: Any, layer: int, length: int) -> tuple[np.ndarray, float]:
     """Frequencies [H/2] of a layer's RoPE in a prompt of that many tokens, and its factor of cos and sin."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    rotary = copy.deepcopy(_decoder(model).rotary_emb)  # a long prompt changes its state
-    kind = (
-        [_decoder(model).config.layer_types[layer]] if hasattr(rotary, "layer_types") else []
-    )  # else one for all layers
+    decoder = _decoder(model)
+    rotary = copy.deepcopy(decoder.rotary_emb)  # a long prompt changes its state
+    several = hasattr(rotary, "layer_types")  # one for each kind of layer
+    kind = [decoder.config.layer_types[layer]] if several else []
     rotary(torch.zeros(1), torch.tensor([[0, length - 1]]), *kind)
     frequency, factor = ("_".join([*kind, name]) for name in ("inv_freq", "attention_scaling"))
     return getattr(rotary, frequency).float().numpy(), float(getattr(rotary, factor))

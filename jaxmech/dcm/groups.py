@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmech.circuits import Circuit, HeadsByRole, as_heads_by_role
+from jaxmech.circuits import Circuit, Head, HeadsByRole, as_heads_by_role
 from jaxmech.cone import live_start
 from jaxmech.config import Config
 from jaxmech.interventions import head_mask
@@ -19,7 +19,6 @@ Heads = Sequence[Sequence[int]]
 Group = Heads | HeadsByRole
 Listed = list[Any] | dict[str, list[Any]]  # a group as lists, see `as_group`
 Role = str | Sequence[str]
-Head = tuple[int, int]
 
 
 class PatchedRoles(NamedTuple):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmech.dcm.groups import Group, Head
+from jaxmech.circuits import Head
+from jaxmech.dcm.groups import Group
 
 
 class History(NamedTuple):

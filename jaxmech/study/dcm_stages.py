@@ -76,7 +76,7 @@ def _train(
     found: dict[str, dict[str, JSON]] = {group: {} for group in groups}
     train, validation, test = ({name: x[use] for name, x in data.items()} for use in ("train", "validation", "test"))
     trained = {(name, group): run for (name, group, *_), run in runs.items()}
-    selected = dcm.select_many(model, trained, validation, role, compat=settings.compat, train_pairs=train)
+    selected = dcm.select_many(model, trained, validation, compat=settings.compat, train_pairs=train)
     masks: dict[tuple[str, str], dict[str, Any]] = {}
     for (name, group), run in selected.items():
         masks.setdefault((name, role), {})[group] = run.heads, np.round(run.mask)[None]
