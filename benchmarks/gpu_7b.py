@@ -9,12 +9,12 @@ with random weights that are made on the device:
 
   check      four layers of the shape in float32: scores of the causal cone equal those of full forward passes, and,
              if there is PyTorch, of its hooks
-  stages     the paper's four stages, 300 prompts of 57 tokens; the fourth, the longest, behind the methods below
+  stages     the paper's four stages, 300 prompts of 57 tokens; the fourth, the longest, last of all
+  profile    a call of each stage: the seconds of each kind of kernel in its trace (--traces keeps it)
   circuits   100 circuits x 500 prompts
   DCM        a mask over a group of 8 heads, 1000 prompts, 2 epochs
   knockout   last -> query_box from every layer upwards
   CMAP       all four groups, and every head one by one
-  profile    a call of each stage: the seconds of each kind of kernel in its trace (--traces keeps it)
 
 PyTorch (`torch_reference`, hooks, SDPA, the same weights) runs a sample of the senders, circuits, steps, heads and
 layers; its time is extrapolated, and the JSON and the table say from how many. In bfloat16, its scores and ours differ
@@ -54,18 +54,19 @@ import kernels  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import sweep_sizes  # noqa: E402
-from measuring import add_words, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
+from measuring import add_words, copy_rate, machine, matmul_rate, peak_memory, save, timed  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
 from jaxmech import path_patching  # noqa: E402
 from jaxmech.sharding import over_rows  # noqa: E402
 
 ALLOWED = 5e-4  # of the largest score, which is small at the shape of `check`: rounding was 6.5e-5 on a CPU
-PARTS = ("check", "stages", "circuits", "DCM", "knockout", "CMAP", "profile")
+PARTS = ("check", "stages", "profile", "circuits", "DCM", "knockout", "CMAP")
 LAST_STAGE = "4"  # it takes longer than all else
 HOW_LONG = (
     "shapes",
     "parts",
+    "stages",
     "out",
     "minutes",
     "traces",
@@ -86,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_words(parser, "--shapes", shapes.SHAPES, "7b,8b")
     add_words(parser, "--parts", PARTS, ",".join(PARTS))
+    parser.add_argument("--stages", default="1234", help="digits of the stages to time")
     parser.add_argument("--out", type=Path, default=Path("out/gpu_7b.json"))
     parser.add_argument("--runs", type=int, default=3, help="timed runs of jaxmech, after a warm-up")
     parser.add_argument("--seconds", type=float, default=30, help="a row begins no further run after so many")
@@ -104,7 +106,7 @@ def main() -> None:
     for name in options.shapes:
         shape = dataclasses.replace(shapes.SHAPES[name], prompts=options.prompts)
         found = result["shapes"].setdefault(name, {"config": shape.config.to_dict(), "rows": []})
-        found["matmul_flops_per_s"] = matmul_rate(shape.config.compute_dtype)
+        found |= {"matmul_flops_per_s": matmul_rate(shape.config.compute_dtype), "bytes_per_s": copy_rate()}
         for work in works(name, shape, options, found["matmul_flops_per_s"]):
             if work.name in [row["name"] for row in found["rows"] if "error" not in row]:
                 continue
@@ -156,12 +158,18 @@ def works(name: str, shape: shapes.Shape, options: argparse.Namespace, rate: flo
     theirs = cache(lambda: in_torch(model()))
     their_tuned = cache(lambda: in_torch(tuned()))
     stages = [StageBench(model, theirs, pairs, stage, options, rate) for stage in shapes.stages(shape.config)]
-    sweeps = [Work(f"stage {bench.stage.name}", bench.ours, bench.theirs) for bench in stages]
-    longest = [bench.stage.name[0] == LAST_STAGE for bench in stages]
+    sweeps = {
+        bench.stage.name[0]: Work(f"stage {bench.stage.name}", bench.ours, bench.theirs)
+        for bench in stages
+        if "stages" in options.parts and bench.stage.name[0] in options.stages
+    }
+    longest = sweeps.pop(LAST_STAGE, None)
     if "check" in options.parts:
         yield Work("check", lambda: check(shape, options.sample))
-    if "stages" in options.parts:
-        yield from (work for work, later in zip(sweeps, longest, strict=True) if not later)
+    yield from sweeps.values()
+    for bench in stages if "profile" in options.parts else ():
+        place = options.traces and options.traces / f"{name}_stage_{bench.stage.name[0]}"
+        yield Work(f"profile of stage {bench.stage.name}", partial(bench.profile, place))
 
     def work(torch: bool, both: bool = False, prompts: int = shape.prompts) -> bench_methods.Work:
         sized = dataclasses.replace(shape, prompts=prompts)
@@ -187,11 +195,8 @@ def works(name: str, shape: shapes.Shape, options: argparse.Namespace, rate: flo
     for part, makers in benches.items():
         for row, make in makers.items() if part in options.parts else ():
             yield Work(row, partial(bench_method, make, options), partial(reference_method, make))
-    if "stages" in options.parts:
-        yield from (work for work, later in zip(sweeps, longest, strict=True) if later)
-    for bench in stages if "profile" in options.parts else ():
-        place = options.traces and options.traces / f"{name}_stage_{bench.stage.name[0]}"
-        yield Work(f"profile of stage {bench.stage.name}", partial(bench.profile, place))
+    if longest:
+        yield longest
 
 
 def bench_method(make: Callable[[bool], bench_methods.Bench], options: argparse.Namespace) -> Row:
@@ -257,6 +262,7 @@ class StageBench:
     options: argparse.Namespace
     rate: float
     scores: np.ndarray | None = None
+    compile_seconds: float | None = None
 
     def sweep(self) -> np.ndarray:
         self.scores = jm.path_patch(
@@ -274,10 +280,15 @@ class StageBench:
         inputs = model.config, model.weights, inputs, call, plan.receivers
         jax.block_until_ready(path_patching.sender_outcomes(*inputs, via=via, measure=None))  # as `path_patch` calls it
 
+    def warm_up(self) -> None:
+        """Two times one call, since a whole stage can take a minute, and what compilation takes of the first."""
+        if self.compile_seconds is None:
+            self.model()
+            first, again = timed(self.one_call, 2)
+            self.compile_seconds = max(0.0, first - again)
+
     def ours(self) -> Row:
-        """After a warm-up of one call, since a whole stage can take a minute."""
-        self.model()
-        first, again = timed(self.one_call, 2)
+        self.warm_up()
         times = timed(self.sweep, self.options.runs, self.options.seconds)
         seconds, config = statistics.median(times), self.model().config
         sizes = sweep_sizes(self.model(), self.pairs, self.stage)
@@ -287,7 +298,7 @@ class StageBench:
             **dataclasses.asdict(self.stage),
             "seconds": seconds,
             "all_seconds": times,
-            "compile_seconds": max(0.0, first - again),
+            "compile_seconds": self.compile_seconds,
             "cone_flops": cone,
             "naive_flops": flops.naive(config, sizes),
             "matmul_fraction": cone / seconds / self.rate,
@@ -333,7 +344,7 @@ class StageBench:
 
     def profile(self, place: Path | None) -> Row:
         """The kernels in a trace of one call, which is kept in the folder `place` if there is one."""
-        self.one_call()
+        self.warm_up()
         with tempfile.TemporaryDirectory() as passing:
             trace = Path(passing) if place is None else place
             with jax.profiler.trace(str(trace)):

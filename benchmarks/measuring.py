@@ -63,6 +63,16 @@ def matmul_rate(dtype, size: int | None = None) -> float:
     return 2.0 * size**3 / min(times)
 
 
+def copy_rate(size: int | None = None) -> float:
+    """Bytes per second, read and written, that the first device moves in copying `size` bytes, the best of ten."""
+    size = size or (2**32 if jax.default_backend() == "gpu" else 2**26)
+    x = jnp.zeros(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    times = timed(lambda: jax.block_until_ready(copy(x)), 10)
+    return 2.0 * size / min(times)
+
+
 def machine() -> dict:
     """What the numbers depend on besides the code."""
     packages = ("jaxmech", "jax", "jaxlib", "flax", "numpy", "transformers")

@@ -96,6 +96,7 @@ def gpu_table(result: dict) -> str:
         rows = [[*head, "of matmul rate"], ["---"] + ["---:"] * 6]
         rows += [_gpu_row(row) for row in found["rows"] if row["seconds"] is not None]
         rate = f"matmul rate {found['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s"
+        rate += f", copies {found['bytes_per_s'] / 1e12:.3g} TB/s"
         line = f"{model_line({'shape': shape, 'config': found['config']})}; {machine_line(result)}; {rate}."
         besides = [f"- {row['name']}: {text}" for row in found["rows"] for text in _gpu_lines(row)]
         parts.append("\n\n".join([line, "\n".join("| " + " | ".join(row) + " |" for row in rows), "\n".join(besides)]))
