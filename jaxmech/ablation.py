@@ -18,7 +18,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs
-from jaxmech.patching import capture_heads
+from jaxmech.patching import captured_heads
 from jaxmech.sharding import over_rows, row_devices
 from jaxmech.shared_prefix import SharedPrompts, observe_prompts
 
@@ -153,9 +153,10 @@ def resampled_activations(
         batch_size = memory.fitting(model.weights, z + memory.of_forward(model.config, length))
     everywhere = np.broadcast_to(np.arange(length), prompts.shape)
     parts = []
-    for rows, new in equal_parts(len(once), batch_size, row_devices(model.weights)):
-        z = capture_heads(model, (prompts, everywhere), once[rows], sites=("z",))["z"]  # [L, b, T, N, H]
-        parts.append(np.moveaxis(np.asarray(z, np.float32), 0, 2)[new])
+    chosen = list(equal_parts(len(once), batch_size, row_devices(model.weights)))
+    captured = captured_heads(model, (prompts, everywhere), [once[rows] for rows, _ in chosen], sites=("z",))
+    for found, (_, new) in zip(captured, chosen, strict=True):
+        parts.append(np.moveaxis(np.asarray(found["z"], np.float32), 0, 2)[new])  # of [L, b, T, N, H]
     values = np.concatenate(parts)
     values[np.arange(length) > last[once, None]] = np.nan
     return values[back]
@@ -204,6 +205,6 @@ def _sum_of_z(config: Config, weights: Params, tokens: Array, weight: Array) -> 
     whole = SharedPrompts(jnp.zeros((1, 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32), tokens)
 
     def observe(sites):
-        return jnp.einsum("bmt,btnh->mtnh", weight, sites["z"].astype(jnp.float32), precision="highest")
+        return jnp.einsum("bmt,btnh->mtnh", weight, sites.whole("z").astype(jnp.float32), precision="highest")
 
     return observe_prompts(config, weights, whole, observe)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from jaxmech.config import Config
 from jaxmech.files import replacing
 from jaxmech.loading import Model, check_prompts
 from jaxmech.pairs import Pairs, positions_of
-from jaxmech.patching import capture_heads
+from jaxmech.patching import captured_heads
 from jaxmech.sharding import row_devices
 
 COMPONENTS = ("z", "q", "k", "v")
@@ -93,7 +93,7 @@ def collect(
     if batch_size is None:
         batch_size = memory.fitting_prompts(model.config, model.weights, pairs.clean.shape[1])
     parts = list(equal_parts(len(pairs), batch_size, row_devices(model.weights)))
-    found = [jax.device_get(capture_heads(model, source, rows, sites=components)) for rows, _ in parts]
+    found = list(map(jax.device_get, captured_heads(model, source, [rows for rows, _ in parts], sites=components)))
     kept = {
         site: np.concatenate([x[site][:, new] for x, (_, new) in zip(found, parts, strict=True)], axis=1)
         for site in components
@@ -120,14 +120,14 @@ def check_same_shape(base: Model, tuned: Model) -> None:
 
 def values_of(
     base: Model, tuned: Model | HeadValues, pairs: Pairs, roles: Sequence[str], components: Sequence[str]
-) -> Callable[[np.ndarray], dict[str, Array]]:
-    """A function from rows of `pairs` [b] to what `tuned` computes there, {site: [L, b, R, N, H]}."""
+) -> Callable[[Sequence[np.ndarray]], Iterator[dict[str, Array]]]:
+    """A function from parts of `pairs`, rows [b], to what `tuned` computes in each, {site: [L, b, R, N, H]}."""
     if isinstance(tuned, HeadValues):
         _check_collected(base.config, tuned, pairs)
-        return partial(_chosen_values, tuned, [_index(tuned, role) for role in roles], components)
+        return partial(map, partial(_chosen_values, tuned, [_index(tuned, role) for role in roles], components))
     check_same_shape(base, tuned)
     source = check_prompts(tuned.config, pairs), positions_of(pairs.position, roles)
-    return partial(capture_heads, tuned, source, sites=components)
+    return partial(captured_heads, tuned, source, sites=components)
 
 
 def _check_collected(config: Config, values: HeadValues, pairs: Pairs) -> None:

@@ -38,7 +38,7 @@ from jaxmech.model import (
     project,
     visible,
 )
-from jaxmech.shared_prefix import SharedPrompts, observe_prompts
+from jaxmech.shared_prefix import SharedPrompts, Sites, observe_prompts
 from jaxmech.suffixes import Bucket, Suffixes
 
 Layer = jax.Array | int  # index of a layer, traced or not
@@ -106,10 +106,10 @@ def clean_cache(
     row, count = jnp.arange(len(p))[:, None], len(p) // 2
 
     def observe(sites):
-        at_p = {site: sites[site][row, p] for site in ("heads_out", "z")}
-        kept = {"heads_out": at_p["heads_out"][:count], "delta_z": at_p["z"][count:] - at_p["z"][:count]}
-        kept["resid_pre"] = sites["resid_pre"][suffixes.example, suffixes.position]
-        return kept | {site: jnp.swapaxes(sites[site][:count], 1, 2) for site in ("k", "v") if live}
+        z = sites.at("z", row, p)
+        kept = {"heads_out": sites.at("heads_out", row[:count], p[:count]), "delta_z": z[count:] - z[:count]}
+        kept["resid_pre"] = sites.at("resid_pre", suffixes.example, suffixes.position)
+        return kept | (_keys_and_values(sites, count) if live else {})
 
     kept = observe_prompts(config, weights, prompts, observe)
     delta_z = kept.pop("delta_z")
@@ -122,11 +122,15 @@ def live_cache(
     """Runs the B clean prompts once and keeps what a live stream needs from layer `first_layer` on."""
 
     def observe(sites):
-        kept = {site: jnp.swapaxes(sites[site], 1, 2) for site in ("k", "v")}
-        return kept | {"resid_pre": sites["resid_pre"][suffixes.example, suffixes.position]}
+        return _keys_and_values(sites) | {"resid_pre": sites.at("resid_pre", suffixes.example, suffixes.position)}
 
     kept = observe_prompts(config, weights, prompts, observe)
     return CleanCache(**{site: x[first_layer:] for site, x in kept.items()}, first_layer=first_layer)
+
+
+def _keys_and_values(sites: Sites, count: int | None = None) -> dict[str, jax.Array]:
+    """Those of the first `count` prompts or of all, as `CleanCache` has them."""
+    return {to: jnp.swapaxes(sites.whole(site, count), 1, 2) for to, site in (("k", "rotated_k"), ("v", "v"))}
 
 
 def live_start(config: Config, layer: Layer) -> Layer:

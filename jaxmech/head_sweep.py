@@ -93,7 +93,7 @@ def cmap_heads(
     components, config = check_components(components), base.config
     wrong_labels = check_metric(metric, wrong_labels, pairs, config.vocab_size)
     roles = one_or_more(role, "role")
-    values_at = values_of(base, tuned, pairs, roles, components)
+    values_of_batches = values_of(base, tuned, pairs, roles, components)
     tokens, p, last = check_prompts(config, pairs), positions_of(pairs.position, roles), pairs.position("last")
     copies = row_devices(base.weights)
     if batch_size is None:
@@ -110,9 +110,9 @@ def cmap_heads(
     answered = np.zeros((1 + len(heads), len(pairs)), np.int32)  # without a patch, and with each head's
     probability = np.zeros(len(pairs), np.float32)
 
-    def run_batch(rows: np.ndarray) -> None:  # a function, so that its cache goes before the next one comes
+    def run_batch(rows: np.ndarray, values: dict[str, Array]) -> None:  # so that its cache goes before the next comes
         prompts, suffixes = batches.prompts(rows), batches.suffixes(rows)
-        values = on_devices_of(base.weights, values_at(rows))
+        values = on_devices_of(base.weights, values)
         answers_of = pairs.labels[rows], wrong_labels[rows], rows.astype(np.int32)
         inputs = _prepare(config, base.weights, prompts, suffixes, values, answers_of)
         for call in calls:
@@ -124,8 +124,8 @@ def cmap_heads(
             answered[np.ix_(np.append(0, 1 + call), rows)] = said
             probability[rows] = np.exp(clean.log_probability)
 
-    for rows in batches.rows:
-        run_batch(rows)
+    for rows, values in zip(batches.rows, values_of_batches(batches.rows), strict=True):
+        run_batch(rows, values)
     shape = config.num_layers, config.num_heads
     accuracy = is_correct(answered, pairs.labels).mean(-1)
     scores = PathScores(effects.reshape(*shape, -1), probability, name_of(metric))

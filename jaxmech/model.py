@@ -25,8 +25,9 @@ from jaxmech.interventions import SITES, Interventions, apply_patch, knocked_out
 
 Params = Mapping[str, Any]
 FORBIDDEN = float(jnp.finfo(jnp.float32).min)
-# Attention to fewer keys is a sum, no matrix product: GPUs would pad it by copies, and CPUs take many times as long. On
-# TPUs it is a product, since their compiler fails at some such sums (libtpu 0.0.52).
+# Attention to fewer keys, and scores of fewer queries and keys, are sums, no matrix products: GPUs would pad these by
+# copies, and CPUs take many times as long. On TPUs they are products, since their compiler fails at some such sums
+# (libtpu 0.0.52).
 FEW_KEYS = 8
 
 
@@ -347,7 +348,18 @@ def attention_pattern(config: Config, q: jax.Array, keys: Sequence[tuple[jax.Arr
 def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled dot products [..., N, T, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
     grouped = q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], config.head_dim)
-    scores = einsum(config, "...tkgh,...skh->...kgts", grouped, k, out=jnp.float32)
+
+    def product(q, k):  # queries first and H last, as it comes and goes: otherwise XLA transposes both for GPUs
+        return einsum(config, "...kgth,...ksh->...kgts", jnp.moveaxis(q, -4, -2), k.swapaxes(-3, -2), out=jnp.float32)
+
+    def sum_over_head(q, k):
+        products = q[..., :, None, :, :, :].astype(jnp.float32) * k[..., None, :, :, None, :]
+        return jnp.moveaxis(products.sum(-1), (-4, -3), (-2, -1))  # [..., T, S, K, G] to [..., K, G, T, S]
+
+    if max(q.shape[-3], k.shape[-3]) < FEW_KEYS:
+        scores = jax.lax.platform_dependent(grouped, k, tpu=product, default=sum_over_head)
+    else:
+        scores = product(grouped, k)
     scores = scores.reshape(*q.shape[:-3], q.shape[-2], *scores.shape[-2:])
     return _capped(config.score_cap, scores * (config.score_scale or config.head_dim**-0.5))
 
@@ -362,7 +374,7 @@ def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
     grouped = pattern.reshape(*pattern.shape[:-3], *groups, *pattern.shape[-2:])
 
     def product(weights, v):
-        return einsum(config, "...kgts,...skh->...tkgh", weights, v)
+        return jnp.moveaxis(einsum(config, "...kgts,...ksh->...kgth", weights, v.swapaxes(-3, -2)), -2, -4)
 
     def sum_over_keys(weights, v):
         weights = jnp.moveaxis(weights, -2, -4)[..., None]  # [..., T, K, G, S, 1]

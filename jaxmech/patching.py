@@ -5,7 +5,7 @@ as in `jaxmech.model`; R counts the roles.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,14 @@ from jaxmech.circuits import HeadsByRole, role_masks
 from jaxmech.compat import check_compat, last_column, same_positions
 from jaxmech.config import Config
 from jaxmech.gathered import Gathered
-from jaxmech.interventions import Interventions, Patch
+from jaxmech.interventions import Patch
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import ACCURACY, Metric
-from jaxmech.model import Params, forward
+from jaxmech.model import Params, per_query_head, unembed
 from jaxmech.pairs import Pairs, positions_of
 from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import on_devices_of, over_rows, row_devices
+from jaxmech.shared_prefix import SharedPrompts, observe_prompts, patched_prompts, splitter
 
 Array = Any  # NumPy on the host, jax.Array inside jit
 
@@ -70,7 +71,7 @@ def patch_activations(
     positions = positions_of(pairs.corrupt_position, roles)
     _check_one_source(roles, mask, positions_of(pairs.position, roles), positions)
     source = check_tokens(model.config, np.asarray(pairs.corrupt)), positions
-    values = partial(capture_heads, model, source, sites=("z",))
+    values = partial(captured_heads, model, source, sites=("z",))
     return patched_predictions(model, pairs, roles, mask, values, batch_size, gathered)
 
 
@@ -79,55 +80,95 @@ def patched_predictions(
     pairs: Pairs,
     roles: Sequence[str],
     mask: np.ndarray,
-    values: Any,
+    values: Callable[[Sequence[np.ndarray]], Iterable[Mapping[str, Array]]],
     batch_size: int | None,
     gathered: Gathered,
 ) -> Predictions:
     """Runs the clean prompts with patches; `gathered`, which is still empty, takes the answers.
 
+    What prompts begin with alike before the first token that is patched is computed once.
+
     Args:
       mask: bool [L, R, N], the heads patched at each role.
-      values: a function from rows of examples [b] to {site: [L, b, R, N, H]}.
+      values: a function from parts, rows of examples [b], to {site: [L, b, R, N, H]} of each.
     """
     tokens, last = check_prompts(model.config, pairs), pairs.position("last")
-    positions = positions_of(pairs.position, roles)
+    positions, copies = positions_of(pairs.position, roles), row_devices(model.weights)
     if batch_size is None:
         batch_size = memory.fitting_prompts(model.config, model.weights, tokens.shape[1])
-    for rows, _ in equal_parts(len(pairs), batch_size, row_devices(model.weights)):
-        prompts = over_rows(model.weights, (tokens[rows], positions[rows], last[rows]))
-        here = on_devices_of(model.weights, values(rows))
-        gathered.add(rows, *_patched_answers(model.config, model.weights, *prompts, mask, here))
+    parts = [rows for rows, _ in equal_parts(len(pairs), batch_size, copies)]
+    prompts = splitter(tokens, parts, copies, most=int(positions.min()))
+    for rows, found in zip(parts, values(parts), strict=True):
+        at = positions[rows].reshape(copies, -1, len(roles)), last[rows].reshape(copies, -1)
+        here = over_rows(model.weights, (prompts(rows), *at))
+        patched = on_devices_of(model.weights, found)
+        gathered.add(rows, *_patched_answers(model.config, model.weights, *here, mask, patched))
     return gathered.predictions()
 
 
-def capture_heads(
-    model: Model, source: tuple[np.ndarray, np.ndarray], rows: np.ndarray, *, sites: Sequence[str]
-) -> dict[str, jax.Array]:
-    """Activations [L, b, R, N, H] at `sites` of the prompts `rows` of source = (tokens [B, T], positions [B, R])."""
-    prompts = over_rows(model.weights, tuple(x[rows] for x in source))
-    return _captured_heads(model.config, model.weights, *prompts, sites=tuple(sites))
+def captured_heads(
+    model: Model, source: tuple[np.ndarray, np.ndarray], parts: Sequence[np.ndarray], *, sites: Sequence[str]
+) -> Iterator[dict[str, jax.Array]]:
+    """Activations [L, b, R, N, H] at `sites` of each of the `parts`, rows [b] of equal number.
+
+    Args:
+      source: the prompts, tokens [B, T], and positions [B, R] in them.
+    """
+    tokens, positions = source
+    copies = row_devices(model.weights)
+    copies = 1 if len(parts[0]) % copies else copies
+    prompts = splitter(tokens, parts, copies)
+    for rows in parts:
+        here = over_rows(model.weights, (prompts(rows), positions[rows].reshape(copies, -1, positions.shape[1])))
+        yield _captured_heads(model.config, model.weights, *here, sites=tuple(sites))
 
 
 @partial(jax.jit, static_argnames=("config", "sites"))
-def _captured_heads(config: Config, weights: Params, tokens: Array, positions: Array, *, sites) -> dict[str, jax.Array]:
-    zero = jnp.zeros(len(tokens), jnp.int32)  # of the logits nothing is used; XLA leaves them out
-    return forward(config, weights, tokens, capture=sites, capture_at=positions, logits_at=zero)[1]
+def _captured_heads(
+    config: Config, weights: Params, prompts: SharedPrompts, positions: Array, *, sites: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """Of prompts and positions with an axis of pieces in front, the activations of all pieces, [L, b, R, N, H]."""
+
+    def piece(prompts, positions):
+        row = jnp.arange(len(positions))[:, None]
+        return observe_prompts(
+            config,
+            weights,
+            prompts,
+            lambda found: {s: per_query_head(config, found.at(s, row, positions)) for s in sites},
+        )
+
+    found = jax.vmap(piece, out_axes=1)(prompts, positions)
+    return {site: x.reshape(x.shape[0], -1, *x.shape[3:]) for site, x in found.items()}
 
 
 @partial(jax.jit, static_argnames="config")
 def _patched_answers(
-    config: Config, weights: Params, tokens: Array, positions: Array, last: Array, mask: Array, values: dict[str, Array]
+    config: Config,
+    weights: Params,
+    prompts: SharedPrompts,
+    positions: Array,
+    last: Array,
+    mask: Array,
+    values: Mapping[str, Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """Answers [B] and logits [B, V], the heads of mask [L, R, N] replaced at positions [B, R] at every site of values.
+    """Answers [b] and logits [b, V] at `last`, the heads of mask [L, R, N] replaced at every site of values.
 
-    Logits are those at `last`.
+    Prompts, positions [pieces, ., R] and last [pieces, .] have an axis of pieces in front; values [L, b, R, N, H] are
+    those of all pieces.
     """
-    weight = at_tokens(positions, mask)
-    if mask.shape[1] > 1:
-        role = _role_of_heads(positions, mask)[..., None]
-        values = {site: jnp.take_along_axis(value, role, axis=2) for site, value in values.items()}
-    patches: dict[str, Any] = {site: Patch(weight, value, positions) for site, value in values.items()}
-    logits = forward(config, weights, tokens, Interventions(**patches), logits_at=last)[0]
+
+    def piece(prompts, positions, last, values):
+        weight = at_tokens(positions, mask)
+        if mask.shape[1] > 1:
+            role = _role_of_heads(positions, mask)[..., None]
+            values = {site: jnp.take_along_axis(value, role, axis=2) for site, value in values.items()}
+        patches = {site: Patch(weight, value, positions) for site, value in values.items()}
+        return patched_prompts(config, weights, prompts, patches, last)
+
+    values = {site: x.reshape(x.shape[0], len(last), -1, *x.shape[2:]) for site, x in values.items()}
+    x = jax.vmap(piece, in_axes=(0, 0, 0, 1))(prompts, positions, last, values)
+    logits = unembed(config, weights, x.reshape(-1, x.shape[-1]))
     return answers(logits), logits
 
 

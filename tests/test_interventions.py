@@ -9,7 +9,7 @@ from conftest import TOLERANCES, assert_close
 import jaxmech as jm
 from jaxmech import Interventions, Patch
 from jaxmech.interventions import HEAD_SITES, SITES
-from jaxmech.model import FEW_KEYS, mix_values
+from jaxmech.model import FEW_KEYS, attention_pattern, mix_values
 
 B, T = 3, 9
 LAYERS, HEADS = 4, 4
@@ -169,7 +169,7 @@ def test_a_knockout_broadcasts(model, runs, full):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_prompts_of_few_tokens_are_the_start_of_longer_ones(random_model, dtype, kv_heads):
-    """Attention to few keys is a sum, to more a matrix product."""
+    """Scores and z of few tokens are sums, of more matrix products."""
     model = random_model(num_kv_heads=kv_heads, dtype=dtype)
     tokens = np.random.default_rng(0).integers(0, 50, (3, FEW_KEYS + 2))
     whole, _ = model(tokens)
@@ -182,8 +182,12 @@ def test_prompts_of_few_tokens_are_the_start_of_longer_ones(random_model, dtype,
 def test_attention_to_few_keys_is_a_product_on_tpus(random_model, platform, products):
     """Whose compiler breaks off at some sums."""
     config = random_model().config
-    pattern, v = np.ones((2, 4, 3, 3), np.float32), np.ones((2, 3, 4, 8), np.float32)
-    traced = jax.jit(lambda pattern, v: mix_values(config, [(pattern, v)])).trace(pattern, v)
+    q = k = v = np.ones((2, 3, 4, 8), np.float32)
+
+    def attend(q, k, v):
+        return mix_values(config, list(zip(attention_pattern(config, q, [(k, True)]), [v], strict=True)))
+
+    traced = jax.jit(attend).trace(q, k, v)
     assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) == products
 
 
