@@ -3,13 +3,16 @@
     python benchmarks/gpu_study.py --shape 7b --out out/gpu_study.json              # on the GPU; no network
     python benchmarks/gpu_study.py --shape 7b --models-in-memory 1                  # on a card for one model
     python benchmarks/gpu_study.py --shape 7b --once --minutes 5                    # the stages that fit
+    python benchmarks/gpu_study.py --shape 7b --share 0.25 --no-sweeps              # all stages, of fewer prompts
 
 The models have random weights, made on the device, and the demo's tokenizer; "tuned" has other projections to q, k and
 v. Prompts, sizes and stages are those of `jaxmech study`, but what is found means nothing, and so that every stage has
 as much to do as in a study of trained models, the answers that count as right are the base model's own, discovery finds
 heads where the paper's circuit has them (`shapes.groups`), and of each group activation patching patches every second
 head. Left out is the reading of checkpoints. The first study compiles; a second one in the same process, unless --once,
-does not. What a study that is cut off, or by --minutes, has done by then is in --out. Needs neither tyro nor rich.
+does not. What a study that is cut off, or by --minutes, has done by then is in --out. With --share, every stage has
+that part of its prompts; with --no-sweeps, the sweeps of discovery, which gpu_7b.py times, are left out. Needs neither
+tyro nor rich.
 """
 
 import argparse
@@ -40,6 +43,8 @@ from jaxmech.study.boxes_data import BoxesData  # noqa: E402
 from jaxmech.study.models import Known  # noqa: E402
 from jaxmech.study.study import Study  # noqa: E402
 
+PROMPTS = ("scenes", "contexts", "train", "validation", "test", "patched", "single_head_prompts")  # their numbers
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +53,8 @@ def main() -> None:
     parser.add_argument("--models-in-memory", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, within a stage or not")
     parser.add_argument("--quick", action="store_true", help="far fewer prompts, to see that everything runs")
+    parser.add_argument("--share", type=float, default=1, help="of the prompts of every stage, from above 0 to 1")
+    parser.add_argument("--no-sweeps", action="store_true", help="discovery finds its heads without sweeps")
     parser.add_argument("--once", action="store_true", help="one study, with compilation")
     options = parser.parse_args()
     config = shapes.SHAPES[options.shape].config
@@ -60,7 +67,11 @@ def main() -> None:
         models_in_memory=options.models_in_memory,
     )
     settings = settings.quick() if options.quick else settings
+    sizes_of_prompts = {name: max(1, round(options.share * getattr(settings, name))) for name in PROMPTS}
+    settings = dataclasses.replace(settings, **sizes_of_prompts)
+    sweep = no_sweep if options.no_sweeps else discovery.path_patch
     result: dict[str, Any] = {"shape": options.shape, "config": config.to_dict(), "machine": machine()}
+    result |= {"share": options.share, "sweeps": not options.no_sweeps}
     result["settings"] = settings.to_dict() | {"base": None, "tuned": None}
     deadline = time.monotonic() + 60 * options.minutes
     for name in ["with compilation"] if options.once else ["with compilation", "compiled"]:
@@ -70,7 +81,7 @@ def main() -> None:
             save(options.out, result)
 
         try:
-            keep(study(config, settings, keep, deadline))
+            keep(study(config, settings, sweep, keep, deadline))
         except NoTimeLeft:
             keep(result.get(name, {"stages": {}}) | {"cut_off": True})
         print(f"{name}: {json.dumps(result[name])}", flush=True)
@@ -81,9 +92,16 @@ class NoTimeLeft(Exception):
 
 
 def study(
-    config: jm.Config, settings: Settings, keep: Callable[[dict[str, Any]], None], deadline: float
+    config: jm.Config,
+    settings: Settings,
+    sweep: Callable[..., jm.PathScores],
+    keep: Callable[[dict[str, Any]], None],
+    deadline: float,
 ) -> dict[str, Any]:
-    """Seconds of one study in a folder of its own, by stage, both models together; `keep` gets those so far.
+    """Seconds of one study in a folder of its own, by stage and model; `keep` gets those so far.
+
+    Args:
+      sweep: `jm.path_patch`, or what takes its place in discovery.
 
     Raises:
       NoTimeLeft: the study has come to `deadline`, by time.monotonic().
@@ -109,7 +127,7 @@ def study(
             vars(data)["pairs"] = dataclasses.replace(data.pairs, labels=logits.argmax(-1))
             return data
 
-    sweep, selected = discovery.path_patch, dcm_stages.selected_heads
+    plain, selected = discovery.path_patch, dcm_stages.selected_heads
     running.Study, discovery.path_patch = RandomStudy, finding_the_papers_heads(sweep)
     dcm_stages.selected_heads = every_second_head
     try:
@@ -118,14 +136,14 @@ def study(
 
             def progress(stage: str, part: str, done: int, total: int) -> None:
                 if done == total:
-                    keep({"stages": seconds_of_stages(folder), "done": f"{stage} of {part}"})
+                    keep({"stages": folder.timings, "done": f"{stage} of {part}"})
                 if time.monotonic() > deadline:
                     raise NoTimeLeft
 
             results = run(settings, folder, progress=progress)
-            seconds, stages = time.perf_counter() - started, seconds_of_stages(folder)
+            seconds, stages = time.perf_counter() - started, folder.timings
     finally:
-        running.Study, discovery.path_patch, dcm_stages.selected_heads = Study, sweep, selected
+        running.Study, discovery.path_patch, dcm_stages.selected_heads = Study, plain, selected
     circuits = {"found": ("discovery", "groups"), "kept": ("minimality", "circuit")}
     heads = {
         name: {which: sizes(results[stage][name][key]) for which, (stage, key) in circuits.items()}
@@ -147,6 +165,12 @@ def finding_the_papers_heads(sweep: Callable[..., jm.PathScores]) -> Callable[..
     return found
 
 
+def no_sweep(model: jm.Model, pairs: jm.Pairs, *_, **__) -> jm.PathScores:
+    """In place of `jm.path_patch`: no head does anything."""
+    shape = model.config.num_layers, model.config.num_heads, len(pairs)
+    return jm.PathScores(np.zeros(shape, np.float32), np.ones(len(pairs), np.float32))
+
+
 def every_second_head(study: Study) -> dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, int]]]]:
     """In place of `dcm_stages.selected_heads`, what masks select: every second head, on every desideratum."""
     found: dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, int]]]] = {}
@@ -160,10 +184,6 @@ def every_second_head(study: Study) -> dict[tuple[str, str], dict[tuple[str, str
 
 def sizes(groups: dict[str, list[Any]]) -> dict[str, int]:
     return {group: len(heads) for group, heads in groups.items()}
-
-
-def seconds_of_stages(folder: StudyFolder) -> dict[str, float]:
-    return {stage: round(sum(parts.values()), 3) for stage, parts in folder.timings.items()}
 
 
 if __name__ == "__main__":
