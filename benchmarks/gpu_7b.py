@@ -9,6 +9,7 @@ with random weights that are made on the device:
 
   check      four layers of the shape in float32: scores of the causal cone equal those of full forward passes, and,
              if there is PyTorch, of its hooks
+  depth      the same of a few heads of all layers, against PyTorch's hooks alone
   stages     the paper's four stages, 300 prompts of 57 tokens; the fourth, the longest, last of all
   profile    a call of each stage: the seconds of each kind of kernel in its trace (--traces keeps it)
   circuits   100 circuits x 500 prompts
@@ -61,7 +62,7 @@ from jaxmech import path_patching  # noqa: E402
 from jaxmech.sharding import over_rows  # noqa: E402
 
 ALLOWED = 5e-4  # of the largest score, which is small at the shape of `check`: rounding was 6.5e-5 on a CPU
-PARTS = ("check", "stages", "profile", "circuits", "DCM", "knockout", "CMAP")
+PARTS = ("check", "depth", "stages", "profile", "circuits", "DCM", "knockout", "CMAP")
 LAST_STAGE = "4"  # it takes longer than all else
 HOW_LONG = (
     "shapes",
@@ -166,6 +167,8 @@ def works(name: str, shape: shapes.Shape, options: argparse.Namespace, rate: flo
     longest = sweeps.pop(LAST_STAGE, None)
     if "check" in options.parts:
         yield Work("check", lambda: check(shape, options.sample))
+    if "depth" in options.parts and options.sample:
+        yield Work("check of all layers", lambda: check_whole(shape))
     yield from sweeps.values()
     for bench in stages if "profile" in options.parts else ():
         place = options.traces and options.traces / f"{name}_stage_{bench.stage.name[0]}"
@@ -220,23 +223,48 @@ def check(shape: shapes.Shape, sample: int) -> Row:
     """
     from full_forward import path_patch
 
-    config = shape.config.replace(
-        num_layers=4, vocab_size=4096, dtype="float32", param_dtype="float32", precision="highest"
-    )
-    small = shapes.Shape(config, prompts=4, tokens=shape.tokens)
-    model, pairs = shapes.random_model(config), shapes.pairs(small)
-    receivers = [(layer, head) for layer in (2, 3) for head in range(config.num_heads)]
+    model, pairs = in_float32(shape, num_layers=4, vocab_size=4096)
+    receivers = [(layer, head) for layer in (2, 3) for head in range(model.config.num_heads)]
+    stages = [shapes.Stage("last logits", "last", None, None), shapes.Stage("query_box v", "query_box", receivers, "v")]
     differences = {}
-    for sender, chosen, via in (("last", None, None), ("query_box", receivers, "v")):
-        expected = path_patch(model, pairs, sender, chosen, via)
-        found = jm.path_patch(model, pairs, sender, chosen, via).per_example
-        largest, name = np.abs(expected).max(), f"{sender} {via or 'logits'}"
-        differences[name] = float(np.abs(found - expected).max() / largest)
-        if sample:
-            heads = [(layer, 0) for layer in (0, 1)]
-            theirs = reference_scores(in_torch(model), pairs, shapes.Stage(name, sender, chosen, via), heads)
-            index = tuple(np.array(heads).T)
-            differences[f"{name}, PyTorch"] = float(np.abs(found[index] - theirs[index]).max() / largest)
+    for stage in stages:
+        expected = path_patch(model, pairs, stage.sender, stage.receivers, stage.via)
+        found = jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
+        differences[stage.name] = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if sample:
+        differences |= differences_from_hooks(model, pairs, stages, [(0, 0), (1, 0)])
+    return allowed(differences)
+
+
+def check_whole(shape: shapes.Shape) -> Row:
+    """Scores of a few heads of the whole shape in float32, three stages, against PyTorch's hooks; as `check`."""
+    model, pairs = in_float32(shape)
+    layers = (0, shape.config.num_layers // 4)
+    stages = shapes.stages(shape.config)[:3]
+    return allowed(differences_from_hooks(model, pairs, stages, [(layer, 1) for layer in layers]))
+
+
+def in_float32(shape: shapes.Shape, **changes: Any) -> tuple[jm.Model, jm.Pairs]:
+    """A model and four prompts of the shape with some changes, in float32 throughout."""
+    config = shape.config.replace(dtype="float32", param_dtype="float32", precision="highest", **changes)
+    return shapes.random_model(config), shapes.pairs(shapes.Shape(config, prompts=4, tokens=shape.tokens))
+
+
+def differences_from_hooks(
+    model: jm.Model, pairs: jm.Pairs, stages: list[shapes.Stage], heads: list[tuple[int, int]]
+) -> dict[str, float]:
+    """Of the scores of some heads, by stage: the largest, relative to the largest score of all heads."""
+    theirs, index, differences = in_torch(model), tuple(np.array(heads).T), {}
+    for stage in stages:
+        found = jm.path_patch(model, pairs, stage.sender, stage.receivers, stage.via).per_example
+        expected = reference_scores(theirs, pairs, stage, heads)
+        difference = np.abs(found[index] - expected[index]).max() / np.abs(found).max()
+        differences[f"{stage.name}, PyTorch"] = float(difference)
+    return differences
+
+
+def allowed(differences: dict[str, float]) -> Row:
+    """The row of a check; RuntimeError if a difference is larger than ALLOWED."""
     if max(differences.values()) > ALLOWED:
         raise RuntimeError(f"scores differ by more than {ALLOWED:g} of the largest: {differences}")
     return {"largest_relative_difference": differences}
