@@ -11,7 +11,7 @@ Functions take `...` leading axes, so that the same function serves a batch and,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -25,9 +25,9 @@ from jaxmech.interventions import SITES, Interventions, apply_patch, knocked_out
 
 Params = Mapping[str, Any]
 FORBIDDEN = float(jnp.finfo(jnp.float32).min)
-# Attention to fewer keys, and scores of fewer queries and keys, are sums, no matrix products: GPUs would pad these by
-# copies, and CPUs take many times as long. On TPUs they are products, since their compiler fails at some such sums
-# (libtpu 0.0.52).
+# Values of fewer keys are mixed by sums, no matrix products: GPUs would pad these by copies, and CPUs take many times
+# as long. So are scores of fewer queries and keys on GPUs. On TPUs all are products, since their compiler fails at some
+# such sums (libtpu 0.0.52), and on CPUs scores are, where it fails at gradients through grouped heads (jaxlib 0.10.2).
 FEW_KEYS = 8
 
 
@@ -347,21 +347,26 @@ def attention_pattern(config: Config, q: jax.Array, keys: Sequence[tuple[jax.Arr
 
 def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled dot products [..., N, T, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
-    grouped = q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], config.head_dim)
-
-    def product(q, k):  # queries first and H last, as it comes and goes: otherwise XLA transposes both for GPUs
-        return einsum(config, "...kgth,...ksh->...kgts", jnp.moveaxis(q, -4, -2), k.swapaxes(-3, -2), out=jnp.float32)
-
-    def sum_over_head(q, k):
-        products = q[..., :, None, :, :, :].astype(jnp.float32) * k[..., None, :, :, None, :]
-        return jnp.moveaxis(products.sum(-1), (-4, -3), (-2, -1))  # [..., T, S, K, G] to [..., K, G, T, S]
-
+    product, by_sums = partial(_products, config), partial(products_by_sums, config)
     if max(q.shape[-3], k.shape[-3]) < FEW_KEYS:
-        scores = jax.lax.platform_dependent(grouped, k, tpu=product, default=sum_over_head)
+        scores = jax.lax.platform_dependent(q, k, cuda=by_sums, rocm=by_sums, default=product)
     else:
-        scores = product(grouped, k)
-    scores = scores.reshape(*q.shape[:-3], q.shape[-2], *scores.shape[-2:])
+        scores = product(q, k)
     return _capped(config.score_cap, scores * (config.score_scale or config.head_dim**-0.5))
+
+
+def _products(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
+    """As `_scores`, without the scale. Queries first, and H last as it comes: otherwise GPUs transpose them."""
+    grouped = q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], config.head_dim)
+    grouped, k = jnp.moveaxis(grouped, -4, -2), jnp.swapaxes(k, -3, -2)
+    scores = einsum(config, "...kgth,...ksh->...kgts", grouped, k, out=jnp.float32)
+    return scores.reshape(*scores.shape[:-4], q.shape[-2], *scores.shape[-2:])
+
+
+def products_by_sums(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
+    """The same without a matrix product, for few queries and keys: GPUs would pad both to eight by copies."""
+    q, k = q[..., :, None, :, :].astype(jnp.float32), per_query_head(config, k)[..., None, :, :, :]
+    return jnp.moveaxis((q * k).sum(-1), -1, -3)  # [..., T, S, N] to [..., N, T, S]
 
 
 def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:

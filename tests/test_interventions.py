@@ -9,7 +9,7 @@ from conftest import TOLERANCES, assert_close
 import jaxmech as jm
 from jaxmech import Interventions, Patch
 from jaxmech.interventions import HEAD_SITES, SITES
-from jaxmech.model import FEW_KEYS, attention_pattern, mix_values
+from jaxmech.model import FEW_KEYS, attention_pattern, mix_values, products_by_sums
 
 B, T = 3, 9
 LAYERS, HEADS = 4, 4
@@ -169,7 +169,7 @@ def test_a_knockout_broadcasts(model, runs, full):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_prompts_of_few_tokens_are_the_start_of_longer_ones(random_model, dtype, kv_heads):
-    """Scores and z of few tokens are sums, of more matrix products."""
+    """Attention to few keys is a sum, to more a matrix product."""
     model = random_model(num_kv_heads=kv_heads, dtype=dtype)
     tokens = np.random.default_rng(0).integers(0, 50, (3, FEW_KEYS + 2))
     whole, _ = model(tokens)
@@ -178,17 +178,29 @@ def test_prompts_of_few_tokens_are_the_start_of_longer_ones(random_model, dtype,
         assert_close(model(tokens[:, :length])[0], whole[:, :length], tolerance)
 
 
-@pytest.mark.parametrize(("platform", "products"), [("cpu", False), ("cuda", False), ("tpu", True)])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_scores_of_few_tokens_by_sums_are_the_products_that_einsum_computes(random_model, kv_heads):
+    """As GPUs compute them."""
+    config = random_model(num_kv_heads=kv_heads).config
+    q, k = (
+        np.random.default_rng(i).normal(size=(5, 3, heads, 8)).astype(np.float32)
+        for i, heads in ((0, 4), (1, kv_heads))
+    )
+    expected = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, 4 // kv_heads, axis=2))
+    assert_close(products_by_sums(config, q, k), expected, TOLERANCES.recompiled)
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("cuda", 0), ("tpu", 2)])
 def test_attention_to_few_keys_is_a_product_on_tpus(random_model, platform, products):
-    """Whose compiler breaks off at some sums."""
+    """Whose compiler breaks off at some sums. On GPUs all are sums, on CPUs the scores are products."""
     config = random_model().config
     q = k = v = np.ones((2, 3, 4, 8), np.float32)
 
     def attend(q, k, v):
         return mix_values(config, list(zip(attention_pattern(config, q, [(k, True)]), [v], strict=True)))
 
-    traced = jax.jit(attend).trace(q, k, v)
-    assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) == products
+    lowered = jax.jit(attend).trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
+    assert lowered.count("dot_general") == products
 
 
 def test_a_residual_stream_is_unembedded_as_the_model_does_it(model, runs):
