@@ -395,7 +395,7 @@ def test_training_lowers_for_every_platform(random_model, random_pairs):
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
     inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1, optimizer=None), 0.1
-    static = {"first_layer": 1, "optimizer": None, "metric": "target_logit"}
+    static = {"first_layer": 1, "capacity": 6, "optimizer": None, "metric": "target_logit"}
     traced = training._train.trace(model.config, model.weights, *inputs, **static)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 

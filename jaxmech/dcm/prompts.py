@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import memory
+from jaxmech.compiled_sizes import aligned, few_sizes
 from jaxmech.cone import live_cache
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
@@ -87,19 +88,38 @@ def examples_at_a_time(model: Model, sets: Sequence[Pairs], roles: Sequence[str]
     return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, roles, first_layer))
 
 
+def suffix_capacity(sets: Sequence[Pairs], roles: Sequence[str], batches: np.ndarray) -> int:
+    """C, packed suffix tokens of any of the batches [..., E] of examples in any set, or a few more; at most E * W.
+
+    Where a batch is shorter, its examples are -1, and count as suffixes of one token.
+    """
+    lengths = np.stack([suffix_lengths(positions_of(x.position, roles), x.position("last")) for x in sets])
+    most = np.where(batches >= 0, lengths[:, batches], 1).sum(axis=-1).max()
+    return min(few_sizes(aligned(int(most))), batches.shape[-1] * int(lengths.max()))
+
+
 def runs_at_a_time(
-    model: Model, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int, examples: int, *, logits: bool
+    model: Model,
+    sets: Sequence[Pairs],
+    roles: Sequence[str],
+    first_layer: int,
+    examples: int,
+    capacity: int,
+    *,
+    logits: bool,
 ) -> int:
     """Runs whose steps of so many examples, forward and backward, fit half of the memory budget.
 
     Args:
+      capacity: see `suffix_capacity`.
       logits: a step needs those of all tokens, not the target's alone.
     """
     config, (T, width) = model.config, _lengths(sets, roles)
-    stream = memory.of_streams(config, width, config.num_layers - first_layer)
-    stream += 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
-    stream += 2 * memory.of_logits(config) if logits else 0
-    return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, roles, first_layer) + stream))
+    stream = memory.of_streams(config, capacity, config.num_layers - first_layer)
+    stream += 2 * (memory.of_tokens(config, capacity) + examples * memory.of_attention(config, width, T))
+    stream += 2 * examples * memory.of_logits(config) if logits else 0
+    kept = 2 * examples * _base_bytes(config, sets, roles, first_layer)
+    return memory.fitting(model.weights, 2 * (kept + stream))
 
 
 def masked_examples_at_a_time(

@@ -22,7 +22,7 @@ from jaxmech.dcm.groups import (
     masked,
     patched_roles,
 )
-from jaxmech.dcm.prompts import Base, BasePrompts, base_key, masked_examples_at_a_time
+from jaxmech.dcm.prompts import Base, BasePrompts, base_key, masked_examples_at_a_time, suffix_capacity
 from jaxmech.dcm.stream import StepExamples, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.loading import Model
@@ -145,6 +145,7 @@ def _accuracies(
     kept = 2 * memory.of_heads(config, len(pairs) * len(roles), config.num_layers)  # once more as they are sorted
     size = min(masked_examples_at_a_time(model, some, x.roles, x.first_layer, x.together, kept) for x in at)
     parts = list(equal_parts(len(some), size))
+    batches = np.stack([rows for rows, _ in parts])
     base = [BasePrompts(model, [some], here.roles, here.first_layer, [rows for rows, _ in parts]) for here in at]
     correct: dict[tuple[Desideratum, Roles], list[np.ndarray]] = {key: [] for key in masks}
     for part, (rows, new) in enumerate(parts):
@@ -152,10 +153,11 @@ def _accuracies(
         targets = dict(zip(pairs, collected, strict=True))
         for here, base_prompts in zip(at, base, strict=True):
             prompts, numbers = base_prompts.run(part), tuple(map(roles.index, here.roles))
+            static = {"first_layer": here.first_layer, "capacity": suffix_capacity([some], here.roles, batches)}
             for key, weight in here.weights.items():
                 padded = np.pad(weight, ((0, here.together - len(weight)), *((0, 0),) * 3))
                 inputs = prompts, targets[key[0]], over_rows(model.weights, padded)
-                found = _answers(config, model.weights, *inputs, roles=numbers, first_layer=here.first_layer)
+                found = _answers(config, model.weights, *inputs, roles=numbers, **static)
                 right = is_correct(np.asarray(found)[: len(weight)], pairs[key[0]].labels[rows])
                 correct[key].append(right[:, new])
     answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
@@ -163,7 +165,7 @@ def _accuracies(
     return {key: dict(zip(sets, np.split(answered[key], ends[key]), strict=True)) for key, sets in masks.items()}
 
 
-@partial(jax.jit, static_argnames=("config", "roles", "first_layer"))
+@partial(jax.jit, static_argnames=("config", "roles", "first_layer", "capacity"))
 def _answers(
     config: Config,
     weights: Params,
@@ -173,13 +175,14 @@ def _answers(
     *,
     roles: tuple[int, ...],
     first_layer: int,
+    capacity: int,
 ) -> jax.Array:
     """Answers with heads patched by each of the weights [M, L, U, N], int [M, B], at some of the targets' roles."""
     base = jax.tree.map(lambda x: x[: len(targets.labels)], base)  # calls of prompts are filled up
     batch = StepExamples(base, targets.at(roles, first_layer))
 
     def one(weight):
-        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first_layer)))
+        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first_layer, capacity)))
 
     return jax.vmap(one)(weight)
 
