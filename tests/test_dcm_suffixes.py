@@ -91,7 +91,7 @@ def test_training_on_packed_suffixes_equals_full_forwards(model, random_pairs, m
         raised = logits(np.zeros(4, np.float32)) - logits(np.ones(4, np.float32))  # by patching
         desiderata[name] = several.answering(pairs, raised)
     if budget:
-        kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), ["early"], 1)
+        kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), [prompts.Place(["early"], 1)])
         monkeypatch.setattr(memory, "CPU_BUDGET", 2 * budget * kept)
     options = {"lams": [0.05], "seeds": [0, 5], "batch_size": 4, "shuffle": shuffle}
     runs = dcm.train_many(model, desiderata, {"a": HEADS}, "early", **options)
@@ -126,7 +126,7 @@ def test_packed_suffixes_of_several_roles_equal_full_forwards(model, random_pair
 
 
 @pytest.mark.parametrize("budget", [2**30, 1])
-def test_masks_at_three_roles_are_tried_at_once_as_alone(model, random_pairs, monkeypatch, packed, budget):
+def test_base_prompts_run_once_for_masks_at_several_roles(model, random_pairs, monkeypatch, packed, budget):
     """Their suffixes and first layers differ, and with little memory there are several parts."""
     pairs = random_pairs(model, count=9, length=LENGTH)
     other = dataclasses.replace(pairs, corrupt=pairs.corrupt[::-1].copy())
@@ -135,15 +135,21 @@ def test_masks_at_three_roles_are_tried_at_once_as_alone(model, random_pairs, mo
     desiderata["two"] = answering(model, other, heads["last"], "last", [0, 0.5])
     tried = np.array([[1, 1], [0, 0], [0.5, 0]], np.float32)
     masks = {(name, role): {"a": (some, tried)} for name in desiderata for role, some in heads.items()}
-    masks["two", ("early", "query_box")] = {"b": ([(0, 1)], np.array([[0], [0.3]]))}
+    masks |= {(name, ("early", "query_box")): {"b": ([(0, 1)], np.array([[0], [0.3]]))} for name in desiderata}
     alone = {
         (name, role): {key: dcm.accuracy(model, desiderata[name], *some, role) for key, some in sets.items()}
         for (name, role), sets in masks.items()
     }
+    runs, run_base = [], prompts._run_base
+    monkeypatch.setattr(
+        prompts, "_run_base", lambda *inputs, **static: runs.append(static) or run_base(*inputs, **static)
+    )
     monkeypatch.setattr(memory, "CPU_BUDGET", budget)
     packed.clear()
     found = dcm.accuracies(model, desiderata, masks)
-    assert budget == 1 or sum(capacity < 0.9 * count * width for capacity, count, width in packed) == 3
+    if budget > 1:
+        assert [static["first_layers"] for static in runs] == [(2, 2, 1, 0)], "not once for all"
+        assert sum(capacity < 0.9 * count * width for capacity, count, width in packed) == 4
     np.testing.assert_equal(found, alone)
     for (name, role), sets in found.items():
         if isinstance(role, str):

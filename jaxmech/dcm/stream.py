@@ -34,7 +34,8 @@ def patched_stream(
     resid_pre = base.resid_pre.reshape(count * width, -1)
     if capacity < count * width:
         resid_pre = resid_pre[suffixes.unpacked]
-    k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, examples.targets.z))
+    below = base.k.shape[1] - len(weight)
+    k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k[:, below:], base.v[:, below:], examples.targets.z))
     clean = CleanCache(resid_pre=resid_pre[None], k=k, v=v, first_layer=first_layer)  # of that layer: no other is read
     cone = Cone(config, weights, clean, suffixes)
     return live_stream(cone, {"z": HeadPatch(weight, z)}, first_layer)

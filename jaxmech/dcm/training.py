@@ -20,6 +20,7 @@ from jaxmech.dcm.groups import Group, Masked, Role, as_group, check_roles, first
 from jaxmech.dcm.prompts import (
     Base,
     BasePrompts,
+    Place,
     base_key,
     cut,
     examples_at_a_time,
@@ -239,21 +240,21 @@ def _run_all(
       orders: [orders, steps, E].
     """
     config, weights = model.config, model.weights
-    segments = cut(orders, examples_at_a_time(model, sets, roles, first_layer))
-    prompts = BasePrompts(model, sets, roles, first_layer, [segment.rows for segment in segments])
+    place = Place(roles, first_layer)
+    segments = cut(orders, examples_at_a_time(model, sets, place))
+    prompts = BasePrompts(model, sets, [place], [segment.rows for segment in segments])
     last = first_layer + int(np.flatnonzero(arguments.member.any(axis=(0, 2, 3)))[-1])
     targets = _stacked(collect_targets(model, desiderata, roles, [last] * len(desiderata)), first_layer=first_layer)
     copies = row_devices(weights)
     capacity = suffix_capacity(sets, roles, orders)
-    size = first_layer, orders.shape[2], capacity
-    at_a_time = copies * runs_at_a_time(model, sets, roles, *size, logits=metric != TARGET_LOGIT)
-    calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
+    together = runs_at_a_time(model, sets, place, orders.shape[2], capacity, logits=metric != TARGET_LOGIT)
+    calls = list(equal_parts(len(arguments.lam), copies * together, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate, optimizer=optimizer)) for call in chosen]
     static = {"first_layer": first_layer, "capacity": capacity, "optimizer": optimizer, "metric": metric}
 
     def advance(part: int) -> tuple[np.ndarray, np.ndarray]:  # a function, so that its prompts go before others come
-        base, (rows, orders), found = prompts.run(part), segments[part], []
+        (base,), (rows, orders), found = prompts.run(part), segments[part], []
         for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
             inputs = base, targets, call, rows, orders, states[i], learning_rate
             states[i], history = _train(config, weights, *inputs, **static)
