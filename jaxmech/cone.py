@@ -116,16 +116,13 @@ def clean_cache(
     return CleanCache(**kept), delta_z
 
 
-def live_cache(
-    config: Config, weights: Params, prompts: SharedPrompts, suffixes: Suffixes, first_layer: int = 0
-) -> CleanCache:
-    """Runs the B clean prompts once and keeps what a live stream needs from layer `first_layer` on."""
+def live_cache(config: Config, weights: Params, prompts: SharedPrompts, suffixes: Suffixes) -> CleanCache:
+    """Runs the B clean prompts once and keeps what a live stream needs."""
 
     def observe(sites):
         return _keys_and_values(sites) | {"resid_pre": sites.at("resid_pre", suffixes.example, suffixes.position)}
 
-    kept = observe_prompts(config, weights, prompts, observe)
-    return CleanCache(**{site: x[first_layer:] for site, x in kept.items()}, first_layer=first_layer)
+    return CleanCache(**observe_prompts(config, weights, prompts, observe))
 
 
 def _keys_and_values(sites: Sites, count: int | None = None) -> dict[str, jax.Array]:

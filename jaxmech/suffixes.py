@@ -93,6 +93,34 @@ class Suffixes:
         )
 
     @classmethod
+    def packed(cls, p: jax.Array, last: jax.Array, *, capacity: int, width: int, prefix: int) -> "Suffixes":
+        """The suffixes from the first of the patched tokens p [B, R] to last [B], in one bucket; for jit.
+
+        They are filled up to C = capacity with copies of the last token or, if that is B * W, `padded`.
+
+        Args:
+          capacity: C, at least the sum of the lengths.
+          width: W, at least the longest suffix.
+          prefix: P, at least the longest prefix, and not 0.
+        """
+        if capacity == len(p) * width:
+            return cls.padded(p, last, width=width, prefix=prefix)
+        start = p.min(axis=1)
+        patched, length = p - start[:, None], last - start + 1
+        first = jnp.cumsum(length) - length
+        example = jnp.repeat(jnp.arange(len(p)), length, total_repeat_length=capacity)  # behind the sum the last one
+        offset = jnp.minimum(jnp.arange(capacity) - first[example], length[example] - 1)
+        packed = first[:, None] + jnp.minimum(jnp.arange(width), length[:, None] - 1)
+        return cls(
+            example=example,
+            position=start[example] + offset,
+            unpacked=width * example + offset,
+            at_p=first[:, None] + patched,
+            at_last=first + length - 1,
+            buckets=(Bucket(packed, start, length, patched, Span(0, len(p), width, prefix)),),
+        )
+
+    @classmethod
     def padded(cls, p: jax.Array, last: jax.Array, *, width: int, prefix: int) -> "Suffixes":
         """The suffixes from the first of the patched tokens p [B, R] to last [B]; for jit.
 

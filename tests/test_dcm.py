@@ -218,7 +218,7 @@ def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
     desiderata = {name: answering(model, x, HEADS, "query_box", [0, 1, 1, 0]) for name, x in desiderata.items()}
     options = {"role": "query_box", "lams": [0.0, 0.05], "seeds": [0, 5], "batch_size": 3, "shuffle": shuffle}
     whole = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
-    kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), ["query_box"], 1)
+    kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), [prompts.Place(["query_box"], 1)])
     calls, train = [], training._train
     monkeypatch.setattr(training, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
     monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 6 * kept)  # 6 prompts of each, of 10
@@ -388,14 +388,14 @@ def test_training_compiles_once_for_all_groups_that_begin_in_one_layer(random_mo
 def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
-    base = prompts.BasePrompts(model, [pairs], ["query_box"], 1, [np.arange(4)]).run(0)
+    base = prompts.BasePrompts(model, [pairs], [prompts.Place(["query_box"], 1)], [np.arange(4)]).run(0)[0]
     data = training._stacked(targets.collect_targets(model, [pairs], ["query_box"], [3]), first_layer=1)
     zero = np.zeros(1, int)
     member = training._member(model.config, groups.masked(model.config, HEADS, ["query_box"]), 1, 1)[None]
     arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
     inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1, optimizer=None), 0.1
-    static = {"first_layer": 1, "optimizer": None, "metric": "target_logit"}
+    static = {"first_layer": 1, "capacity": 6, "optimizer": None, "metric": "target_logit"}
     traced = training._train.trace(model.config, model.weights, *inputs, **static)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 

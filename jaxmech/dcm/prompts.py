@@ -18,23 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import memory
-from jaxmech.cone import live_cache
+from jaxmech.compiled_sizes import aligned, few_sizes
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs, positions_of
-from jaxmech.shared_prefix import SharedPrompts, shared_length
-from jaxmech.suffixes import Suffixes, suffix_lengths
+from jaxmech.shared_prefix import SharedPrompts, observe_prompts, shared_length
+from jaxmech.suffixes import suffix_lengths
 
 Array = Any  # NumPy on the host, jax.Array inside jit
+
+
+class Place(NamedTuple):
+    """Where masks patch."""
+
+    roles: Sequence[str]  # R
+    first_layer: int
 
 
 class Base(NamedTuple):
     """What is computed of base prompts: layers from the group's first on, tokens from the first role on."""
 
     resid_pre: Array  # [B, W, D] at the first layer, of the suffix, padded with copies of its last token's
-    k: Array  # [B, L, K, T, H], rotated
-    v: Array  # [B, L, K, T, H]
+    k: Array  # [B, L or more, K, T, H], rotated; more are of layers below the first
+    v: Array  # [B, L or more, K, T, H]
     p: Array  # [B, R]
     last: Array  # [B]
 
@@ -48,101 +55,149 @@ class BasePrompts:
     """S sets of equally many base prompts, run part by part when they are asked for.
 
     Args:
-      roles: the R whose tokens are patched.
-      first_layer: the layer from which on they are kept.
+      places: where masks patch them.
       parts: indices of prompts, the same in every set and as many in every part, int [Q] each.
     """
 
-    def __init__(
-        self, model: Model, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int, parts: Sequence[np.ndarray]
-    ):
-        self._model, self._first_layer = model, first_layer
-        T, self._width = _lengths(sets, roles)
+    def __init__(self, model: Model, sets: Sequence[Pairs], places: Sequence[Place], parts: Sequence[np.ndarray]):
+        self._model, self._first_layers = model, tuple(here.first_layer for here in places)
+        T, self._widths = _lengths(sets, places)
         tokens = np.stack([np.pad(x.clean, ((0, 0), (0, T - x.clean.shape[1]))) for x in sets])
         self._tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]
-        self._p = np.concatenate([positions_of(pairs.position, roles) for pairs in sets])
+        self._p = [np.concatenate([positions_of(pairs.position, here.roles) for pairs in sets]) for here in places]
         self._last = np.concatenate([pairs.position("last") for pairs in sets])
         config, starts = model.config, len(sets[0]) * np.arange(len(sets))
         together = [(starts[:, None] + part).reshape(-1) for part in parts]
-        kept = 2 * _base_bytes(config, sets, roles, 0)  # of all layers, and once transposed
+        everywhere = [here._replace(first_layer=0) for here in places]
+        kept = 2 * _base_bytes(config, sets, everywhere)  # of all layers, and once transposed
         most = memory.fitting(model.weights, kept + memory.of_forward(config, T))
         calls = math.ceil(len(together[0]) / most)
         size = math.ceil(len(together[0]) / calls)
         self._rows = [np.resize(rows, (calls, size)) for rows in together]
         self._split = shared_length([self._tokens[call] for rows in self._rows for call in rows])
 
-    def run(self, part: int) -> Base:
-        """The prompts of a part, S * Q of them: set by set, and behind them what fills up the last call."""
+    def run(self, part: int) -> list[Base]:
+        """The prompts of a part, S * Q of them: set by set, and behind them what fills up the last call.
+
+        Returns:
+          What is kept for each place, with the same k and v.
+        """
         rows = self._rows[part]
         prompts = [SharedPrompts.split(self._tokens[call], *self._split) for call in rows]
-        p, last = self._p[rows], self._last[rows]
         prompts = jax.tree.map(lambda *x: np.stack(x), *prompts)
-        model, options = self._model, {"first_layer": self._first_layer, "width": self._width}
-        resid_pre, k, v = _run_base(model.config, model.weights, prompts, p, last, **options)
-        return Base(resid_pre, k, v, p.reshape(-1, p.shape[-1]), last.reshape(-1))
+        model, last, positions = self._model, self._last[rows], [p[rows] for p in self._p]
+        suffixes = [
+            np.minimum(p.min(axis=-1)[..., None] + np.arange(width), last[..., None])
+            for p, width in zip(positions, self._widths, strict=True)
+        ]
+        found, k, v = _run_base(model.config, model.weights, prompts, suffixes, first_layers=self._first_layers)
+        return [
+            Base(resid_pre, k, v, p.reshape(-1, p.shape[-1]), last.reshape(-1))
+            for resid_pre, p in zip(found, positions, strict=True)
+        ]
 
 
-def examples_at_a_time(model: Model, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int) -> int:
+def examples_at_a_time(model: Model, sets: Sequence[Pairs], place: Place) -> int:
     """Prompts of each set that are held at a time, in half of the memory budget; the other half is for the runs."""
-    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, roles, first_layer))
+    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, [place]))
+
+
+def suffix_capacity(sets: Sequence[Pairs], roles: Sequence[str], batches: np.ndarray) -> int:
+    """C, packed suffix tokens of any of the batches [..., E] of examples in any set, or a few more; at most E * W.
+
+    Where a batch is shorter, its examples are -1, and count as suffixes of one token.
+    """
+    lengths = np.stack([suffix_lengths(positions_of(x.position, roles), x.position("last")) for x in sets])
+    most = np.where(batches >= 0, lengths[:, batches], 1).sum(axis=-1).max()
+    return min(few_sizes(aligned(int(most))), batches.shape[-1] * int(lengths.max()))
 
 
 def runs_at_a_time(
-    model: Model, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int, examples: int, *, logits: bool
+    model: Model, sets: Sequence[Pairs], place: Place, examples: int, capacity: int, *, logits: bool
 ) -> int:
     """Runs whose steps of so many examples, forward and backward, fit half of the memory budget.
 
     Args:
+      capacity: see `suffix_capacity`.
       logits: a step needs those of all tokens, not the target's alone.
     """
-    config, (T, width) = model.config, _lengths(sets, roles)
-    stream = memory.of_streams(config, width, config.num_layers - first_layer)
-    stream += 2 * (memory.of_tokens(config, width) + memory.of_attention(config, width, T))
-    stream += 2 * memory.of_logits(config) if logits else 0
-    return memory.fitting(model.weights, 2 * examples * (2 * _base_bytes(config, sets, roles, first_layer) + stream))
+    config, (T, (width,)) = model.config, _lengths(sets, [place])
+    stream = memory.of_streams(config, capacity, config.num_layers - place.first_layer)
+    stream += 2 * (memory.of_tokens(config, capacity) + examples * memory.of_attention(config, width, T))
+    stream += 2 * examples * memory.of_logits(config) if logits else 0
+    kept = 2 * examples * _base_bytes(config, sets, [place])
+    return memory.fitting(model.weights, 2 * (kept + stream))
 
 
 def masked_examples_at_a_time(
-    model: Model, pairs: Pairs, roles: Sequence[str], first_layer: int, masks: int, besides: float
+    model: Model, pairs: Pairs, places: Sequence[Place], masks: Sequence[int], besides: float
 ) -> int:
-    """Examples whose prompts, whose streams for all masks, and what else each takes fit the memory budget.
+    """Examples whose prompts, whose streams for the masks at one place, and what else each takes fit the memory budget.
 
     Args:
+      masks: that run together, at each place.
       besides: bytes.
     """
-    config, (T, width) = model.config, _lengths([pairs], roles)
-    stream = memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
-    kept = 2 * _base_bytes(config, [pairs], roles, first_layer)
-    return memory.fitting(model.weights, kept + masks * stream + besides)
+    config, (T, widths) = model.config, _lengths([pairs], places)
+
+    def stream(width: int) -> float:
+        return memory.of_tokens(config, width) + memory.of_attention(config, width, T) + memory.of_logits(config)
+
+    streams = max(count * stream(width) for count, width in zip(masks, widths, strict=True))
+    return memory.fitting(model.weights, 2 * _base_bytes(config, [pairs], places) + streams + besides)
 
 
-def _lengths(sets: Sequence[Pairs], roles: Sequence[str]) -> tuple[int, int]:
-    """T and W of the base prompts."""
-    widths = [suffix_lengths(positions_of(pairs.position, roles), pairs.position("last")).max() for pairs in sets]
-    return max(pairs.clean.shape[1] for pairs in sets), int(max(widths))
+def _lengths(sets: Sequence[Pairs], places: Sequence[Place]) -> tuple[int, list[int]]:
+    """T of the base prompts, and W of each place where they are patched."""
+    ends = [pairs.position("last") for pairs in sets]
+    widths = [
+        max(
+            int(suffix_lengths(positions_of(pairs.position, here.roles), last).max())
+            for pairs, last in zip(sets, ends, strict=True)
+        )
+        for here in places
+    ]
+    return max(pairs.clean.shape[1] for pairs in sets), widths
 
 
-def _base_bytes(config: Config, sets: Sequence[Pairs], roles: Sequence[str], first_layer: int) -> float:
-    """Bytes of `Base` of one prompt."""
-    T, width = _lengths(sets, roles)
-    return memory.of_keys_and_values(config, T, config.num_layers - first_layer) + memory.of_streams(config, width, 1)
+def _base_bytes(config: Config, sets: Sequence[Pairs], places: Sequence[Place]) -> float:
+    """Bytes of `Base` of one prompt, for all places where it is patched."""
+    T, widths = _lengths(sets, places)
+    layers = config.num_layers - min(here.first_layer for here in places)
+    return memory.of_keys_and_values(config, T, layers) + memory.of_streams(config, sum(widths), 1)
 
 
-@partial(jax.jit, static_argnames=("config", "first_layer", "width"))
+@partial(jax.jit, static_argnames=("config", "first_layers"))
 def _run_base(
-    config: Config, weights: Params, prompts: SharedPrompts, p: Array, last: Array, *, first_layer: int, width: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """resid_pre, k and v as `Base` has them, of prompts in calls [calls, b, ...], one call after another."""
+    config: Config,
+    weights: Params,
+    prompts: SharedPrompts,
+    suffixes: Sequence[Array],
+    *,
+    first_layers: tuple[int, ...],
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """resid_pre of each of the suffixes, k and v as `Base` has them, of prompts in calls [calls, b, ...].
+
+    One call runs after another.
+
+    Args:
+      suffixes: the tokens kept from each of the first layers, [calls, b, W] each.
+    """
 
     def run(call):
-        prompts, p, last = call
-        length = prompts.prefixes.shape[1] + prompts.suffixes.shape[1]
-        cache = live_cache(config, weights, prompts, Suffixes.padded(p, last, width=width, prefix=length), first_layer)
-        assert cache.k is not None and cache.v is not None
-        resid_pre = cache.resid_pre[0].reshape(len(p), width, -1)
-        return resid_pre, jnp.moveaxis(cache.k, 0, 1), jnp.moveaxis(cache.v, 0, 1)
+        prompts, suffixes = call
 
-    kept = jax.lax.map(run, (prompts, p, last))
+        def observe(sites):
+            row = jnp.arange(len(prompts.owner))[:, None]
+            kept = {site: jnp.swapaxes(sites[site], 1, 2) for site in ("k", "v")}
+            return kept | {"resid_pre": [sites["resid_pre"][row, position] for position in suffixes]}
+
+        kept = observe_prompts(config, weights, prompts, observe)
+        resid_pre = [x[first] for x, first in zip(kept["resid_pre"], first_layers, strict=True)]
+        k, v = (jnp.moveaxis(kept[site][min(first_layers) :], 0, 1) for site in ("k", "v"))
+        return resid_pre, k, v
+
+    kept = jax.lax.map(run, (prompts, suffixes))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
 
 

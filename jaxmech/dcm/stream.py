@@ -21,13 +21,21 @@ class StepExamples(NamedTuple):
 
 
 def patched_stream(
-    config: Config, weights: Params, examples: StepExamples, weight: jax.Array, first_layer: int
+    config: Config, weights: Params, examples: StepExamples, weight: jax.Array, first_layer: int, capacity: int
 ) -> jax.Array:
-    """resid_post of the last layer at `last`, [B, D], with every head patched by its weight [L, U, N]."""
+    """resid_post of the last layer at `last`, [B, D], with every head patched by its weight [L, U, N].
+
+    Args:
+      capacity: see `jaxmech.dcm.prompts.suffix_capacity`.
+    """
     base = examples.base
     count, width, _ = base.resid_pre.shape
-    suffixes = Suffixes.padded(base.p, base.last, width=width, prefix=base.k.shape[3])
-    resid_pre = base.resid_pre.reshape(1, count * width, -1)  # of the first layer alone: no other is read
-    k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k, base.v, examples.targets.z))
-    cone = Cone(config, weights, CleanCache(resid_pre=resid_pre, k=k, v=v, first_layer=first_layer), suffixes)
+    suffixes = Suffixes.packed(base.p, base.last, capacity=capacity, width=width, prefix=base.k.shape[3])
+    resid_pre = base.resid_pre.reshape(count * width, -1)
+    if capacity < count * width:
+        resid_pre = resid_pre[suffixes.unpacked]
+    below = base.k.shape[1] - len(weight)
+    k, v, z = (jnp.moveaxis(x, 1, 0) for x in (base.k[:, below:], base.v[:, below:], examples.targets.z))
+    clean = CleanCache(resid_pre=resid_pre[None], k=k, v=v, first_layer=first_layer)  # of that layer: no other is read
+    cone = Cone(config, weights, clean, suffixes)
     return live_stream(cone, {"z": HeadPatch(weight, z)}, first_layer)

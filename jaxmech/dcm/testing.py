@@ -22,7 +22,7 @@ from jaxmech.dcm.groups import (
     masked,
     patched_roles,
 )
-from jaxmech.dcm.prompts import Base, BasePrompts, base_key, masked_examples_at_a_time
+from jaxmech.dcm.prompts import Base, BasePrompts, Place, base_key, masked_examples_at_a_time, suffix_capacity
 from jaxmech.dcm.stream import StepExamples, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
 from jaxmech.loading import Model
@@ -64,7 +64,7 @@ def accuracies(
 ) -> Accuracies[Desideratum, Roles, Name]:
     """`accuracy` of masks over several sets of heads, at several roles, on the pairs of several desiderata.
 
-    Base prompts are run once for all desiderata that share them, counterfactual prompts once for all roles.
+    Base prompts are run once for all desiderata that share them, counterfactual prompts once, both for all roles.
 
     Args:
       model: the model that is run.
@@ -103,8 +103,7 @@ def accuracies(
 class _MasksAt(NamedTuple):
     """The masks of all keys whose heads are patched at the same roles."""
 
-    roles: tuple[str, ...]
-    first_layer: int
+    place: Place
     together: int  # masks that run in one call
     weights: dict[Any, np.ndarray]  # key -> what each of its masks patches, [M, L, U, N]
 
@@ -122,7 +121,7 @@ def _masks_at(config: Config, patched: PatchedRoles, masks: Mapping[Any, Mapping
     }
     most = max(map(len, weights.values()))
     together = 2 ** (most - 1).bit_length()  # few numbers, so few compilations
-    return _MasksAt(patched.roles, first_layer, together, weights)
+    return _MasksAt(Place(patched.roles, first_layer), together, weights)
 
 
 def _accuracies(
@@ -137,33 +136,49 @@ def _accuracies(
         _masks_at(config, here, {key: sets for key, sets in masks.items() if patched[key] == here})
         for here in dict.fromkeys(patched[key] for key in masks)
     ]
-    roles = list(dict.fromkeys(role for here in at for role in here.roles))
+    places = [here.place for here in at]
+    roles = list(dict.fromkeys(role for here in places for role in here.roles))
     last = [
-        max(_last_patched(x, here.first_layer) for here in at for key, x in here.weights.items() if key[0] == name)
+        max(
+            _last_patched(x, here.place.first_layer) for here in at for key, x in here.weights.items() if key[0] == name
+        )
         for name in pairs
     ]
     kept = 2 * memory.of_heads(config, len(pairs) * len(roles), config.num_layers)  # once more as they are sorted
-    size = min(masked_examples_at_a_time(model, some, x.roles, x.first_layer, x.together, kept) for x in at)
+    size = masked_examples_at_a_time(model, some, places, [here.together for here in at], kept)
     parts = list(equal_parts(len(some), size))
-    base = [BasePrompts(model, [some], here.roles, here.first_layer, [rows for rows, _ in parts]) for here in at]
+    batches = np.stack([rows for rows, _ in parts])
+    base = BasePrompts(model, [some], places, list(batches))
+    static = [
+        {
+            "roles": tuple(map(roles.index, here.roles)),
+            "first_layer": here.first_layer,
+            "capacity": suffix_capacity([some], here.roles, batches),
+        }
+        for here in places
+    ]
     correct: dict[tuple[Desideratum, Roles], list[np.ndarray]] = {key: [] for key in masks}
-    for part, (rows, new) in enumerate(parts):
+
+    def answer(part: int) -> None:  # a function, so that its prompts go before others come
+        rows, new = parts[part]
         collected = collect_targets(model, [x[rows] for x in pairs.values()], roles, last)
         targets = dict(zip(pairs, collected, strict=True))
-        for here, base_prompts in zip(at, base, strict=True):
-            prompts, numbers = base_prompts.run(part), tuple(map(roles.index, here.roles))
+        for here, prompts, options in zip(at, base.run(part), static, strict=True):
             for key, weight in here.weights.items():
                 padded = np.pad(weight, ((0, here.together - len(weight)), *((0, 0),) * 3))
                 inputs = prompts, targets[key[0]], over_rows(model.weights, padded)
-                found = _answers(config, model.weights, *inputs, roles=numbers, first_layer=here.first_layer)
+                found = _answers(config, model.weights, *inputs, **options)
                 right = is_correct(np.asarray(found)[: len(weight)], pairs[key[0]].labels[rows])
                 correct[key].append(right[:, new])
+
+    for part in range(len(parts)):
+        answer(part)
     answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
     ends = {key: np.cumsum([len(some) for _, some in sets.values()])[:-1] for key, sets in masks.items()}
     return {key: dict(zip(sets, np.split(answered[key], ends[key]), strict=True)) for key, sets in masks.items()}
 
 
-@partial(jax.jit, static_argnames=("config", "roles", "first_layer"))
+@partial(jax.jit, static_argnames=("config", "roles", "first_layer", "capacity"))
 def _answers(
     config: Config,
     weights: Params,
@@ -173,13 +188,14 @@ def _answers(
     *,
     roles: tuple[int, ...],
     first_layer: int,
+    capacity: int,
 ) -> jax.Array:
     """Answers with heads patched by each of the weights [M, L, U, N], int [M, B], at some of the targets' roles."""
     base = jax.tree.map(lambda x: x[: len(targets.labels)], base)  # calls of prompts are filled up
     batch = StepExamples(base, targets.at(roles, first_layer))
 
     def one(weight):
-        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first_layer)))
+        return answers(unembed(config, weights, patched_stream(config, weights, batch, weight, first_layer, capacity)))
 
     return jax.vmap(one)(weight)
 

@@ -17,7 +17,16 @@ import optax
 from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.dcm.groups import Group, Masked, Role, as_group, check_roles, first_layer_of, masked, patched_roles
-from jaxmech.dcm.prompts import Base, BasePrompts, base_key, cut, examples_at_a_time, runs_at_a_time
+from jaxmech.dcm.prompts import (
+    Base,
+    BasePrompts,
+    Place,
+    base_key,
+    cut,
+    examples_at_a_time,
+    runs_at_a_time,
+    suffix_capacity,
+)
 from jaxmech.dcm.runs import History, Run
 from jaxmech.dcm.stream import StepExamples, patched_stream
 from jaxmech.dcm.targets import Targets, collect_targets
@@ -231,19 +240,21 @@ def _run_all(
       orders: [orders, steps, E].
     """
     config, weights = model.config, model.weights
-    segments = cut(orders, examples_at_a_time(model, sets, roles, first_layer))
-    prompts = BasePrompts(model, sets, roles, first_layer, [segment.rows for segment in segments])
+    place = Place(roles, first_layer)
+    segments = cut(orders, examples_at_a_time(model, sets, place))
+    prompts = BasePrompts(model, sets, [place], [segment.rows for segment in segments])
     last = first_layer + int(np.flatnonzero(arguments.member.any(axis=(0, 2, 3)))[-1])
     targets = _stacked(collect_targets(model, desiderata, roles, [last] * len(desiderata)), first_layer=first_layer)
     copies = row_devices(weights)
-    at_a_time = copies * runs_at_a_time(model, sets, roles, first_layer, orders.shape[2], logits=metric != TARGET_LOGIT)
-    calls = list(equal_parts(len(arguments.lam), at_a_time, copies))
+    capacity = suffix_capacity(sets, roles, orders)
+    together = runs_at_a_time(model, sets, place, orders.shape[2], capacity, logits=metric != TARGET_LOGIT)
+    calls = list(equal_parts(len(arguments.lam), copies * together, copies))
     chosen = [over_rows(weights, jax.tree.map(lambda x, runs=runs: x[runs], arguments)) for runs, _ in calls]
     states = [over_rows(weights, _unpatched(call.member, learning_rate, optimizer=optimizer)) for call in chosen]
-    static = {"first_layer": first_layer, "optimizer": optimizer, "metric": metric}
+    static = {"first_layer": first_layer, "capacity": capacity, "optimizer": optimizer, "metric": metric}
 
     def advance(part: int) -> tuple[np.ndarray, np.ndarray]:  # a function, so that its prompts go before others come
-        base, (rows, orders), found = prompts.run(part), segments[part], []
+        (base,), (rows, orders), found = prompts.run(part), segments[part], []
         for i, (call, (_, new)) in enumerate(zip(chosen, calls, strict=True)):
             inputs = base, targets, call, rows, orders, states[i], learning_rate
             states[i], history = _train(config, weights, *inputs, **static)
@@ -265,7 +276,7 @@ def _stacked(targets: Sequence[Targets], *, first_layer: int) -> Targets:
     return jax.tree.map(lambda *x: jnp.stack(x), *(found.at(roles, first_layer) for found in targets))
 
 
-@partial(jax.jit, static_argnames=("config", "first_layer", "optimizer", "metric"))
+@partial(jax.jit, static_argnames=("config", "first_layer", "capacity", "optimizer", "metric"))
 def _train(
     config: Config,
     weights: Params,
@@ -278,6 +289,7 @@ def _train(
     learning_rate: float,
     *,
     first_layer: int,
+    capacity: int,
     optimizer: optax.GradientTransformation | None,
     metric: Metric,
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
@@ -297,11 +309,13 @@ def _train(
             mask, state = carry
             in_base, in_data = one.base * len(examples) + rows, (one.data, examples[rows])
             batch = StepExamples(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[in_data], data))
+            present = rows >= 0
+            p = jnp.where(present[:, None], batch.base.p, batch.base.last[:, None])  # others take one token of capacity
+            batch = batch._replace(base=batch.base._replace(p=p))
 
             def loss_of(mask):
-                x = patched_stream(config, weights, batch, 1 - mask, first_layer)
+                x = patched_stream(config, weights, batch, 1 - mask, first_layer, capacity)
                 values = _values(config, weights, x, batch.targets, examples[rows], metric)
-                present = rows >= 0
                 return -jnp.sum(values * present) / present.sum() + one.lam * (1 - mask).sum()
 
             loss, gradient = jax.value_and_grad(loss_of)(mask)
