@@ -109,7 +109,7 @@ def clean_cache(
         z = sites.at("z", row, p)
         kept = {"heads_out": sites.at("heads_out", row[:count], p[:count]), "delta_z": z[count:] - z[:count]}
         kept["resid_pre"] = sites.at("resid_pre", suffixes.example, suffixes.position)
-        return kept | (_keys_and_values(sites, count) if live else {})
+        return kept | (keys_and_values(sites, count) if live else {})
 
     kept = observe_prompts(config, weights, prompts, observe)
     delta_z = kept.pop("delta_z")
@@ -120,12 +120,12 @@ def live_cache(config: Config, weights: Params, prompts: SharedPrompts, suffixes
     """Runs the B clean prompts once and keeps what a live stream needs."""
 
     def observe(sites):
-        return _keys_and_values(sites) | {"resid_pre": sites.at("resid_pre", suffixes.example, suffixes.position)}
+        return keys_and_values(sites) | {"resid_pre": sites.at("resid_pre", suffixes.example, suffixes.position)}
 
     return CleanCache(**observe_prompts(config, weights, prompts, observe))
 
 
-def _keys_and_values(sites: Sites, count: int | None = None) -> dict[str, jax.Array]:
+def keys_and_values(sites: Sites, count: int | None = None) -> dict[str, jax.Array]:
     """Those of the first `count` prompts or of all, as `CleanCache` has them."""
     return {to: jnp.swapaxes(sites.whole(site, count), 1, 2) for to, site in (("k", "rotated_k"), ("v", "v"))}
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxmech import memory
 from jaxmech.compiled_sizes import aligned, few_sizes
+from jaxmech.cone import keys_and_values
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
@@ -189,8 +190,7 @@ def _run_base(
 
         def observe(sites):
             row = jnp.arange(len(prompts.owner))[:, None]
-            kept = {site: jnp.swapaxes(sites[site], 1, 2) for site in ("k", "v")}
-            return kept | {"resid_pre": [sites["resid_pre"][row, position] for position in suffixes]}
+            return keys_and_values(sites) | {"resid_pre": [sites.at("resid_pre", row, at) for at in suffixes]}
 
         kept = observe_prompts(config, weights, prompts, observe)
         resid_pre = [x[first] for x, first in zip(kept["resid_pre"], first_layers, strict=True)]
