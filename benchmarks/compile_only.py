@@ -198,7 +198,9 @@ def _row(kernel: Kernel, options: argparse.Namespace, label: str) -> dict[str, A
     text, plan = kernel.compiled.as_text(), kernel.compiled.memory_analysis()
     if options.hlo:
         options.hlo.mkdir(parents=True, exist_ok=True)
-        (options.hlo / f"{label} {kernel.name}.txt".replace(" ", "_")).write_text(text)
+        name = f"{label} {kernel.name}".replace(" ", "_")
+        others = len(list(options.hlo.glob(f"{name}.*txt")))  # the same kernel at other sizes
+        (options.hlo / (f"{name}.{others + 1}.txt" if others else f"{name}.txt")).write_text(text)
     return {
         "kernel": kernel.name,
         "calls": kernel.calls,

@@ -121,8 +121,11 @@ def _gpu_row(row: dict) -> list[str]:
 def _gpu_lines(row: dict) -> list[str]:
     """What is said of a row besides the table."""
     lines = [f"failed, {row['error']}"] if "error" in row else []
-    for what, difference in row.get("largest_relative_difference", {}).items():
-        lines.append(f"{what}, {difference:.1g} of the largest score from full forward passes")
+    for what, x in row.get("differences", {}).items():
+        against = "hooks" if what.endswith("PyTorch") else "full forward passes"
+        lines.append(
+            f"{what}: {x['largest_difference']:.1g} from {against}, the largest score is {x['largest_score']:.2g}"
+        )
     functions = row.get("functions", {})
     for function, found in functions.items():
         if found["busy"] < 0.01 * sum(other["busy"] for other in functions.values()):

@@ -196,11 +196,15 @@ def test_one_call_compiles_all_that_a_stage_is_timed_with(monkeypatch):
 
 @pytest.mark.skipif(not find_spec("torch"), reason="compares with PyTorch")
 def test_scores_are_checked_in_float32_against_full_forwards_and_pytorch(monkeypatch):
-    found = gpu_7b.check(shapes.SHAPES["tiny"], sample=2)["largest_relative_difference"]
-    assert list(found) == ["last logits", "last logits, PyTorch", "query_box v", "query_box v, PyTorch"]
-    assert all(0 < difference < gpu_7b.ALLOWED for difference in found.values())
+    found = gpu_7b.check(shapes.SHAPES["tiny"], sample=2)["differences"]
+    assert list(found) == ["last logits", "query_box v", "last logits, PyTorch", "query_box v, PyTorch"]
+    assert all(0 < x["largest_difference"] < 1e-4 * x["largest_score"] for x in found.values())
+    whole = gpu_7b.check_whole(shapes.SHAPES["tiny"])["differences"]
+    assert [name[0] for name in whole] == ["1", "2", "3"]
+    assert all(0 < x["largest_difference"] < 1e-4 * x["largest_score"] for x in whole.values())
     monkeypatch.setattr(gpu_7b, "ALLOWED", 1e-9)
-    with pytest.raises(RuntimeError, match="scores differ by more than 1e-09 of the largest"):
+    monkeypatch.setattr(gpu_7b, "ROUNDING", 1e-9)
+    with pytest.raises(RuntimeError, match="scores differ by more than rounding, last logits: "):
         gpu_7b.check(shapes.SHAPES["tiny"], sample=0)
 
 
