@@ -75,18 +75,18 @@ def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], 
     if add_bos and tokenizer.bos_token_id is None:
         raise ValueError("add_bos=True, but the tokenizer has no BOS token.")
     bos = [tokenizer.bos_token_id] if add_bos else []
+    unknown, written_out = tokenizer.unk_token_id, tokenizer.unk_token  # which transformers looks up slowly
 
-    def known(token: int, piece: str) -> bool:
+    def known(text: str, ids: list[int], spans: list[tuple[int, int]]) -> list[bool]:
         # One that is written out is meant, and so is BOS, which is the same token for some tokenizers.
-        return token != tokenizer.unk_token_id or piece in ("", tokenizer.unk_token)
+        pieces = (text[slice(*span)] for span in spans)
+        return [token != unknown or piece in ("", written_out) for token, piece in zip(ids, pieces, strict=True)]
 
     def read(text: str) -> Text:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
         before = [] if encoding.input_ids[:1] == bos else bos  # chat templates write it out
         ids, spans = before + encoding.input_ids, [(0, 0)] * len(before) + list(map(tuple, encoding.offset_mapping))
-        return Text(
-            text, ids, spans, [known(token, text[slice(*span)]) for token, span in zip(ids, spans, strict=True)]
-        )
+        return Text(text, ids, spans, known(text, ids, spans) if unknown in ids else [True] * len(ids))
 
     return read
 

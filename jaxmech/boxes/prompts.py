@@ -16,7 +16,7 @@ import numpy as np
 from jaxmech.boxes.scenes import LABELS, Example, Scene
 from jaxmech.compat import check_compat
 from jaxmech.pairs import Pairs
-from jaxmech.tokenized import continued, right_padded, text_reader
+from jaxmech.tokenized import Text, continued, right_padded, text_reader
 
 ROLES = ("last", "query_box", "prev_query_box")  # of clean and corrupt prompts; clean ones have "object" as well
 _LABEL = re.compile(r"(?<=\bBox )[A-Z]\b")
@@ -55,7 +55,7 @@ def pairs(
         unknown `compat`.
     """
     check_compat(compat)
-    read = reader(tokenizer, add_bos)
+    read, read_text = reader(tokenizer, add_bos), text_reader(tokenizer, add_bos)
     examples = whole_objects(examples, read, split_objects)
     scenes = sorted({example.scene for example in examples}, key=lambda scene: scene.text)
     if len(scenes) < 2:
@@ -67,7 +67,7 @@ def pairs(
     return Pairs(
         clean=right_padded(clean),
         corrupt=right_padded(corrupt),
-        labels=np.array([continuation(read, tokens, e.answer) for e, tokens in zip(examples, clean, strict=True)]),
+        labels=np.array([continuation(read_text, prompt, e.answer) for e, prompt in zip(examples, clean, strict=True)]),
         positions=roles(clean, [tokens.query_boxes for tokens in clean])
         | {"object": np.array([tokens.object_positions[e.query] for tokens, e in zip(clean, examples, strict=True)])},
         corrupt_positions=roles(corrupt, sources),
@@ -100,6 +100,7 @@ def reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], Tokens]:
         spans = [_without_space(text, start, end) for start, end in tokens.spans]
         whole = {span: position for position, span in enumerate(spans) if tokens.known[position]}
         labels = [match.span() for match in _LABEL.finditer(text)]
+        objects = [match.span() for match in _OBJECT.finditer(text)]
         if split := [text[slice(*span)] for span in labels if span not in whole]:
             raise ValueError(f"The tokenizer gives the box label {split[0]!r} no token of its own in {text!r}.")
         return Tokens(
@@ -107,8 +108,8 @@ def reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], Tokens]:
             ids=tokens.ids,
             labels=[text[slice(*span)] for span in labels],
             label_positions=[whole[span] for span in labels],
-            object_positions=[whole[m.span()] for m in _OBJECT.finditer(text) if m.span() in whole],
-            split_objects=[m.group() for m in _OBJECT.finditer(text) if m.span() not in whole],
+            object_positions=[whole[span] for span in objects if span in whole],
+            split_objects=[text[slice(*span)] for span in objects if span not in whole],
         )
 
     return read
@@ -161,8 +162,8 @@ def _corrupt(example: Example, scenes: Sequence[Scene], seed: int, any_letter: b
     return scene, letters[rng.integers(len(letters))], int(rng.integers(len(scene.labels)))
 
 
-def continuation(read: Callable[[str], Tokens], prompt: Tokens, word: str) -> int:
-    """Token id of `word` where it stands, after the prompt."""
+def continuation(read: Callable[[str], Text], prompt: Tokens, word: str) -> int:
+    """Token id of `word` where it stands, after the prompt; `read` is a `text_reader`."""
     return continued(read, prompt, f" {word}")
 
 
