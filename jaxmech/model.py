@@ -11,7 +11,7 @@ Functions take `...` leading axes, so that the same function serves a batch and,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -347,26 +347,22 @@ def attention_pattern(config: Config, q: jax.Array, keys: Sequence[tuple[jax.Arr
 
 def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled dot products [..., N, T, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
-    product, by_sums = partial(_products, config), partial(products_by_sums, config)
-    if max(q.shape[-3], k.shape[-3]) < FEW_KEYS:
-        scores = jax.lax.platform_dependent(q, k, cuda=by_sums, rocm=by_sums, default=product)
-    else:
-        scores = product(q, k)
+
+    def product(q, k):
+        grouped = _grouped(q, k.shape[-2])
+        return _all_heads(einsum(config, "...tkgh,...skh->...kgts", grouped, k, out=jnp.float32), q.shape[-2])
+
+    def transposed_product(q, k):
+        grouped, k = jnp.moveaxis(_grouped(q, k.shape[-2]), -4, -2), jnp.swapaxes(k, -3, -2)
+        return _all_heads(einsum(config, "...kgth,...ksh->...kgts", grouped, k, out=jnp.float32), q.shape[-2])
+
+    def sum_over_head(q, k):
+        q, k = q[..., :, None, :, :].astype(jnp.float32), per_query_head(config, k)[..., None, :, :, :]
+        return jnp.moveaxis((q * k).sum(-1), -1, -3)  # [..., T, S, N] to [..., N, T, S]
+
+    few = max(q.shape[-3], k.shape[-3]) < FEW_KEYS
+    scores = _on_gpu_or_else(sum_over_head if few else transposed_product, product, q, k)
     return _capped(config.score_cap, scores * (config.score_scale or config.head_dim**-0.5))
-
-
-def _products(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
-    """As `_scores`, without the scale. Queries first, and H last as it comes: otherwise GPUs transpose them."""
-    grouped = q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], config.head_dim)
-    grouped, k = jnp.moveaxis(grouped, -4, -2), jnp.swapaxes(k, -3, -2)
-    scores = einsum(config, "...kgth,...ksh->...kgts", grouped, k, out=jnp.float32)
-    return scores.reshape(*scores.shape[:-4], q.shape[-2], *scores.shape[-2:])
-
-
-def products_by_sums(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
-    """The same without a matrix product, for few queries and keys: GPUs would pad both to eight by copies."""
-    q, k = q[..., :, None, :, :].astype(jnp.float32), per_query_head(config, k)[..., None, :, :, :]
-    return jnp.moveaxis((q * k).sum(-1), -1, -3)  # [..., T, S, N] to [..., N, T, S]
 
 
 def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -379,7 +375,10 @@ def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
     grouped = pattern.reshape(*pattern.shape[:-3], *groups, *pattern.shape[-2:])
 
     def product(weights, v):
-        return jnp.moveaxis(einsum(config, "...kgts,...ksh->...kgth", weights, v.swapaxes(-3, -2)), -2, -4)
+        return einsum(config, "...kgts,...skh->...tkgh", weights, v)
+
+    def transposed_product(weights, v):
+        return jnp.moveaxis(einsum(config, "...kgts,...ksh->...kgth", weights, jnp.swapaxes(v, -3, -2)), -2, -4)
 
     def sum_over_keys(weights, v):
         weights = jnp.moveaxis(weights, -2, -4)[..., None]  # [..., T, K, G, S, 1]
@@ -390,8 +389,27 @@ def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
     if 0 < v.shape[-3] < FEW_KEYS:
         z = jax.lax.platform_dependent(grouped, v, tpu=product, default=sum_over_keys)
     else:
-        z = product(grouped, v)
+        z = _on_gpu_or_else(transposed_product, product, grouped, v)
     return z.reshape(*z.shape[:-3], pattern.shape[-3], config.head_dim)
+
+
+def _on_gpu_or_else(on_gpu: Callable[..., jax.Array], other: Callable[..., jax.Array], *x: jax.Array) -> jax.Array:
+    """The same of x, as one or the other computes it.
+
+    XLA exchanges the operands of a product for GPUs so that it transposes what comes in and goes out, unless queries
+    stand first and H last. For CPUs it does not, and rows of a batch are rounded alike only as they are.
+    """
+    return jax.lax.platform_dependent(*x, cuda=on_gpu, rocm=on_gpu, default=other)
+
+
+def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
+    """q [..., T, N, H] as [..., T, K, G, H]."""
+    return q.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, q.shape[-1])
+
+
+def _all_heads(scores: jax.Array, heads: int) -> jax.Array:
+    """Scores [..., K, G, T, S] as [..., N, T, S]."""
+    return scores.reshape(*scores.shape[:-4], heads, *scores.shape[-2:])
 
 
 def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from conftest import TOLERANCES, assert_close
 import jaxmech as jm
 from jaxmech import Interventions, Patch
 from jaxmech.interventions import HEAD_SITES, SITES
-from jaxmech.model import FEW_KEYS, attention_pattern, mix_values, products_by_sums
+from jaxmech.model import FEW_KEYS, attention_pattern, mix_values
 
 B, T = 3, 9
 LAYERS, HEADS = 4, 4
@@ -178,16 +178,43 @@ def test_prompts_of_few_tokens_are_the_start_of_longer_ones(random_model, dtype,
         assert_close(model(tokens[:, :length])[0], whole[:, :length], tolerance)
 
 
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """Attention as GPUs compute it, on whatever device there is."""
+
+    def on_gpu(*x, default, cuda=None, **others):
+        return (cuda or default)(*x)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_gpu)
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize("tokens", [3, FEW_KEYS - 1, FEW_KEYS, 12])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_scores_of_few_tokens_by_sums_are_the_products_that_einsum_computes(random_model, kv_heads):
-    """As GPUs compute them."""
+def test_attention_as_gpus_compute_it_is_that_of_einsum(random_model, kv_heads, tokens):
     config = random_model(num_kv_heads=kv_heads).config
-    q, k = (
-        np.random.default_rng(i).normal(size=(5, 3, heads, 8)).astype(np.float32)
-        for i, heads in ((0, 4), (1, kv_heads))
-    )
-    expected = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, 4 // kv_heads, axis=2))
-    assert_close(products_by_sums(config, q, k), expected, TOLERANCES.recompiled)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(5, tokens, heads, 8)).astype(np.float32) for heads in (4, kv_heads, kv_heads))
+    allowed = np.tri(tokens, dtype=bool)
+    (pattern,) = attention_pattern(config, q, [(k, allowed)])
+    k, v_of_all = (np.repeat(x, 4 // kv_heads, axis=2) for x in (k, v))
+    scores = np.where(allowed, np.einsum("btnh,bsnh->bnts", q, k) * 8**-0.5, -np.inf)
+    expected = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    assert_close(pattern, expected, TOLERANCES.recompiled)
+    z = mix_values(config, [(pattern, v)])
+    assert_close(z, np.einsum("bnts,bsnh->btnh", expected, v_of_all), TOLERANCES.recompiled)
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_sweeps_as_gpus_compute_attention_are_full_forwards(random_model, random_pairs, kv_heads):
+    from full_forward import path_patch
+
+    model = random_model(num_layers=5, num_kv_heads=kv_heads, norm_eps=2e-5)  # for which nothing is compiled yet
+    pairs = random_pairs(model)
+    for arguments in (("last", [(2, 1), (4, 0)], "q"), ("early", [(2, 1), (4, 0)], "v")):
+        expected = path_patch(model, pairs, *arguments)
+        assert_close(jm.path_patch(model, pairs, *arguments).per_example, expected, TOLERANCES.cone)
 
 
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("cuda", 0), ("tpu", 2)])
