@@ -31,7 +31,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -83,9 +82,7 @@ def main() -> None:
                     print(f"{name}: no time left for {how}.", flush=True)
                     continue
                 try:
-                    if study is None:
-                        study = begin()
-                        compile_all(study, options.runs)
+                    study = study or begin()
                     rows[how] = study(how)
                 except Exception as error:
                     traceback.print_exc()
@@ -101,13 +98,6 @@ def runs_here(how: str) -> bool:
 
 
 Study = Callable[[str], dict[str, Any]]  # from the name of a precision to what is found in it
-
-
-def compile_all(study: Study, runs: int) -> None:
-    """Where times are taken, all precisions compile at once, each in a thread; what fails will when its turn comes."""
-    hows = list(filter(runs_here, PRECISIONS)) if runs and jax.default_backend() != "cpu" else []
-    with ThreadPoolExecutor(max(1, len(hows))) as pool:
-        wait([pool.submit(study, how) for how in hows])
 
 
 def studies(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Study]]]:

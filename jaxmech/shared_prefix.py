@@ -1,8 +1,9 @@
-"""A clean forward pass of prompts that begin alike, in which what they share is computed once.
+"""A forward pass of prompts that begin alike, in which what they share is computed once.
 
 In the boxes task every box of a scene is queried in turn, and the scenes of corrupt prompts are those of others: most
 of the tokens of a batch stand in a few scenes that its prompts share. This pass computes every distinct prefix once,
-and for each prompt only what follows it. It is exact, as what follows cannot change what stands before.
+and for each prompt only what follows it, which may be patched. It is exact, as what follows cannot change what stands
+before.
 
 Axes as in `jaxmech.model`; R prompts of T tokens are U distinct prefixes of P tokens and R suffixes of T - P.
 """
