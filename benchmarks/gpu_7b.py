@@ -65,14 +65,8 @@ ALLOWED = 5e-4  # of the largest score: rounding was 6.5e-5 on a CPU
 ROUNDING = 2e-5  # of a score, a relative change of a probability, whatever the largest is: that of float32 logits
 PARTS = ("check", "depth", "stages", "profile", "circuits", "DCM", "knockout", "CMAP")
 LAST_STAGE = "4"  # it takes longer than all else
-HOW_LONG = (
-    "shapes",
-    "parts",
-    "stages",
-    "out",
-    "minutes",
-    "traces",
-)  # options that change which rows there are, not what they say
+PLACES = ("out", "traces")  # of files; results do not say where they were
+HOW_LONG = ("shapes", "parts", "stages", "minutes")  # options that change which rows there are, not what they say
 Row = dict[str, Any]
 
 
@@ -131,8 +125,8 @@ def main() -> None:
 
 def begun(options: argparse.Namespace) -> dict[str, Any]:
     """The result that --out has, to be gone on with, or an empty one if it is of another machine or other options."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    fresh = {"machine": machine(), "options": plain, "shapes": {}}
+    said = {name: value for name, value in vars(options).items() if name not in PLACES}
+    fresh = {"machine": machine(), "options": said, "shapes": {}}
     if not options.out.exists():
         return fresh
     found = json.loads(options.out.read_text())
