@@ -76,20 +76,19 @@ def shared_length(batches: Sequence[np.ndarray], most: int | None = None) -> tup
 
 
 def splitter(
-    tokens: np.ndarray, parts: Sequence[np.ndarray], copies: int, most: int | None = None
+    tokens: np.ndarray, parts: Sequence[np.ndarray], pieces: int, most: int | None = None
 ) -> Callable[[np.ndarray], SharedPrompts]:
     """A function from one of the `parts`, rows of the prompts `tokens` [B, T], to these prompts, split.
 
-    All parts are split alike, each in as many pieces as there are `copies`: [copies, ...] of every array. `most` as in
+    All parts are split alike, each in so many `pieces` of equal size: [pieces, ...] of every array. `most` as in
     `shared_length`.
     """
-    split = shared_length([piece for rows in parts for piece in tokens[rows.reshape(copies, -1)]], most)
 
-    def of(rows: np.ndarray) -> SharedPrompts:
-        pieces = [SharedPrompts.split(piece, *split) for piece in tokens[rows.reshape(copies, -1)]]
-        return jax.tree.map(lambda *x: np.stack(x), *pieces)
+    def cut(rows: np.ndarray) -> np.ndarray:
+        return tokens[rows.reshape(pieces, -1)]
 
-    return of
+    split = shared_length([piece for rows in parts for piece in cut(rows)], most)
+    return lambda rows: jax.tree.map(lambda *x: np.stack(x), *(SharedPrompts.split(x, *split) for x in cut(rows)))
 
 
 def _distinct_prefixes(tokens: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from jaxmech.config import Config
 from jaxmech.loading import Model, check_tokens
 from jaxmech.model import Params
 from jaxmech.pairs import Pairs, positions_of
-from jaxmech.shared_prefix import SharedPrompts, observe_prompts, shared_length
+from jaxmech.shared_prefix import SharedPrompts, observe_prompts, splitter
 from jaxmech.suffixes import suffix_lengths
 
 Array = Any  # NumPy on the host, jax.Array inside jit
@@ -64,7 +64,7 @@ class BasePrompts:
         self._model, self._first_layers = model, tuple(here.first_layer for here in places)
         T, self._widths = _lengths(sets, places)
         tokens = np.stack([np.pad(x.clean, ((0, 0), (0, T - x.clean.shape[1]))) for x in sets])
-        self._tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]
+        tokens = check_tokens(model.config, tokens.reshape(-1, T))  # [S * B, T]
         self._p = [np.concatenate([positions_of(pairs.position, here.roles) for pairs in sets]) for here in places]
         self._last = np.concatenate([pairs.position("last") for pairs in sets])
         config, starts = model.config, len(sets[0]) * np.arange(len(sets))
@@ -75,7 +75,7 @@ class BasePrompts:
         calls = math.ceil(len(together[0]) / most)
         size = math.ceil(len(together[0]) / calls)
         self._rows = [np.resize(rows, (calls, size)) for rows in together]
-        self._split = shared_length([self._tokens[call] for rows in self._rows for call in rows])
+        self._prompts = splitter(tokens, self._rows, calls)
 
     def run(self, part: int) -> list[Base]:
         """The prompts of a part, S * Q of them: set by set, and behind them what fills up the last call.
@@ -84,14 +84,14 @@ class BasePrompts:
           What is kept for each place, with the same k and v.
         """
         rows = self._rows[part]
-        prompts = [SharedPrompts.split(self._tokens[call], *self._split) for call in rows]
-        prompts = jax.tree.map(lambda *x: np.stack(x), *prompts)
         model, last, positions = self._model, self._last[rows], [p[rows] for p in self._p]
         suffixes = [
             np.minimum(p.min(axis=-1)[..., None] + np.arange(width), last[..., None])
             for p, width in zip(positions, self._widths, strict=True)
         ]
-        found, k, v = _run_base(model.config, model.weights, prompts, suffixes, first_layers=self._first_layers)
+        found, k, v = _run_base(
+            model.config, model.weights, self._prompts(rows), suffixes, first_layers=self._first_layers
+        )
         return [
             Base(resid_pre, k, v, p.reshape(-1, p.shape[-1]), last.reshape(-1))
             for resid_pre, p in zip(found, positions, strict=True)
