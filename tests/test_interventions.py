@@ -205,6 +205,22 @@ def test_attention_as_gpus_compute_it_is_that_of_einsum(random_model, kv_heads, 
     assert_close(z, np.einsum("bnts,bsnh->btnh", expected, v_of_all), TOLERANCES.recompiled)
 
 
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_gradients_of_attention_as_gpus_compute_it_are_those_of_others(random_model, request, tokens):
+    config = random_model(num_kv_heads=2).config
+    rng = np.random.default_rng(0)
+    q, k, v, c = (rng.normal(size=(5, tokens, heads, 8)).astype(np.float32) for heads in (4, 2, 2, 4))
+
+    def value(q, k, v):
+        return (mix_values(config, [(attention_pattern(config, q, [(k, np.tri(tokens, dtype=bool))])[0], v)]) * c).sum()
+
+    expected = jax.grad(value, (0, 1, 2))(q, k, v)
+    request.getfixturevalue("as_on_gpus")
+    for found, other in zip(jax.grad(value, (0, 1, 2))(q, k, v), expected, strict=True):
+        assert np.abs(other).max() > 0.1
+        assert_close(found, other, TOLERANCES.recompiled)
+
+
 @pytest.mark.usefixtures("as_on_gpus")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_sweeps_as_gpus_compute_attention_are_full_forwards(random_model, random_pairs, kv_heads):
