@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--no-sweeps", action="store_true", help="discovery finds its heads without sweeps")
     parser.add_argument("--once", action="store_true", help="one study, with compilation")
     options = parser.parse_args()
+    if not 0 < options.share <= 1:
+        parser.error(f"--share is {options.share}; expected a number above 0 and at most 1")
     config = shapes.SHAPES[options.shape].config
     settings = Settings(
         base=jm.demo.path("base"),

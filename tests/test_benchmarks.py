@@ -72,6 +72,13 @@ def test_a_study_without_sweeps_comes_to_its_end(tmp_path, monkeypatch):
         assert heads["found"] == {"value_fetcher": 4, "pos_transmitter": 4, "pos_detector": 4, "struct_reader": 4}
 
 
+def test_a_share_of_no_prompts_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_study", "--share", "0"])
+    with pytest.raises(SystemExit):
+        gpu_study.main()
+    assert "--share is 0.0; expected a number above 0 and at most 1" in capsys.readouterr().err
+
+
 def test_a_study_that_has_no_time_left_says_what_is_done(tmp_path, monkeypatch, capsys):
     out = tmp_path / "study.json"
     options = ["--shape", "tiny", "--quick", "--once", "--minutes", "0", "--out", str(out)]
