@@ -12,9 +12,9 @@ import jax
 ALIGNMENT = {"cpu": 1, "gpu": 8, "tpu": 8}
 
 
-def few_sizes(size: int, multiple: int = 1) -> int:
-    """So many or up to an eighth more, a multiple of `multiple`."""
-    step = max(multiple, 2 ** max(0, size.bit_length() - 4))
+def few_sizes(size: int, multiple: int = 1, share: int = 8) -> int:
+    """So many or up to an eighth more, or another `share`, a power of two; a multiple of `multiple`."""
+    step = max(multiple, 2 ** max(0, size.bit_length() - share.bit_length()))
     return size + -size % step
 
 

@@ -189,6 +189,37 @@ class Pairs:
             wrong_labels=None if self.wrong_labels is None else self.wrong_labels[rows],
         )
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Pairs"]) -> "Pairs":
+        """The examples of several sets of pairs, one behind another; shorter prompts are padded on.
+
+        Args:
+          parts: the sets.
+
+        Raises:
+          ValueError: no parts, or parts that differ in their roles, or in having corrupt prompts or wrong labels.
+        """
+        if not parts:
+            raise ValueError("Pairs.concatenate has no parts; expected at least one.")
+        for i, part in enumerate(parts):
+            for what, (found, expected) in _kinds([part, parts[0]]).items():
+                if found != expected:
+                    raise ValueError(f"{what}: parts[{i}] has {found}, parts[0] {expected}; expected the same in all.")
+
+        def roles(of: Callable[["Pairs"], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+            return {role: np.concatenate([of(part)[role] for part in parts]) for role in of(parts[0])}
+
+        corrupt = [part.corrupt for part in parts if part.corrupt is not None]
+        wrong = [part.wrong_labels for part in parts if part.wrong_labels is not None]
+        return cls(
+            clean=_padded_together([part.clean for part in parts]),
+            corrupt=_padded_together(corrupt) if corrupt else None,
+            labels=np.concatenate([part.labels for part in parts]),
+            positions=roles(lambda part: part.positions),
+            corrupt_positions=roles(lambda part: part.corrupt_positions),
+            wrong_labels=np.concatenate(wrong) if wrong else None,
+        )
+
     def between(self, first: str, last: str) -> np.ndarray:
         """The tokens of each clean prompt from one role to another, both included, bool [B, T].
 
@@ -236,6 +267,21 @@ class Pairs:
         if self.corrupt is None:
             raise ValueError("These pairs have no corrupt prompts; this method needs them (Pairs(corrupt=...)).")
         return _role(self.corrupt_positions, role, "corrupt_positions")
+
+
+def _kinds(some: Sequence[Pairs]) -> dict[str, list[Any]]:
+    """What pairs must have in common to be concatenated, of each; those without corrupt prompts have no such roles."""
+    return {
+        "positions": [sorted(pairs.positions) for pairs in some],
+        "corrupt_positions": [sorted(pairs.corrupt_positions) for pairs in some],
+        "wrong_labels": ["none" if pairs.wrong_labels is None else "some" for pairs in some],
+    }
+
+
+def _padded_together(prompts: Sequence[np.ndarray]) -> np.ndarray:
+    """Token ids [B, T] of all prompts [b, .]."""
+    width = max(x.shape[1] for x in prompts)
+    return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in prompts])
 
 
 def positions_of(position: Callable[[str], np.ndarray], roles: Sequence[str]) -> np.ndarray:

@@ -130,7 +130,7 @@ def test_counterfactual_prompts_of_similar_lengths_compile_once(random_model, ra
     before = run_stretch._cache_size()
     for length, last in ((9, 0), (10, 1), (12, 2), (13, 3)):  # the counterfactual prompts have two tokens more
         desiderata = [random_pairs(model, length=length - i, seed=i) for i in range(2)]
-        collected = targets.collect_targets(model, desiderata, ["last"], [last] * 2)
+        collected = targets.Counterfactuals(model, desiderata, ["last"], [last] * 2, [np.arange(5)]).run(0)
         for pairs, found in zip(desiderata, collected, strict=True):
             z = model(pairs.corrupt, capture=("z",), capture_at=pairs.corrupt_position("last")[:, None])[1]["z"]
             expected = np.moveaxis(np.asarray(z), 0, 1)[:, : last + 1]

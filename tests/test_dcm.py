@@ -13,7 +13,7 @@ from conftest import TOLERANCES, assert_close, right_in_turn
 
 import jaxmech as jm
 from jaxmech import dcm, memory
-from jaxmech.dcm import groups, prompts, selection, targets, training
+from jaxmech.dcm import groups, prompts, selection, steps, targets
 from jaxmech.metrics import name_of
 from jaxmech.model import forward
 
@@ -219,16 +219,16 @@ def test_trainings_that_do_not_fit_the_memory_are_cut_and_equal_whole_ones(
     options = {"role": "query_box", "lams": [0.0, 0.05], "seeds": [0, 5], "batch_size": 3, "shuffle": shuffle}
     whole = dcm.train_many(model, desiderata, {"a": HEADS}, **options)
     kept = 2 * prompts._base_bytes(model.config, list(desiderata.values()), [prompts.Place(["query_box"], 1)])
-    calls, train = [], training._train
-    monkeypatch.setattr(training, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
+    calls, train = [], steps._train
+    monkeypatch.setattr(steps, "_train", lambda *inputs, **static: calls.append(inputs) or train(*inputs, **static))
     monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 6 * kept)  # 6 prompts of each, of 10
     seen = []
     cut = dcm.train_many(model, desiderata, {"a": HEADS}, **options, progress=lambda *call: seen.append(call))
     assert seen == [(i + 1, len(calls)) for i in range(len(calls))]
-    steps, runs = calls[0][6].shape[1], len(calls[0][4].lam)
-    assert steps < 8
+    at_a_time, runs = calls[0][6].shape[1], len(calls[0][4].lam)
+    assert at_a_time < 8
     assert runs < 8
-    assert len(calls) == math.ceil(8 / steps) * math.ceil(8 / runs)
+    assert len(calls) == math.ceil(8 / at_a_time) * math.ceil(8 / runs)
     assert len({str(jax.tree.map(np.shape, call)) for call in calls}) == 1
     assert all((run.history.mask < 0.9).any() for run in whole.values()), "nothing was learned"
     for key, run in cut.items():
@@ -379,24 +379,27 @@ def test_paper_validation_takes_prev_query_box_from_the_training_batch(model, pa
 def test_training_compiles_once_for_all_groups_that_begin_in_one_layer(random_model, random_pairs):
     model = random_model(vocab_size=59)
     pairs = random_pairs(model, count=6)
-    before = training._train._cache_size()
+    before = steps._train._cache_size()
     for heads in ([(1, 0), (3, 1)], [(1, 2), (2, 0), (3, 3)]):
         dcm.train(model, pairs, heads, "query_box", batch_size=3)
-    assert training._train._cache_size() == before + 1
+    assert steps._train._cache_size() == before + 1
 
 
 def test_training_lowers_for_every_platform(random_model, random_pairs):
     model = random_model(num_kv_heads=2, dtype="bfloat16")
     pairs = random_pairs(model, count=4)
-    base = prompts.BasePrompts(model, [pairs], [prompts.Place(["query_box"], 1)], [np.arange(4)]).run(0)[0]
-    data = training._stacked(targets.collect_targets(model, [pairs], ["query_box"], [3]), first_layer=1)
+    place = prompts.Place(["query_box"], 1)
+    base = prompts.BasePrompts(model, [pairs], [place], [np.arange(4)]).run(0)[0]
+    found = targets.Counterfactuals(model, [pairs], ["query_box"], [3], [np.arange(4)]).run(0)
+    data = steps._stacked(found, roles=(0,), first_layer=1)
     zero = np.zeros(1, int)
-    member = training._member(model.config, groups.masked(model.config, HEADS, ["query_box"]), 1, 1)[None]
-    arguments = training._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
+    group = groups.masked(model.config, HEADS, ["query_box"])
+    member = steps.GroupsAt(place, 1, {"": group}).members(model.config)[""][None]
+    arguments = steps._Arguments(zero, zero, member, np.ones(1, np.float32), zero)
     orders = np.arange(4).reshape(1, 2, 2)
-    inputs = base, data, arguments, np.arange(4), orders, training._unpatched(member, 0.1, optimizer=None), 0.1
+    inputs = base, data, arguments, np.arange(4), orders, steps._unpatched(member, 0.1, optimizer=None), 0.1
     static = {"first_layer": 1, "capacity": 6, "optimizer": None, "metric": "target_logit"}
-    traced = training._train.trace(model.config, model.weights, *inputs, **static)
+    traced = steps._train.trace(model.config, model.weights, *inputs, **static)
     assert "bf16" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

@@ -12,6 +12,7 @@ from test_several_roles import with_a_twin
 
 import jaxmech as jm
 from jaxmech import dcm, memory
+from jaxmech.dcm import prompts, training
 
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
 APART = {"last": [(2, 1), (3, 0)], "early": [(1, 3), (2, 1)], "query_box": [(2, 0)]}
@@ -198,6 +199,33 @@ def test_many_groups_at_their_roles_are_trained_as_one_by_one(model, pairs):
     for name in groups:
         alone = dcm.select(model, runs["x", name, 0.01, 0], pairs)
         assert (together["x", name].step, together["x", name].selected) == (alone.step, alone.selected)
+
+
+@pytest.mark.parametrize("fitting", [6, 5, 3, 1], ids=lambda x: f"{x} fit")
+def test_prompts_are_run_once_for_groups_at_several_roles_if_they_fit(model, pairs, monkeypatch, fitting):
+    """Or else place by place, as many desiderata at a time as fit: one at the two roles of "both"."""
+    desiderata = {str(i): dataclasses.replace(pairs, corrupt=np.roll(pairs.corrupt, i, axis=0)) for i in range(2)}
+    groups = {"a": {"last": [(2, 1), (3, 0)]}, "b": {"query_box": [(1, 0)]}, "also a": {"last": [(1, 3)]}}
+    groups["both"] = {"query_box": [(2, 2)], "early": [(1, 1)]}
+    options = {"batch_size": 4, "epochs": 1, "lams": [0.05]}
+    alone = {
+        key: run
+        for name, some in desiderata.items()
+        for group, heads in groups.items()
+        for key, run in dcm.train_many(model, {name: some}, {group: heads}, **options).items()
+    }
+    of_heads, runs, seen = memory.of_heads(model.config, len(pairs), model.config.num_layers), [], []
+    monkeypatch.setattr(training.memory, "fitting", lambda weights, x: fitting if x == 8 * of_heads else 10**6)
+    run_base = prompts._run_base
+    monkeypatch.setattr(prompts, "_run_base", lambda *inputs, **how: runs.append(how) or run_base(*inputs, **how))
+    found = dcm.train_many(model, desiderata, groups, **options, progress=lambda *call: seen.append(call))
+    assert len(runs) == {6: 1, 5: 3, 3: 4, 1: 6}[fitting]
+    calls = {6: 3, 5: 3, 3: 4, 1: 6}[fitting]
+    assert seen == [(i + 1, calls) for i in range(calls)] and list(found) == list(alone)
+    for key, run in alone.items():
+        assert (found[key].heads, found[key].roles) == (run.heads, run.roles)
+        assert_close(found[key].history.loss, run.history.loss, TOLERANCES.recompiled)
+        assert_close(found[key].history.mask, run.history.mask, TOLERANCES.cone)
 
 
 def test_one_mask_at_one_role_is_that_of_a_list(model, pairs):

@@ -12,7 +12,7 @@ from test_several_roles import with_a_twin
 
 import jaxmech as jm
 from jaxmech import dcm, memory
-from jaxmech.dcm import prompts, testing, training
+from jaxmech.dcm import prompts, steps, testing
 from jaxmech.suffixes import Span, Suffixes
 
 LENGTH = 26  # suffixes from "early" on are of 4 to 24 tokens
@@ -37,7 +37,7 @@ def packed(monkeypatch) -> list[tuple[int, int, int]]:
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(training, "_train", lambda inputs: inputs[3].shape[2])
+    watch(steps, "_train", lambda inputs: inputs[3].shape[2])
     watch(testing, "_answers", lambda inputs: len(inputs[0].labels))
     return seen
 
@@ -157,3 +157,17 @@ def test_base_prompts_run_once_for_masks_at_several_roles(model, random_pairs, m
             right = [(np.asarray(logits(mask)).argmax(-1) == desiderata[name].labels).mean() for mask in tried]
             np.testing.assert_allclose(sets["a"], right)
     assert found["one", "early"]["a"][1] == 1 and (found["one", "early"]["a"] < 1).any()
+    runs.clear()
+    some = {key: sets for key, sets in masks.items() if key != ("two", "early")}
+    seen: list[tuple[int, int]] = []
+    right = dcm.correct(model, desiderata, some, lambda *call: seen.append(call))
+    assert budget == 1 or len(runs) == 1, "not once for desiderata at different roles"
+    assert seen[-1] == (9, 9) and len(seen) == (1 if budget > 1 else 9)
+    for (name, role), sets in some.items():
+        for key, (group, tried) in sets.items():
+            assert right[name, role][key].shape == (len(tried), 9)
+            np.testing.assert_array_equal(right[name, role][key].mean(axis=1), found[name, role][key])
+            if isinstance(role, str):
+                logits = patched(model, desiderata[name], group, role)
+                answers = [np.asarray(logits(mask)).argmax(-1) for mask in tried]
+                np.testing.assert_array_equal(right[name, role][key], answers == desiderata[name].labels)

@@ -28,6 +28,27 @@ def test_rows_are_taken_of_everything():
     assert pairs != pairs[:], "two objects; arrays are compared one by one"
 
 
+def test_concatenated_pairs_are_those_of_all_parts():
+    first, second = jm.Pairs(**GOOD), jm.Pairs(**GOOD)[::-1]
+    longer = dataclasses.replace(second, clean=[[4, 5, 0, 0], [1, 2, 3, 0]], wrong_labels=[1, 2])
+    both = jm.Pairs.concatenate([dataclasses.replace(first, wrong_labels=[5, 6]), longer])
+    assert both.clean.tolist() == [[1, 2, 3, 0], [4, 5, 0, 0], [4, 5, 0, 0], [1, 2, 3, 0]]
+    assert both.labels.tolist() == [7, 8, 8, 7] and both.wrong_labels.tolist() == [5, 6, 1, 2]
+    assert both.corrupt.tolist() == [*GOOD["corrupt"], *GOOD["corrupt"][::-1]]
+    assert both.position("early").tolist() == [0, 1, 1, 0] and both.corrupt_position("last").tolist() == [3, 2, 2, 3]
+    assert jm.Pairs.concatenate([first]).wrong_labels is None
+    plain = jm.Pairs(first.clean, None, first.labels, first.positions)
+    assert len(alone := jm.Pairs.concatenate([plain, plain[:1]])) == 3 and alone.corrupt is None
+    for parts, message in (
+        ([], "has no parts"),
+        ([first, plain], r"corrupt_positions: parts\[1\] has \[\], parts\[0\] \['early', 'last'\]; expected the same"),
+        ([first, longer], r"wrong_labels: parts\[1\] has some, parts\[0\] none"),
+        ([plain, dataclasses.replace(plain, positions={"last": [2, 1]})], r"^positions: parts\[1\] has \['last'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jm.Pairs.concatenate(parts)
+
+
 def test_tokens_between_roles_are_those_of_both_and_all_that_stand_there():
     pairs = jm.Pairs(**GOOD)
     assert pairs.between("early", "last").tolist() == [[True, True, True], [False, True, False]]

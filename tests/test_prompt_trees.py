@@ -11,7 +11,7 @@ import jaxmech as jm
 from jaxmech import dcm, memory
 from jaxmech.compiled_sizes import few_sizes
 from jaxmech.dcm import targets
-from jaxmech.prompt_trees import PromptTrees, Stretch, run_stretch, stretches
+from jaxmech.prompt_trees import Layout, PromptTrees, pack, run_stretch, stretches
 
 LLAMA_7B = {"width": 4096, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "mlp_width": 11008}
 COUNT, SEVERAL, LENGTH = 6, 4, 14
@@ -58,18 +58,66 @@ def test_a_tree_has_a_token_for_every_distinct_beginning(prompts):
         np.testing.assert_array_equal(trees.kept[example, 2 * s : 2 * s + 2], path[positions[example, s]])
 
 
+def layout_of(sizes: np.ndarray, way: str) -> Layout:
+    """A way to pack trees of such sizes [pieces, B]; as planned where LITTLE is 0."""
+    (count, widest), total = (sizes.shape[1], int(sizes.max())), int(sizes.sum(axis=1).max())
+    half = count // 2
+    return {
+        "as planned": Layout.of(sizes, 1),
+        "two pieces": Layout.of(sizes, 8),
+        "one bucket": Layout(total, [(0, count, widest)], padded=False),
+        "filled up": Layout(
+            total + 7, [(0, half, int(sizes[:, :half].max()) + 2), (half, count, widest + 9)], padded=False
+        ),
+        "padded": Layout(count * (widest + 3), [(0, count, widest + 3)], padded=True),
+    }[way]
+
+
+def run_packed(model: jm.Model, route: list, way: str) -> np.ndarray:
+    """z [L, B, P, N, H] of trees that go through the stretches of a route."""
+    order = np.argsort(route[0].trees.sizes, kind="stable")
+    examples = np.stack([order[::2], order[1::2]]) if way == "two pieces" else order[None]
+    x = z = trees = None
+    for stretch in route:
+        layout = layout_of(stretch.trees.sizes[examples], way)
+        trees = pack(stretch.trees, examples, layout, before=trees)
+        assert jax.tree.map(lambda x: x[0], trees).padded == layout.padded
+        x, z = run_stretch(model.config, model.weights, trees, stretch.start, stretch.stop, x, z)
+    assert np.isfinite(x).all() and np.isfinite(z).all()
+    return np.concatenate(z, axis=1)[:, np.argsort(examples.reshape(-1))]
+
+
+WAYS = ["as planned", "one bucket", "filled up", "padded", "two pieces"]
+
+
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("fill", [0, 9])
-def test_activations_in_a_tree_are_those_of_the_prompts_alone(random_model, prompts, features, fill):
+@pytest.mark.parametrize("way", WAYS)
+def test_activations_in_a_tree_are_those_of_the_prompts_alone(random_model, prompts, features, way, monkeypatch):
+    monkeypatch.setattr("jaxmech.prompt_trees.LITTLE", 0)
     model = random_model(**FEATURES[features])
     tokens, _, positions = prompts
-    trees = PromptTrees.grow(*prompts)
-    trees = trees.of(np.arange(COUNT), int(trees.sizes.max()) + fill)
-    _, found = run_stretch(model.config, model.weights, Stretch(trees, 0, model.config.num_layers - 1))
-    assert np.isfinite(found).all()
+    found = run_packed(model, stretches(PromptTrees.grow(*prompts), [model.config.num_layers - 1] * SEVERAL), way)
     for s in range(SEVERAL):
         _, captured = model(tokens[:, s], capture=("z",), capture_at=positions[:, s])
         assert_close(found[:, :, 2 * s : 2 * s + 2], captured["z"], TOLERANCES.recompiled)
+
+
+def test_trees_are_packed_tightly_in_few_shapes():
+    """Many trees in calls of similar sums: little is filled up, and buckets are as wide as their widest tree needs."""
+    rng = np.random.default_rng(0)
+    layouts = []
+    for _ in range(20):
+        sizes = np.sort(rng.normal(470, 40, (8, 64)).astype(int), axis=1)
+        layout = Layout.of(sizes, 8)
+        assert sizes.sum(axis=1).max() <= layout.capacity <= 1.04 * sizes.sum(axis=1).max() and not layout.padded
+        assert [span[0] for span in layout.spans] == [0, *(span[1] for span in layout.spans[:-1])]
+        assert layout.spans[-1][1] == 64 and 2 <= len(layout.spans) <= 4
+        for start, stop, width in layout.spans:
+            assert sizes[:, start:stop].max() <= width <= 1.125 * sizes[:, start:stop].max()
+        layouts.append(str(layout))
+    assert len(set(layouts)) < 20
+    assert Layout.of(np.array([[10, 20, 30, 70]]), 1) == Layout(4 * 72, [(0, 4, 72)], padded=True)
+    assert Layout.of(np.full((3, 5), 57), 1) == Layout(300, [(0, 5, 60)], padded=True)
 
 
 def test_few_widths_and_little_to_fill_up():
@@ -82,18 +130,22 @@ def test_few_widths_and_little_to_fill_up():
 
 
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("layers", [[0, 3, 1, 2], [1, 1, 3, 0], [2, 2, 2, 2], [0, 0, 0, 0]], ids=str)
-def test_prompts_drop_out_where_no_more_is_asked_of_them(random_model, prompts, features, layers, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "way"),
+    [*(([0, 3, 1, 2], way) for way in WAYS), *((x, WAYS[0]) for x in ([1, 1, 3, 0], [2, 2, 2, 2], [0, 0, 0, 0]))],
+    ids=str,
+)
+def test_prompts_drop_out_where_no_more_is_asked_of_them(random_model, prompts, features, layers, way, monkeypatch):
     monkeypatch.setattr("jaxmech.prompt_trees.WORTH_DROPPING", 1)
+    monkeypatch.setattr("jaxmech.prompt_trees.LITTLE", 0)
     model = random_model(**FEATURES[features])
     tokens, length, positions = prompts
-    x = z = None
     parts = stretches(PromptTrees.grow(*prompts), layers)
     assert [part.stop for part in parts] == sorted(set(layers))
     for part in parts:
         left = np.asarray(layers) >= part.stop
         assert part.trees.sizes.tolist() == prefixes(tokens[:, left], length[:, left])
-        x, z = run_stretch(model.config, model.weights, part, x, z)
+    z = run_packed(model, parts, way)
     for s, last in enumerate(layers):
         _, captured = model(tokens[:, s], capture=("z",), capture_at=positions[:, s])
         found = z[:, :, 2 * s : 2 * s + 2]
@@ -115,6 +167,11 @@ def boxes_pairs(tokenizer, count: int) -> list[jm.Pairs]:
     return [jm.boxes.desideratum(name, examples, tokenizer, count, seed=1) for name in jm.boxes.DESIDERATA]
 
 
+def collected(model: jm.Model, pairs: list[jm.Pairs], roles: list[str], layers: list[int]) -> list[targets.Targets]:
+    """All in one part."""
+    return targets.Counterfactuals(model, pairs, roles, layers, [np.arange(len(pairs[0]))]).run(0)
+
+
 @pytest.mark.parametrize("budget", [2**30, 1])
 @pytest.mark.parametrize("alone", [False, True])
 def test_counterfactuals_are_collected_in_trees_as_in_full_forward_passes(random_model, monkeypatch, budget, alone):
@@ -126,15 +183,15 @@ def test_counterfactuals_are_collected_in_trees_as_in_full_forward_passes(random
     monkeypatch.setattr(memory, "CPU_BUDGET", budget)
     monkeypatch.setattr(targets, "_work", lambda config, trees: (-1 if alone else 1) * trees.sizes.sum())
 
-    def recorded(config, weights, stretch, x, z):
-        calls.append((*stretch.trees.member.shape, x is None))
-        return run_stretch(config, weights, stretch, x, z)
+    def recorded(config, weights, trees, start, stop, x, z):
+        calls.append((trees.kept.shape[2] // 2, trees.kept.shape[1], trees.tokens.size, x is None))
+        return run_stretch(config, weights, trees, start, stop, x, z)
 
     monkeypatch.setattr(targets, "run_stretch", recorded)
-    found = targets.collect_targets(model, pairs, roles, layers)
-    assert {several for _, several, *_ in calls} == {1 if alone else 14}
-    assert {count for count, *_ in calls} == {5 if budget > 1 else 1}
-    computed, one_by_one = sum(a * b for a, _, b, first in calls if first), sum(x.corrupt.size for x in pairs)
+    found = collected(model, pairs, roles, layers)
+    assert {several for several, *_ in calls} == {1 if alone else 14}
+    assert {count for _, count, *_ in calls} == {5 if budget > 1 else 1}
+    computed, one_by_one = sum(tokens for *_, tokens, first in calls if first), sum(x.corrupt.size for x in pairs)
     assert alone or computed < 0.8 * one_by_one
     for one, x, last in zip(found, pairs, layers, strict=True):
         assert one.z.shape == (5, 4, 2, 4, 8)
@@ -142,6 +199,26 @@ def test_counterfactuals_are_collected_in_trees_as_in_full_forward_passes(random
         z = np.moveaxis(np.asarray(model(x.corrupt, capture=("z",), capture_at=at)[1]["z"]), 0, 1)
         assert_close(one.z[:, : last + 1], z[:, : last + 1], TOLERANCES.recompiled)
         np.testing.assert_array_equal(one.labels, x.labels)
+
+
+def test_parts_of_examples_are_those_of_all(random_model, monkeypatch):
+    """In some order, with examples twice, in calls of one shape."""
+    base, shapes = jm.load(jm.demo.path("base")), set()
+    model = random_model(vocab_size=base.config.vocab_size)
+    pairs, parts = boxes_pairs(base.tokenizer, 12)[:4], [np.array([7, 0, 3, 3, 11]), np.array([1, 10, 2, 6, 5])]
+    expected = collected(model, pairs, ["last"], [3] * 4)
+    monkeypatch.setattr("jaxmech.prompt_trees.LITTLE", 0)
+    monkeypatch.setattr(targets, "TOKENS_PER_CALL", 150)
+    monkeypatch.setattr(targets, "_work", lambda config, trees: trees.sizes.sum())
+    monkeypatch.setattr(
+        targets, "run_stretch", lambda *x: shapes.add(str(jax.tree.map(np.shape, x[2:]))) or run_stretch(*x)
+    )
+    found = targets.Counterfactuals(model, pairs, ["last"], [3] * 4, parts)
+    for i, rows in enumerate(parts):
+        for one, whole in zip(found.run(i), expected, strict=True):
+            assert_close(one.z, np.asarray(whole.z)[rows], TOLERANCES.recompiled)
+            np.testing.assert_array_equal(one.labels, whole.labels[rows])
+    assert len(shapes) == 1
 
 
 @pytest.mark.parametrize(("shape", "alone"), [(LLAMA_7B, False), ({}, True)], ids=["7B", "demo"])
@@ -162,17 +239,19 @@ def test_trees_are_worth_it_but_in_small_models(shape, alone):
 def test_prompts_that_share_nothing_are_no_tree(random_model, random_pairs, monkeypatch, seeds, several):
     model, calls = random_model(), []
     pairs = [random_pairs(model, seed=seed) for seed in seeds]
-    real = targets._values
+    real = targets._Trees
     monkeypatch.setattr(
-        targets, "_values", lambda model, trees, *rest: calls.append(trees.member.shape[1]) or real(model, trees, *rest)
+        targets, "_Trees", lambda model, trees, *rest: calls.append(trees.member.shape[1]) or real(model, trees, *rest)
     )
-    targets.collect_targets(model, pairs, ["last"], [3, 3])
+    collected(model, pairs, ["last"], [3, 3])
     assert set(calls) == {several}
 
 
 def test_trees_lower_for_every_platform(random_model, prompts):
     model = random_model(dtype="bfloat16")
-    traced = run_stretch.trace(model.config, model.weights, Stretch(PromptTrees.grow(*prompts), 0, 2))
+    trees, order = PromptTrees.grow(*prompts), np.arange(COUNT)[None]
+    packed = pack(trees, order, Layout.of(trees.sizes[order], 8), before=None)
+    traced = run_stretch.trace(model.config, model.weights, packed, 0, 2)
     assert "stablehlo" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 
 

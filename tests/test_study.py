@@ -183,8 +183,8 @@ def test_stages_leave_logits_on_the_device(monkeypatch):
     for stage in ("accuracy", "cmap"):
         STAGES[stage].run(study, "tuned", lambda done, total: None)
     chosen = {("positional", "last"): {("tuned", "value_fetcher"): heads}}
-    pairs = {"positional": study.patching("positional", 0)}
-    dcm_stages._patched_accuracies(settings, study.model("base"), pairs, chosen)
+    pairs = [{"positional": study.patching("positional", 0)}]
+    dcm_stages._patched_accuracies(settings, study.model("base"), pairs, chosen, lambda done, total: None)
     assert len(logits) == 4, "predict, cmap of a group and of the circuit, and patch_activations"
     assert all(x is None for x in logits)
 
@@ -242,26 +242,58 @@ def test_criteria_are_those_of_each_circuit_in_each_model_with_the_models_own_me
     assert found == overlap and any(precision != recall for precision, recall in found.values())
 
 
-def test_variants_are_trained_for_the_group_that_carries_position_best(monkeypatch):
+class Trainings:
+    """What DCM would train, (groups, desiderata) each, in place of `_train`; of its groups, "lookup" carries position.
+
+    Attributes:
+      breaks_off: whether it is interrupted in the variants.
+    """
+
+    CIRCUIT = jm.Circuit(
+        {"fetchers": [(0, 0)], "lookup": [(0, 1)], "more": [(0, 2)]},
+        {"fetchers": "last", "lookup": "query_box", "more": "query_box"},
+    )
+    ACCURACY = {"fetchers": (0.9, 0.1), "lookup": (0.2, 0.3), "more": (0.1, 0.2)}  # validation and test
+
+    def __init__(self):
+        self.calls, self.breaks_off = [], False
+
+    def __call__(self, study, part, circuit, groups, names, progress):
+        if self.breaks_off and len(groups) == 1:
+            raise KeyboardInterrupt
+        self.calls.append((tuple(groups), tuple(names)))
+        one = {group: dict(zip(("validation", "test"), self.ACCURACY[group], strict=True)) for group in groups}
+        return {group: {name: one[group] for name in names} for group in groups}
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> Trainings:
+    found = Trainings()
+    monkeypatch.setattr(import_module("jaxmech.study.dcm_stages"), "_train", found)
+    monkeypatch.setattr(Study, "circuit", lambda study, name: found.CIRCUIT)
+    return found
+
+
+def test_variants_are_trained_for_the_group_that_carries_position_best(trainings):
     """The best on test pairs, not on those by which masks were selected."""
-    accuracy = {"fetchers": (0.9, 0.1), "lookup": (0.2, 0.3), "more": (0.1, 0.2)}
-    roles, calls = {"fetchers": "last", "lookup": "query_box", "more": "query_box"}, []
-
-    def train(study, part, circuit, role, groups, names, progress):
-        calls.append((role, tuple(groups), tuple(names)))
-        one = {group: dict(zip(("validation", "test"), accuracy[group], strict=True)) for group in groups}
-        return {group: {name: one[group] | {"call": len(calls)} for name in names} for group in groups}
-
-    monkeypatch.setattr(import_module("jaxmech.study.dcm_stages"), "_train", train)
     study = Study(dataclasses.replace(SETTINGS, variants=True), {})
-    circuit = jm.Circuit({group: [(0, i)] for i, group in enumerate(roles)}, roles)
-    monkeypatch.setattr(study, "circuit", lambda name: circuit)
     found = STAGES["dcm"].run(study, "base", lambda done, total: None)
-    assert list(found) == list(roles) and set(found["lookup"]) == set(jm.boxes.DESIDERATA)
-    assert all(set(found[group]) == set(calls[0][2]) for group in ("fetchers", "more"))
-    assert {call[:2] for call in calls[2:]} == {("query_box", ("lookup", "more"))}
-    assert {len(names) for *_, names in calls} == {3}
-    assert found["lookup"]["positional"]["call"] == 2, "what is trained again to fill up a call is not kept"
+    assert list(found) == list(trainings.ACCURACY) and set(found["lookup"]) == set(jm.boxes.DESIDERATA)
+    (groups, main), (best, variants) = trainings.calls
+    assert groups == tuple(found) and best == ("lookup",)
+    assert all(set(found[group]) == set(main) for group in ("fetchers", "more")) and set(main).isdisjoint(variants)
+
+
+def test_dcm_that_is_interrupted_in_the_variants_goes_on_with_them(trainings, tmp_path):
+    settings = dataclasses.replace(SETTINGS, variants=True)
+    trainings.breaks_off = True
+    with pytest.raises(KeyboardInterrupt):
+        STAGES["dcm"].run(Study(settings, {}, StudyFolder.open(tmp_path, settings).unfinished), "base", lambda *_: None)
+    trainings.breaks_off = False
+    again = Study(settings, {}, StudyFolder.open(tmp_path, settings).unfinished)
+    found = STAGES["dcm"].run(again, "base", lambda *_: None)
+    assert [groups for groups, _ in trainings.calls] == [("fetchers", "lookup", "more"), ("lookup",)]
+    assert set(found["lookup"]) == set(jm.boxes.DESIDERATA)
 
 
 def selections(results):
@@ -373,30 +405,23 @@ def copied_up_to(done: StudyFolder, path: Path, stage: str) -> StudyFolder:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("stage", "module", "function", "pieces"),
-    [("discovery", "jaxmech.discovery", "path_patch", 3), ("dcm", "jaxmech.dcm", "train_many", 3)],
-)
-def test_a_part_that_is_interrupted_goes_on_with_its_next_piece(
-    done, tmp_path, monkeypatch, stage, module, function, pieces
-):
-    """In the second sweep of discovery, and in the second role of DCM."""
-    module, seen = import_module(module), []
-    whole = getattr(module, function)
+def test_a_discovery_that_is_interrupted_goes_on_with_its_next_sweep(done, tmp_path, monkeypatch):
+    discovery, seen = import_module("jaxmech.discovery"), []
+    whole, stage, sweeps = discovery.path_patch, "discovery", 3
 
     def interrupted(*arguments, **options):
-        seen.append(function)
+        seen.append(arguments)
         if len(seen) == 2:
             raise KeyboardInterrupt
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(module, function, interrupted)
+    monkeypatch.setattr(discovery, "path_patch", interrupted)
     folder = copied_up_to(done, tmp_path, stage)
     with pytest.raises(KeyboardInterrupt):
         run(SETTINGS, folder, only=(stage,))
     assert stage not in folder.parts and len(contents(tmp_path / "unfinished")) == 1
     found = run(SETTINGS, StudyFolder.open(tmp_path, SETTINGS), only=(stage,))
-    assert len(seen) == 2 + (pieces - 1) + pieces, "the first piece is not computed again"
+    assert len(seen) == 2 + (sweeps - 1) + sweeps, "the first sweep is not computed again"
     for part in SETTINGS.names:
         file = f"parts/{stage}.{part}.json"
         assert (tmp_path / file).read_bytes() == (done.path / file).read_bytes()

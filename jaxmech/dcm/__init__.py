@@ -26,7 +26,7 @@ one for all roles, or one for each.
 
 from jaxmech.dcm.runs import History, Run
 from jaxmech.dcm.selection import select, select_many
-from jaxmech.dcm.testing import accuracies, accuracy
+from jaxmech.dcm.testing import accuracies, accuracy, correct
 from jaxmech.dcm.training import train, train_many
 
-__all__ = ["History", "Run", "accuracies", "accuracy", "select", "select_many", "train", "train_many"]
+__all__ = ["History", "Run", "accuracies", "accuracy", "correct", "select", "select_many", "train", "train_many"]

@@ -98,9 +98,9 @@ class BasePrompts:
         ]
 
 
-def examples_at_a_time(model: Model, sets: Sequence[Pairs], place: Place) -> int:
+def examples_at_a_time(model: Model, sets: Sequence[Pairs], places: Sequence[Place]) -> int:
     """Prompts of each set that are held at a time, in half of the memory budget; the other half is for the runs."""
-    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, [place]))
+    return memory.fitting(model.weights, 2 * len(sets) * _base_bytes(model.config, sets, places))
 
 
 def suffix_capacity(sets: Sequence[Pairs], roles: Sequence[str], batches: np.ndarray) -> int:

@@ -1,6 +1,6 @@
 """How well masks do on other pairs than those they were trained on."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ from jaxmech.dcm.groups import (
 )
 from jaxmech.dcm.prompts import Base, BasePrompts, Place, base_key, masked_examples_at_a_time, suffix_capacity
 from jaxmech.dcm.stream import StepExamples, patched_stream
-from jaxmech.dcm.targets import Targets, collect_targets
+from jaxmech.dcm.targets import Counterfactuals, Targets
 from jaxmech.loading import Model
 from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs, one_or_more
@@ -36,7 +36,7 @@ Desideratum = TypeVar("Desideratum", bound=Hashable)
 Roles = TypeVar("Roles", bound=str | tuple[str, ...])
 Array = Any  # NumPy on the host, jax.Array inside jit
 Masks = Mapping[tuple[Desideratum, Roles], Mapping[Name, tuple[Group, np.ndarray]]]
-Accuracies = dict[tuple[Desideratum, Roles], dict[Name, np.ndarray]]
+Answered = dict[tuple[Desideratum, Roles], dict[Name, np.ndarray]]
 
 
 def accuracy(model: Model, pairs: Pairs, heads: Group, masks: np.ndarray, role: Role = "last") -> np.ndarray:
@@ -61,7 +61,7 @@ def accuracies(
     model: Model,
     pairs: Mapping[Desideratum, Pairs],
     masks: Masks[Desideratum, Roles, Name],
-) -> Accuracies[Desideratum, Roles, Name]:
+) -> Answered[Desideratum, Roles, Name]:
     """`accuracy` of masks over several sets of heads, at several roles, on the pairs of several desiderata.
 
     Base prompts are run once for all desiderata that share them, counterfactual prompts once, both for all roles.
@@ -78,6 +78,29 @@ def accuracies(
     Raises:
       ValueError: as `accuracy`.
     """
+    found = correct(model, pairs, masks)
+    return {key: {name: right.mean(axis=-1) for name, right in sets.items()} for key, sets in found.items()}
+
+
+def correct(
+    model: Model,
+    pairs: Mapping[Desideratum, Pairs],
+    masks: Masks[Desideratum, Roles, Name],
+    progress: Callable[[int, int], None] | None = None,
+) -> Answered[Desideratum, Roles, Name]:
+    """On which pairs the model says the target, where `accuracies` has how often.
+
+    Args:
+      model, pairs, masks: as there.
+      progress: called with (examples done, examples in all); those of several desiderata count once if they share
+        their base prompts.
+
+    Returns:
+      (desideratum, role) -> {name: bool [M, B]}.
+
+    Raises:
+      ValueError: as `accuracy`.
+    """
     for (name, role), sets in masks.items():
         if name not in pairs or not sets:
             what = "no pairs of it" if sets else "no heads"
@@ -86,17 +109,20 @@ def accuracies(
             )
     given = {key: {name: (as_group(group), x) for name, (group, x) in sets.items()} for key, sets in masks.items()}
     patched = {key: patched_roles((group for group, _ in sets.values()), key[1]) for key, sets in given.items()}
-    named: dict[Desideratum, set[PatchedRoles]] = {}
     for (name, _), here in patched.items():
         check_roles(pairs[name], here)
-        named.setdefault(name, set()).add(here)
+    every = dict.fromkeys(role for here in patched.values() for role in here.roles)
     sharing: dict[Any, dict[Desideratum, Pairs]] = {}
-    for name, some in named.items():
-        key = tuple((here, base_key(pairs[name], here.roles)) for here in sorted(some))
-        sharing.setdefault(key, {})[name] = pairs[name]
-    found: Accuracies[Desideratum, Roles, Name] = {}
+    for name in dict.fromkeys(name for name, _ in masks):
+        of = pairs[name]
+        known = [role for role in every if role in of.positions and role in of.corrupt_positions]
+        sharing.setdefault((*known, base_key(of, known)), {})[name] = of
+    total, done = sum(len(next(iter(same.values()))) for same in sharing.values()), 0
+    found: Answered[Desideratum, Roles, Name] = {}
     for same in sharing.values():
-        found |= _accuracies(model, same, {key: sets for key, sets in given.items() if key[0] in same}, patched)
+        advance = None if progress is None else (lambda more, done=done: progress(done + more, total))
+        found |= _correct(model, same, {key: sets for key, sets in given.items() if key[0] in same}, patched, advance)
+        done += len(next(iter(same.values())))
     return {key: found[key] for key in masks}
 
 
@@ -124,14 +150,22 @@ def _masks_at(config: Config, patched: PatchedRoles, masks: Mapping[Any, Mapping
     return _MasksAt(Place(patched.roles, first_layer), together, weights)
 
 
-def _accuracies(
+def _correct(
     model: Model,
     pairs: Mapping[Desideratum, Pairs],
     masks: Mapping[tuple[Desideratum, Roles], Mapping[Name, tuple[Listed, np.ndarray]]],
     patched: Mapping[tuple[Desideratum, Roles], PatchedRoles],
-) -> Accuracies[Desideratum, Roles, Name]:
-    """`accuracies` on desiderata that share their base prompts, whose heads are `patched` at the same roles."""
+    progress: Callable[[int], None] | None,
+) -> Answered[Desideratum, Roles, Name]:
+    """`correct` on desiderata that share their base prompts.
+
+    Args:
+      patched: where the heads of each key are.
+      progress: called with the examples done.
+    """
     config, some = model.config, next(iter(pairs.values()))
+    order = np.lexsort(some.clean.T[::-1])  # prompts that begin alike stand together, and share what is computed
+    pairs, some = {name: x[order] for name, x in pairs.items()}, some[order]
     at = [
         _masks_at(config, here, {key: sets for key, sets in masks.items() if patched[key] == here})
         for here in dict.fromkeys(patched[key] for key in masks)
@@ -149,6 +183,7 @@ def _accuracies(
     parts = list(equal_parts(len(some), size))
     batches = np.stack([rows for rows, _ in parts])
     base = BasePrompts(model, [some], places, list(batches))
+    counterfactuals = Counterfactuals(model, list(pairs.values()), roles, last, list(batches))
     static = [
         {
             "roles": tuple(map(roles.index, here.roles)),
@@ -157,25 +192,26 @@ def _accuracies(
         }
         for here in places
     ]
-    correct: dict[tuple[Desideratum, Roles], list[np.ndarray]] = {key: [] for key in masks}
+    found: dict[tuple[Desideratum, Roles], list[np.ndarray]] = {key: [] for key in masks}
 
     def answer(part: int) -> None:  # a function, so that its prompts go before others come
         rows, new = parts[part]
-        collected = collect_targets(model, [x[rows] for x in pairs.values()], roles, last)
-        targets = dict(zip(pairs, collected, strict=True))
+        targets = dict(zip(pairs, counterfactuals.run(part), strict=True))
         for here, prompts, options in zip(at, base.run(part), static, strict=True):
             for key, weight in here.weights.items():
                 padded = np.pad(weight, ((0, here.together - len(weight)), *((0, 0),) * 3))
                 inputs = prompts, targets[key[0]], over_rows(model.weights, padded)
-                found = _answers(config, model.weights, *inputs, **options)
-                right = is_correct(np.asarray(found)[: len(weight)], pairs[key[0]].labels[rows])
-                correct[key].append(right[:, new])
+                answered = _answers(config, model.weights, *inputs, **options)
+                right = is_correct(np.asarray(answered)[: len(weight)], pairs[key[0]].labels[rows])
+                found[key].append(right[:, new])
 
-    for part in range(len(parts)):
+    for part, (rows, _) in enumerate(parts):
         answer(part)
-    answered = {key: np.concatenate(x, axis=1).mean(-1) for key, x in correct.items()}
+        if progress:
+            progress(min((part + 1) * len(rows), len(some)))
+    right = {key: np.concatenate(x, axis=1)[:, np.argsort(order)] for key, x in found.items()}
     ends = {key: np.cumsum([len(some) for _, some in sets.values()])[:-1] for key, sets in masks.items()}
-    return {key: dict(zip(sets, np.split(answered[key], ends[key]), strict=True)) for key, sets in masks.items()}
+    return {key: dict(zip(sets, np.split(right[key], ends[key]), strict=True)) for key, sets in masks.items()}
 
 
 @partial(jax.jit, static_argnames=("config", "roles", "first_layer", "capacity"))

@@ -23,51 +23,33 @@ _UNPATCHED = ""  # in place of a group's name, which is not empty
 
 def run_dcm(study: Study, part: str, progress: Progress) -> JSON:
     """{group: {desideratum: heads, masks and accuracies}}."""
-    circuit = study.circuit(part)
-    roles: dict[str, list[str]] = {}
-    for group, heads in circuit.groups.items():
-        if heads:
-            roles.setdefault(circuit.roles[group], []).append(group)
-    main, variants = study.data.desiderata, study.data.variants
-    variants = [variants[i : i + len(main)] for i in range(0, len(variants), len(main))]
-    steps = len(roles) + len(variants)
-    found: dict[str, dict[str, JSON]] = {}
+    circuit, main, variants = study.circuit(part), study.data.desiderata, study.data.variants
+    groups = [group for group, heads in circuit.groups.items() if heads]
+    steps = 2 if variants else 1
 
-    def train(step: int, role: str, names: Sequence[str]) -> dict[str, dict[str, JSON]]:
-        advance = step_of(progress, step, steps)
-        compute = partial(_train, study, part, circuit, role, roles[role], names, advance)
-        return study.unfinished.piece("dcm", part, f"{role}: {', '.join(names)}", compute)
+    def train(step: int, groups: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, JSON]]:
+        compute = partial(_train, study, part, circuit, groups, names, step_of(progress, step, steps))
+        return study.unfinished.piece("dcm", part, f"{', '.join(groups)}: {', '.join(names)}", compute)
 
-    for i, role in enumerate(roles):
-        found |= train(i, role, main)
-    if variants and found:
+    if not groups:
+        return {}
+    found = train(0, groups, main)
+    if variants:
         best = max(found, key=lambda group: found[group]["positional"]["test"])
-        role = circuit.roles[best]
-        for i, names in enumerate(variants):
-            # In threes and with all groups of the role, so that nothing compiles again.
-            names = (*names, *main)[: len(main)]
-            more = train(len(roles) + i, role, names)[best]
-            found[best] |= {name: run for name, run in more.items() if name not in found[best]}
-    return {group: found[group] for group in circuit.groups if group in found}
+        found[best] |= train(1, [best], variants)[best]
+    return found
 
 
 def _train(
-    study: Study,
-    part: str,
-    circuit: Circuit,
-    role: str,
-    groups: Sequence[str],
-    names: Sequence[str],
-    progress: Progress,
+    study: Study, part: str, circuit: Circuit, groups: Sequence[str], names: Sequence[str], progress: Progress
 ) -> dict[str, dict[str, JSON]]:
-    """DCM of the groups of one role on several desiderata, {group: {desideratum: result}}."""
-    settings, model = study.settings, study.model(part)
+    """DCM of some groups on several desiderata, {group: {desideratum: result}}."""
+    settings, model, role_of = study.settings, study.model(part), circuit.roles
     data = {name: study.desideratum(name) for name in names}
     runs = dcm.train_many(
         model,
         {name: pairs["train"] for name, pairs in data.items()},
-        {group: circuit.groups[group] for group in groups},
-        role,
+        {group: {role_of[group]: circuit.groups[group]} for group in groups},
         lams=[settings.lam],
         epochs=settings.epochs,
         batch_size=min(settings.dcm_batch, len(data[names[0]]["train"])),
@@ -79,10 +61,10 @@ def _train(
     selected = dcm.select_many(model, trained, validation, compat=settings.compat, train_pairs=train)
     masks: dict[tuple[str, str], dict[str, Any]] = {}
     for (name, group), run in selected.items():
-        masks.setdefault((name, role), {})[group] = run.heads, np.round(run.mask)[None]
-    some = circuit.groups[groups[0]][:1]
+        masks.setdefault((name, role_of[group]), {})[group] = run.heads, np.round(run.mask)[None]
+    first = groups[0]
     for name in names:  # a mask that patches nothing: how often the model says the target by itself
-        masks[name, role][_UNPATCHED] = some, np.ones((1, 1))
+        masks[name, role_of[first]][_UNPATCHED] = circuit.groups[first][:1], np.ones((1, 1))
     tested = dcm.accuracies(model, test, masks)
     for (name, group), run in selected.items():
         found[group][name] = {
@@ -91,8 +73,8 @@ def _train(
             "selected": [list(head) for head in run.selected],
             "step": run.step,
             "validation": run.validation_accuracy,
-            "test": float(tested[name, role][group][0]),
-            "unpatched": float(tested[name, role][_UNPATCHED][0]),
+            "test": float(tested[name, role_of[group]][group][0]),
+            "unpatched": float(tested[name, role_of[first]][_UNPATCHED][0]),
             "loss": _short(run.history.loss),
             "masks": [_short(mask) for mask in run.history.mask],
         }
@@ -104,14 +86,11 @@ def run_activation_patching(study: Study, part: str, progress: Progress) -> JSON
     settings, model = study.settings, study.model(part)
     found: dict[str, Any] = {name: {} for name in settings.names}
     chosen = selected_heads(study)
-    names = list(dict.fromkeys(name for name, _ in chosen))
-    values: dict[tuple[str, str, str], list[float]] = {}
-    for repeat in range(settings.repeats if names else 0):
-        pairs = {name: study.patching(name, repeat) for name in names}
-        for (name, _), sets in _patched_accuracies(settings, model, pairs, chosen).items():
-            for key, accuracy in sets.items():
-                values.setdefault((*key, name), []).append(accuracy)
-        progress(repeat + 1, settings.repeats)
+    repeats = [
+        {name: study.patching(name, repeat) for name in dict.fromkeys(name for name, _ in chosen)}
+        for repeat in range(settings.repeats if chosen else 0)
+    ]
+    values = _patched_accuracies(settings, model, repeats, chosen, progress) if repeats else {}
     for name in settings.names:
         for group, desiderata in study.results["dcm"][name].items():
             found[name][group] = {d: _mean_and_deviation(values.get((name, group, d), [])) for d in desiderata}
@@ -134,24 +113,35 @@ def selected_heads(study: Study) -> dict[tuple[str, str], dict[tuple[str, str], 
 def _patched_accuracies(
     settings: Settings,
     model: Model,
-    pairs: Mapping[str, Pairs],
-    chosen: Mapping[tuple[str, str], Mapping[Any, list[Head]]],
-) -> dict[tuple[str, str], dict[Any, float]]:
-    """Accuracy on each desideratum with each set of heads patched at a role; `chosen` is of `selected_heads`."""
-    if settings.compat:
+    repeats: Sequence[Mapping[str, Pairs]],
+    chosen: Mapping[tuple[str, str], Mapping[tuple[str, str], list[Head]]],
+    progress: Progress,
+) -> dict[tuple[str, str, str], list[float]]:
+    """(model, group, desideratum) -> accuracies in each of the `repeats` with the `chosen` heads patched.
+
+    Args:
+      repeats: desideratum -> its pairs, as many in each repeat.
+      chosen: see `selected_heads`.
+    """
+    found: dict[tuple[str, str, str], list[float]] = {}
+    if settings.compat:  # of the published code, which patches set by set
         options = {"batch_size": settings.batch_size, "compat": settings.compat, "keep_logits": False}
-        return {
-            (name, role): {
-                key: float(patch_activations(model, pairs[name], {role: heads}, **options).accuracy)
-                for key, heads in sets.items()
-            }
-            for (name, role), sets in chosen.items()
-        }
+        for i, pairs in enumerate(repeats):
+            for (name, role), sets in chosen.items():
+                for key, heads in sets.items():
+                    accuracy = patch_activations(model, pairs[name], {role: heads}, **options).accuracy
+                    found.setdefault((*key, name), []).append(float(accuracy))
+            progress(i + 1, len(repeats))
+        return found
     masks = {
         at: {key: (heads, np.zeros((1, len(heads)))) for key, heads in sets.items()} for at, sets in chosen.items()
     }
-    found = dcm.accuracies(model, pairs, masks)
-    return {at: {key: float(x[0]) for key, x in sets.items()} for at, sets in found.items()}
+    # All repeats together, so that they are split into calls of one size, and compiled once.
+    together = {name: Pairs.concatenate([pairs[name] for pairs in repeats]) for name in repeats[0]}
+    for (name, _), sets in dcm.correct(model, together, masks, progress).items():
+        for key, right in sets.items():
+            found[*key, name] = right.reshape(len(repeats), -1).mean(axis=1).tolist()
+    return found
 
 
 def step_of(progress: Progress, step: int, steps: int) -> Progress:

@@ -1,7 +1,7 @@
 """Pieces of a part that is not done yet, so that a part that was cut off goes on with its next piece.
 
-unfinished/discovery.MODEL.npz holds the sweeps that are done, unfinished/dcm.MODEL.json the masks of the roles. A file
-is removed when its part is kept.
+unfinished/discovery.MODEL.npz holds the sweeps that are done, unfinished/dcm.MODEL.json the masks of the main
+desiderata. A file is removed when its part is kept.
 """
 
 import json
