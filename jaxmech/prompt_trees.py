@@ -43,6 +43,7 @@ from jaxmech.model import (
 WORTH_DROPPING = 0.8  # of the tokens that the trees have
 BUCKETS = 4  # of a call, at most
 WORTH_PADDING = 17 / 16  # of the packed tokens: unpacking them for attention takes about as long
+ALIKE = 5 / 4  # of the tokens of prompts that are no trees, most of which are equally long: few shapes save more
 LITTLE = 2**11  # tokens of a call that are padded in any case: fewer shapes save more than packing
 Array = Any  # NumPy on the host, jax.Array inside jit
 
@@ -146,12 +147,13 @@ class Layout(NamedTuple):
     padded: bool  # see `PackedTrees`
 
     @classmethod
-    def of(cls, sizes: np.ndarray, multiple: int) -> "Layout":
+    def of(cls, sizes: np.ndarray, multiple: int, several: int) -> "Layout":
         """Of calls with such trees.
 
         Args:
           sizes: [calls, B], small trees first.
           multiple: for `few_sizes`, of W.
+          several: prompts of a tree.
         """
         count = sizes.shape[1]
         bounds = np.unique(np.linspace(0, count, BUCKETS + 1).astype(int)).tolist()
@@ -162,7 +164,7 @@ class Layout(NamedTuple):
                 start = spans.pop()[0]
             spans.append((start, stop, width))
         capacity, widest = few_sizes(aligned(int(sizes.sum(axis=1).max())), share=32), count * spans[-1][2]
-        if widest <= max(LITTLE, WORTH_PADDING * capacity):
+        if widest <= max(LITTLE, (ALIKE if several == 1 else WORTH_PADDING) * capacity):
             return cls(widest, [(0, count, spans[-1][2])], padded=True)
         return cls(capacity, spans, padded=False)
 

@@ -63,8 +63,8 @@ def layout_of(sizes: np.ndarray, way: str) -> Layout:
     (count, widest), total = (sizes.shape[1], int(sizes.max())), int(sizes.sum(axis=1).max())
     half = count // 2
     return {
-        "as planned": Layout.of(sizes, 1),
-        "two pieces": Layout.of(sizes, 8),
+        "as planned": Layout.of(sizes, 1, SEVERAL),
+        "two pieces": Layout.of(sizes, 8, SEVERAL),
         "one bucket": Layout(total, [(0, count, widest)], padded=False),
         "filled up": Layout(
             total + 7, [(0, half, int(sizes[:, :half].max()) + 2), (half, count, widest + 9)], padded=False
@@ -108,7 +108,7 @@ def test_trees_are_packed_tightly_in_few_shapes():
     layouts = []
     for _ in range(20):
         sizes = np.sort(rng.normal(470, 40, (8, 64)).astype(int), axis=1)
-        layout = Layout.of(sizes, 8)
+        layout = Layout.of(sizes, 8, 14)
         assert sizes.sum(axis=1).max() <= layout.capacity <= 1.04 * sizes.sum(axis=1).max() and not layout.padded
         assert [span[0] for span in layout.spans] == [0, *(span[1] for span in layout.spans[:-1])]
         assert layout.spans[-1][1] == 64 and 2 <= len(layout.spans) <= 4
@@ -116,8 +116,11 @@ def test_trees_are_packed_tightly_in_few_shapes():
             assert sizes[:, start:stop].max() <= width <= 1.125 * sizes[:, start:stop].max()
         layouts.append(str(layout))
     assert len(set(layouts)) < 20
-    assert Layout.of(np.array([[10, 20, 30, 70]]), 1) == Layout(4 * 72, [(0, 4, 72)], padded=True)
-    assert Layout.of(np.full((3, 5), 57), 1) == Layout(300, [(0, 5, 60)], padded=True)
+    assert Layout.of(np.array([[10, 20, 30, 70]]), 1, 2) == Layout(4 * 72, [(0, 4, 72)], padded=True)
+    assert Layout.of(np.full((3, 50), 57), 1, 2) == Layout(3000, [(0, 50, 60)], padded=True)
+    assert not Layout.of(np.full((3, 50), 57), 8, 2).padded
+    for sizes in (np.full((3, 50), 57), np.full((3, 50), 61)):  # single prompts of other lengths compile once
+        assert Layout.of(sizes, 8, 1) == Layout(3200, [(0, 50, 64)], padded=True)
 
 
 def test_few_widths_and_little_to_fill_up():
@@ -239,9 +242,8 @@ def test_trees_are_worth_it_but_in_small_models(shape, alone):
 def test_prompts_that_share_nothing_are_no_tree(random_model, random_pairs, monkeypatch, seeds, several):
     model, calls = random_model(), []
     pairs = [random_pairs(model, seed=seed) for seed in seeds]
-    real = targets._Trees
     monkeypatch.setattr(
-        targets, "_Trees", lambda model, trees, *rest: calls.append(trees.member.shape[1]) or real(model, trees, *rest)
+        targets, "run_stretch", lambda *x: calls.append(x[2].buckets[0].member.shape[2]) or run_stretch(*x)
     )
     collected(model, pairs, ["last"], [3, 3])
     assert set(calls) == {several}
@@ -250,7 +252,7 @@ def test_prompts_that_share_nothing_are_no_tree(random_model, random_pairs, monk
 def test_trees_lower_for_every_platform(random_model, prompts):
     model = random_model(dtype="bfloat16")
     trees, order = PromptTrees.grow(*prompts), np.arange(COUNT)[None]
-    packed = pack(trees, order, Layout.of(trees.sizes[order], 8), before=None)
+    packed = pack(trees, order, Layout.of(trees.sizes[order], 8, SEVERAL), before=None)
     traced = run_stretch.trace(model.config, model.weights, packed, 0, 2)
     assert "stablehlo" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 

@@ -21,12 +21,12 @@ from jaxmech import memory
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.pairs import Pairs, positions_of
-from jaxmech.prompt_trees import Layout, PromptTrees, pack, run_stretch, stretches
+from jaxmech.prompt_trees import Layout, PromptTrees, Stretch, pack, run_stretch, stretches
 from jaxmech.sharding import over_rows, row_devices
 
 SOFTMAX = 100  # multiply-adds that take as long as the softmax of one score, roughly
 TOKENS_PER_CALL = 2**15  # of trees that run together: enough for a GPU
-ALIKE = 8  # widths of several desiderata's trees are multiples of this: others share what is compiled
+MULTIPLE = 8  # widths of several desiderata's trees are multiples of this: others share what is compiled
 Array = Any  # NumPy on the host, jax.Array inside jit
 
 
@@ -63,28 +63,75 @@ class Counterfactuals:
     ):
         for pairs in desiderata:
             check_prompts(model.config, pairs)
+        self._model, self._copies = model, row_devices(model.weights)
         self._desiderata, self._parts = desiderata, parts
+        self._runs: list[_Runs] = []
+        self._layouts: list[Layout] = []  # of each stretch
         prompts = [check_tokens(model.config, np.asarray(pairs.corrupt)) for pairs in desiderata]
         T = max(x.shape[1] for x in prompts)
         together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
         at = np.stack([positions_of(pairs.corrupt_position, roles) for pairs in desiderata], axis=1)  # [B, S, R]
         length = at.max(axis=2) + 1
-        grown = [(PromptTrees.grow(together, length, at), list(layers))]
+        trees, groups = PromptTrees.grow(together, length, at), [(range(len(desiderata)), list(layers))]
+        one_tree = True
         if len(desiderata) > 1:
-            alone = [PromptTrees.grow(*(x[:, [s]] for x in (together, length, at))) for s in range(len(desiderata))]
-            if sum(_work(model.config, trees) for trees in alone) < _work(model.config, grown[0][0]):
-                grown = [(trees, [layer]) for trees, layer in zip(alone, layers, strict=True)]
-        multiple = ALIKE if len(desiderata) > 1 else 1
-        self._trees = [_Trees(model, trees, wanted, parts, multiple) for trees, wanted in grown]
+            one_by_one = (x.swapaxes(0, 1).reshape(-1, 1, *x.shape[2:]) for x in (together, length, at))
+            alone = PromptTrees.grow(*one_by_one)  # [S * B], the prompts of one desideratum behind those of another
+            if _work(model.config, alone) < _work(model.config, trees):
+                trees, one_tree = alone, False
+                groups = [([s for s, x in enumerate(layers) if x == layer], [layer]) for layer in dict.fromkeys(layers)]
+        each = self._trees_of_a_call(trees.sizes, len(parts[0]))
+        for sets, wanted in groups:
+            rows = [part if one_tree else np.concatenate([len(at) * s + part for s in sets]) for part in parts]
+            dealt = [_dealt(trees.sizes[of], each, self._copies) for of in rows]
+            calls = [of[places] for of, places in zip(rows, dealt, strict=True)]
+            self._runs.append(_Runs(list(sets), stretches(trees, wanted), dealt, calls))
+        multiple = MULTIPLE if len(desiderata) > 1 else 1
+        for stretch in zip(*(runs.route for runs in self._runs), strict=True):
+            sizes = [x.trees.sizes[np.concatenate(runs.calls)] for x, runs in zip(stretch, self._runs, strict=True)]
+            sizes = np.concatenate([x.reshape(-1, each) for x in sizes])
+            self._layouts.append(Layout.of(sizes, multiple, trees.member.shape[1]))
+
+    def _trees_of_a_call(self, sizes: np.ndarray, count: int) -> int:
+        """Of one on each copy of the model, if so many are to be run; few numbers, so few compilations.
+
+        Args:
+          sizes: of the trees.
+        """
+        fitting = memory.fitting(self._model.weights, memory.of_forward(self._model.config, float(sizes.max())))
+        most = min(fitting, math.ceil(TOKENS_PER_CALL / sizes.mean()))
+        most = most if most >= count else 2 ** (most.bit_length() - 1)
+        return math.ceil(count / (math.ceil(count / most) * self._copies))
 
     def run(self, part: int) -> list[Targets]:
         """Of each desideratum, z at the roles [B, L, R, N, H] and the labels of the pairs of a part."""
-        found = [z for trees in self._trees for z in trees.run(part)]
-        some = [pairs[self._parts[part]] for pairs in self._desiderata]
+        values: dict[int, jax.Array] = {}
+        rows, weights = self._parts[part], self._model.weights
+        for runs in self._runs:
+            found = []
+            for examples in runs.calls[part]:
+                x = z = trees = None
+                for stretch, layout in zip(runs.route, self._layouts, strict=True):
+                    trees = pack(stretch.trees, examples, layout, before=trees)
+                    inputs = over_rows(weights, trees), stretch.start, stretch.stop, x, z
+                    x, z = run_stretch(self._model.config, weights, *inputs)
+                found.append(z)
+            places = np.unique(runs.dealt[part], return_index=True)[1]
+            values |= zip(runs.sets, _in_order(found, places, sets=len(runs.sets), count=len(rows)), strict=True)
+        some = [pairs[rows] for pairs in self._desiderata]
         return [
-            Targets(z, pairs.labels, pairs.labels if pairs.wrong_labels is None else pairs.wrong_labels)
-            for z, pairs in zip(found, some, strict=True)
+            Targets(values[s], pairs.labels, pairs.labels if pairs.wrong_labels is None else pairs.wrong_labels)
+            for s, pairs in enumerate(some)
         ]
+
+
+class _Runs(NamedTuple):
+    """Desiderata whose prompts are run together: all in one tree of each example, or those with one last layer."""
+
+    sets: list[int]  # which desiderata
+    route: list[Stretch]
+    dealt: list[np.ndarray]  # of each part, what is in its calls [calls, copies, b] of all that is run for it
+    calls: list[np.ndarray]  # the same as rows of all trees
 
 
 def _work(config: Config, trees: PromptTrees) -> float:
@@ -94,67 +141,29 @@ def _work(config: Config, trees: PromptTrees) -> float:
     return float(weights * sizes.sum() + (2 * heads + SOFTMAX * config.num_heads) * (sizes**2).sum())
 
 
-class _Trees:
-    """Trees of S prompts, which are run in calls of one shape.
-
-    Args:
-      layers: of the S prompts.
-      parts: see `Counterfactuals`.
-      multiple: for `few_sizes`, of the trees' widths.
-    """
-
-    def __init__(
-        self, model: Model, trees: PromptTrees, layers: Sequence[int], parts: Sequence[np.ndarray], multiple: int
-    ):
-        self._model, self._several = model, len(layers)
-        sizes, copies = trees.sizes, row_devices(model.weights)
-        fitting = memory.fitting(model.weights, memory.of_forward(model.config, float(sizes.max())))
-        most = min(fitting, math.ceil(TOKENS_PER_CALL / sizes.mean()))
-        self._calls = [_calls(sizes[rows], most, copies) for rows in parts]
-        self._examples = [rows[calls] for rows, calls in zip(parts, self._calls, strict=True)]
-        self._route = stretches(trees, layers)
-        every = np.concatenate(self._examples).reshape(-1, self._examples[0].shape[-1])
-        self._layouts = [Layout.of(stretch.trees.sizes[every], multiple) for stretch in self._route]
-
-    def run(self, part: int) -> list[jax.Array]:
-        """z [B, L, R, N, H] of each of the S prompts of a part's examples, at the tokens that the trees keep."""
-        config, weights = self._model.config, self._model.weights
-        found = []
-        for examples in self._examples[part]:
-            x = z = trees = None
-            for stretch, layout in zip(self._route, self._layouts, strict=True):
-                trees = pack(stretch.trees, examples, layout, before=trees)
-                x, z = run_stretch(config, weights, over_rows(weights, trees), stretch.start, stretch.stop, x, z)
-            found.append(z)
-        return _in_order(found, np.unique(self._calls[part], return_index=True)[1], sets=self._several)
-
-
-def _calls(sizes: np.ndarray, most: int, copies: int) -> np.ndarray:
-    """Which trees run together, [calls, copies, b], small ones first, so that every call has some of every size.
-
-    Several calls have few numbers of trees, so that other sets of examples share what is compiled.
+def _dealt(sizes: np.ndarray, each: int, copies: int) -> np.ndarray:
+    """Which trees run together, [calls, copies, each], small ones first, so that every call has some of every size.
 
     Args:
       sizes: of the trees, [B].
-      most: trees of a call.
       copies: of the model, that share a call.
     """
-    if most < len(sizes):
-        most = 2 ** (most.bit_length() - 1)
-    count = math.ceil(len(sizes) / most) * copies
+    count = math.ceil(len(sizes) / (each * copies)) * copies
     order = np.resize(np.argsort(sizes, kind="stable"), max(count, len(sizes)))
-    dealt = [order[i::count] for i in range(count)]
-    return np.stack([np.pad(x, (0, len(dealt[0]) - len(x)), "edge") for x in dealt]).reshape(-1, copies, len(dealt[0]))
+    pieces = [np.pad(x := order[i::count], (0, each - len(x)), "edge") for i in range(count)]
+    return np.stack(pieces).reshape(-1, copies, each)
 
 
-@partial(jax.jit, static_argnames="sets")
-def _in_order(parts: Sequence[jax.Array], places: Array, *, sets: int) -> list[jax.Array]:
-    """z [B, L, R, N, H] of each of S `sets` of prompts, of trees that are at `places` [B] of the parts.
+@partial(jax.jit, static_argnames=("sets", "count"))
+def _in_order(calls: Sequence[jax.Array], places: Array, *, sets: int, count: int) -> list[jax.Array]:
+    """z [B, L, R, N, H] of each of S = `sets` desiderata, of B = `count` examples, from that of all calls.
 
     Args:
-      parts: [pieces, L, b, S * R, N, H] each, set by set.
+      calls: [pieces, L, b, P, N, H] each. A tree has all S prompts of an example, then P = S * R and B trees are
+        wanted; or one prompt, then P = R and those of one desideratum are wanted behind those of another.
+      places: where the trees that are wanted are in the calls, [B] or [S * B].
     """
-    z = jnp.concatenate([jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in parts], axis=1)
-    z = z[:, places]
-    z = z.reshape(*z.shape[:2], sets, -1, *z.shape[-2:])  # [L, B, S, R, N, H]
-    return list(z.swapaxes(0, 2))
+    z = jnp.concatenate([jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in calls], axis=1)
+    outer = len(places) // count
+    z = z[:, places].reshape(len(z), outer, count, sets // outer, -1, *z.shape[3:])  # [L, ., B, ., R, N, H]
+    return list(z.transpose(1, 3, 2, 0, 4, 5, 6).reshape(sets, count, len(z), -1, *z.shape[5:]))
