@@ -60,17 +60,7 @@ def main() -> None:
     if not 0 < options.share <= 1:
         parser.error(f"--share is {options.share}; expected a number above 0 and at most 1")
     config = shapes.SHAPES[options.shape].config
-    settings = Settings(
-        base=jm.demo.path("base"),
-        tuned=(jm.demo.path("tuned"),),
-        k=sizes(shapes.groups(config)),
-        threshold=0,
-        dtype=config.dtype,
-        models_in_memory=options.models_in_memory,
-    )
-    settings = settings.quick() if options.quick else settings
-    sizes_of_prompts = {name: max(1, round(options.share * getattr(settings, name))) for name in PROMPTS}
-    settings = dataclasses.replace(settings, **sizes_of_prompts)
+    settings = settings_of(config, options.share, quick=options.quick, models_in_memory=options.models_in_memory)
     sweep = no_sweep if options.no_sweeps else discovery.path_patch
     result: dict[str, Any] = {"shape": options.shape, "config": config.to_dict(), "machine": machine()}
     result |= {"share": options.share, "sweeps": not options.no_sweeps}
@@ -89,6 +79,20 @@ def main() -> None:
         print(f"{name}: {json.dumps(result[name])}", flush=True)
 
 
+def settings_of(config: jm.Config, share: float = 1, *, quick: bool = False, models_in_memory: int = 2) -> Settings:
+    """A study that finds the heads of `shapes.groups`, of a share of its prompts."""
+    settings = Settings(
+        base=jm.demo.path("base"),
+        tuned=(jm.demo.path("tuned"),),
+        k=sizes(shapes.groups(config)),
+        threshold=0,
+        dtype=config.dtype,
+        models_in_memory=models_in_memory,
+    )
+    settings = settings.quick() if quick else settings
+    return dataclasses.replace(settings, **{name: max(1, round(share * getattr(settings, name))) for name in PROMPTS})
+
+
 class NoTimeLeft(Exception):
     """The deadline has passed."""
 
@@ -99,11 +103,13 @@ def study(
     sweep: Callable[..., jm.PathScores],
     keep: Callable[[dict[str, Any]], None],
     deadline: float,
+    weights_of: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
     """Seconds of one study in a folder of its own, by stage and model; `keep` gets those so far.
 
     Args:
       sweep: `jm.path_patch`, or what takes its place in discovery.
+      weights_of: from the name of a model to its weights; None: random ones.
 
     Raises:
       NoTimeLeft: the study has come to `deadline`, by time.monotonic().
@@ -111,9 +117,7 @@ def study(
 
     class RandomStudy(Study):
         def _load(self, name: str) -> jm.Model:
-            weights = dict(shapes.random_model(config).weights)
-            if name != settings.names[0]:
-                weights["blocks"] = {k: 1.1 * x if k in "qkv" else x for k, x in weights["blocks"].items()}
+            weights = weights_of(name) if weights_of else random_weights(config, base=name == settings.names[0])
             return jm.Model(config, {"params": weights}, convert.read_tokenizer(settings.paths[name], config))
 
         @cached_property
@@ -152,6 +156,14 @@ def study(
         for name in settings.names
     }
     return {"seconds": seconds, "stages": stages, "heads": heads, "peak_bytes": peak_memory()}
+
+
+def random_weights(config: jm.Config, *, base: bool) -> dict[str, Any]:
+    """Those of the base, or of the tuned model."""
+    weights = dict(shapes.random_model(config).weights)
+    if not base:
+        weights["blocks"] = {k: 1.1 * x if k in "qkv" else x for k, x in weights["blocks"].items()}
+    return weights
 
 
 def finding_the_papers_heads(sweep: Callable[..., jm.PathScores]) -> Callable[..., jm.PathScores]:
