@@ -41,7 +41,7 @@ from jaxmech.model import (
 )
 
 WORTH_DROPPING = 0.8  # of the tokens that the trees have
-BUCKETS = 4  # of a call, at most
+BUCKETS = 2  # of a call, at most; each is compiled for itself
 WORTH_PADDING = 17 / 16  # of the packed tokens: unpacking them for attention takes about as long
 ALIKE = 5 / 4  # of the tokens of prompts that are no trees, most of which are equally long: few shapes save more
 LITTLE = 2**11  # tokens of a call that are padded in any case: fewer shapes save more than packing

@@ -11,6 +11,7 @@ step then runs, forward and backward, the layers from the group's first on and t
 (`jaxmech.cone`).
 
 training.py    trains masks, many at once
+steps.py       the steps of all trainings of a call, compiled
 testing.py     how well masks do on other pairs
 selection.py   which mask of a training is the best
 runs.py        what a training leaves

@@ -72,25 +72,19 @@ class Counterfactuals:
         together = np.stack([np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in prompts], axis=1)  # [B, S, T]
         at = np.stack([positions_of(pairs.corrupt_position, roles) for pairs in desiderata], axis=1)  # [B, S, R]
         length = at.max(axis=2) + 1
-        trees, groups = PromptTrees.grow(together, length, at), [(range(len(desiderata)), list(layers))]
-        one_tree = True
-        if len(desiderata) > 1:
-            one_by_one = (x.swapaxes(0, 1).reshape(-1, 1, *x.shape[2:]) for x in (together, length, at))
-            alone = PromptTrees.grow(*one_by_one)  # [S * B], the prompts of one desideratum behind those of another
-            if _work(model.config, alone) < _work(model.config, trees):
-                trees, one_tree = alone, False
-                groups = [([s for s, x in enumerate(layers) if x == layer], [layer]) for layer in dict.fromkeys(layers)]
+        trees, groups = _grown(model.config, together, length, at, layers)
+        in_a_tree = trees.member.shape[1]
         each = self._trees_of_a_call(trees.sizes, len(parts[0]))
         for sets, wanted in groups:
-            rows = [part if one_tree else np.concatenate([len(at) * s + part for s in sets]) for part in parts]
+            rows = [part if in_a_tree > 1 else np.concatenate([len(at) * s + part for s in sets]) for part in parts]
             dealt = [_dealt(trees.sizes[of], each, self._copies) for of in rows]
             calls = [of[places] for of, places in zip(rows, dealt, strict=True)]
-            self._runs.append(_Runs(list(sets), stretches(trees, wanted), dealt, calls))
+            self._runs.append(_Runs(sets, stretches(trees, wanted), dealt, calls))
         multiple = MULTIPLE if len(desiderata) > 1 else 1
         for stretch in zip(*(runs.route for runs in self._runs), strict=True):
             sizes = [x.trees.sizes[np.concatenate(runs.calls)] for x, runs in zip(stretch, self._runs, strict=True)]
             sizes = np.concatenate([x.reshape(-1, each) for x in sizes])
-            self._layouts.append(Layout.of(sizes, multiple, trees.member.shape[1]))
+            self._layouts.append(Layout.of(sizes, multiple, in_a_tree))
 
     def _trees_of_a_call(self, sizes: np.ndarray, count: int) -> int:
         """Of one on each copy of the model, if so many are to be run; few numbers, so few compilations.
@@ -132,6 +126,23 @@ class _Runs(NamedTuple):
     route: list[Stretch]
     dealt: list[np.ndarray]  # of each part, what is in its calls [calls, copies, b] of all that is run for it
     calls: list[np.ndarray]  # the same as rows of all trees
+
+
+def _grown(
+    config: Config, prompts: np.ndarray, length: np.ndarray, positions: np.ndarray, layers: Sequence[int]
+) -> tuple[PromptTrees, list[tuple[list[int], list[int]]]]:
+    """One tree of each example's prompts, or each prompt alone, whichever is less work; see `PromptTrees.grow`.
+
+    Returns:
+      The trees, [B], or [S * B] of one prompt each, those of one desideratum behind those of another; and the
+      desiderata that are run together, with the last layers of the prompts of their trees.
+    """
+    trees, several = PromptTrees.grow(prompts, length, positions), prompts.shape[1]
+    if several > 1:
+        alone = PromptTrees.grow(*(x.swapaxes(0, 1).reshape(-1, 1, *x.shape[2:]) for x in (prompts, length, positions)))
+        if _work(config, alone) < _work(config, trees):
+            return alone, [([s for s in range(several) if layers[s] == x], [x]) for x in dict.fromkeys(layers)]
+    return trees, [(list(range(several)), list(layers))]
 
 
 def _work(config: Config, trees: PromptTrees) -> float:

@@ -103,7 +103,8 @@ def train_many(
       model: the model, which stays as it is.
       train_pairs: desideratum -> its pairs, equally many for each.
       groups: name -> heads of a group, all at `role`; or, in all groups, {role: heads} or a `Circuit`. Names say
-        nothing of roles: {"early": heads} is a group at `role`.
+        nothing of roles: {"early": heads} is a group at `role`. Prompts are run once for all groups, at whatever roles,
+        if that fits the memory.
       role: the role at which the heads are patched, or several; see `train`.
       lams: the lambdas, weights of the number of patched heads in the loss; `lam` of `train`.
       seeds: the seeds; without `shuffle` they make no difference.
