@@ -215,7 +215,7 @@ def test_prompts_are_run_once_for_groups_at_several_roles_if_they_fit(model, pai
         for key, run in dcm.train_many(model, {name: some}, {group: heads}, **options).items()
     }
     of_heads, runs, seen = memory.of_heads(model.config, len(pairs), model.config.num_layers), [], []
-    monkeypatch.setattr(training.memory, "fitting", lambda weights, x: fitting if x == 8 * of_heads else 10**6)
+    monkeypatch.setattr(training.memory, "fitting", lambda weights, x: fitting if x == 4 * of_heads else 10**6)
     run_base = prompts._run_base
     monkeypatch.setattr(prompts, "_run_base", lambda *inputs, **how: runs.append(how) or run_base(*inputs, **how))
     found = dcm.train_many(model, desiderata, groups, **options, progress=lambda *call: seen.append(call))

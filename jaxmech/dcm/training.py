@@ -178,7 +178,7 @@ def _fitting(
     Then there are as many desiderata at a time as fit.
     """
     count, layers = len(next(iter(train_pairs.values()))), model.config.num_layers
-    most = memory.fitting(model.weights, 4 * 2 * memory.of_heads(model.config, count, layers))  # once more as a stack
+    most = memory.fitting(model.weights, 4 * memory.of_heads(model.config, count, layers))
     names, roles = list(train_pairs), {role for here in at for role in here.place.roles}
     if len(names) * len(roles) <= most:
         return [(dict(train_pairs), at)]
