@@ -158,11 +158,11 @@ class Record:
     def instead(self, name: str, function: Any) -> Callable[..., Any]:
         """A function that compiles `function` for the target and returns zeros of its results' shapes."""
 
-        def call(config, *arguments, **static):
+        def call(*arguments, **static):
             arguments = jax.tree.map(self._abstract, arguments)
             key = name, jax.tree.structure(arguments), tuple(jax.tree.leaves(arguments)), tuple(static.items())
             if key not in self.kernels:
-                lowered = function.lower(config, *arguments, **static)
+                lowered = function.lower(*arguments, **static)
                 started = time.perf_counter()
                 compiled = lowered.compile(self.compiler_options)
                 seconds = time.perf_counter() - started
@@ -173,7 +173,9 @@ class Record:
 
         return call
 
-    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+    def _abstract(self, x: Any) -> Any:
+        if isinstance(x, jm.Config):  # which is static
+            return x
         dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
         return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(dtype), sharding=self.sharding)
 

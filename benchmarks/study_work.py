@@ -109,27 +109,28 @@ class Counts:
     def instead(self, name: str, function: Any) -> Callable[..., Any]:
         """A function that traces `function` and returns zeros of its results' shapes."""
 
-        def call(config, *arguments, **static):
-            config_is_static = isinstance(config, jm.Config)
-            inputs = arguments if config_is_static else (config, *arguments)
-            abstract = jax.tree.map(_abstract, inputs)
+        def call(*arguments, **static):
+            abstract = jax.tree.map(_abstract, arguments)
             key = name, jax.tree.structure(abstract), tuple(jax.tree.leaves(abstract)), tuple(static.items())
             count = self._counts.setdefault(name, {"programs": 0, "calls": 0, "flops": 0.0})
             if key not in self._traced:
-                traced = function.trace(*([config] if config_is_static else []), *abstract, **static)
+                traced = function.trace(*abstract, **static)
                 zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), traced.out_info)
                 self._traced[key] = traced.jaxpr.jaxpr, zeros
                 count["programs"] += 1
             jaxpr, zeros = self._traced[key]
             count["calls"] += 1
-            leaves = jax.tree.leaves(inputs)  # static ones by keyword have been left out; others are no leaves of jaxpr
-            count["flops"] += flops_of(jaxpr, leaves if len(leaves) == len(jaxpr.invars) else [], self._layers)
+            values = [x for x in jax.tree.leaves(arguments) if not isinstance(x, jm.Config)]
+            of_jaxpr = len(values) == len(jaxpr.invars)  # or some by keyword are not static
+            count["flops"] += flops_of(jaxpr, values if of_jaxpr else [], self._layers)
             return zeros
 
         return call
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+def _abstract(x: Any) -> Any:
+    if isinstance(x, jm.Config):  # which is static
+        return x
     dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
     return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(dtype))
 

@@ -12,9 +12,12 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import compile_only  # noqa: E402
 import hlo  # noqa: E402
+import shapes  # noqa: E402
 import targets  # noqa: E402
 
+import jaxmech as jm  # noqa: E402
 from jaxmech import compiled_sizes, memory  # noqa: E402
+from jaxmech.model import abstract_params  # noqa: E402
 
 PROGRAM = """
 %slice_of_weights (parameter_0: f32[10,20,30], parameter_1: s32[]) -> f32[1,20,30] {
@@ -95,6 +98,19 @@ def test_every_kernel_of_every_method_is_compiled_and_none_is_run(tmp_path, monk
         assert kernel["argument_bytes"] > 0 or not multiplies
         assert f"{kernel['work']}: {kernel['kernel']} x {kernel['calls']}, compiled in" in printed
     assert len(list((tmp_path / "hlo").iterdir())) == len(kernels)
+
+
+@pytest.mark.usefixtures("this_device")
+def test_every_shape_of_a_function_is_a_kernel_of_its_own():
+    """Also of those that take no config: masks of groups in other layers."""
+    shape = dataclasses.replace(shapes.SHAPES["tiny"], prompts=8)
+    model = jm.Model(shape.config, abstract_params(shape.config))
+    groups = {"a": {"last": [(2, 1)]}, "b": {"query_box": [(1, 0)]}, "c": {"query_box": [(1, 3), (3, 1)]}}
+    with compile_only.recorded(targets.TARGETS["here"]) as record:
+        runs = jm.dcm.train_many(model, {"": shapes.pairs(shape)}, groups, batch_size=4)
+    names = [kernel.name for kernel in record.kernels.values()]
+    assert [names.count(name) for name in ("_unpatched", "_train", "_run_base")] == [2, 2, 1]
+    assert {key[1]: len(run.mask) for key, run in runs.items()} == {"a": 1, "b": 1, "c": 2}
 
 
 def test_a_model_that_does_not_fit_is_refused_and_changes_nothing(monkeypatch):
