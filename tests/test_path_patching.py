@@ -153,11 +153,14 @@ def test_scores_do_not_depend_on_the_order_of_the_examples(random_model, random_
 
 
 @pytest.mark.parametrize(("receivers", "via"), [(None, None), (RECEIVERS, "q"), (RECEIVERS, "v")])
-def test_patching_from_the_clean_prompt_itself_changes_exactly_nothing(random_model, random_pairs, receivers, via):
+def test_patching_from_the_clean_prompt_itself_changes_nothing(random_model, random_pairs, receivers, via):
+    """But the last bit, on CPUs whose products sum the rows of a batch in other orders."""
     model = random_model(num_layers=5, **GQA)
     pairs = random_pairs(model)
     itself = jm.Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.positions, pairs.positions)
-    assert not jm.path_patch(model, itself, "last", receivers, via).per_example.any()
+    changes = jm.path_patch(model, itself, "last", receivers, via).per_example
+    effects = jm.path_patch(model, pairs, "last", receivers, via).per_example
+    assert np.abs(changes).max() <= TOLERANCES.recompiled < np.abs(effects).max()
 
 
 def test_prompts_that_are_the_same_up_to_the_sender_are_warned_of(random_model, random_pairs):
