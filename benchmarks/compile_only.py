@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ import flops  # noqa: E402
 import hlo  # noqa: E402
 import shapes  # noqa: E402
 from bench_path_patching import sweep_sizes  # noqa: E402
+from instead import abstract, instead_of_compiled  # noqa: E402
 from measuring import add_words, save  # noqa: E402
 from targets import GIB, TARGETS, Target  # noqa: E402
 
@@ -159,7 +161,7 @@ class Record:
         """A function that compiles `function` for the target and returns zeros of its results' shapes."""
 
         def call(*arguments, **static):
-            arguments = jax.tree.map(self._abstract, arguments)
+            arguments = jax.tree.map(partial(abstract, sharding=self.sharding), arguments)
             key = name, jax.tree.structure(arguments), tuple(jax.tree.leaves(arguments)), tuple(static.items())
             if key not in self.kernels:
                 lowered = function.lower(*arguments, **static)
@@ -173,27 +175,13 @@ class Record:
 
         return call
 
-    def _abstract(self, x: Any) -> Any:
-        if isinstance(x, jm.Config):  # which is static
-            return x
-        dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
-        return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(dtype), sharding=self.sharding)
-
 
 @contextmanager
 def recorded(target: Target) -> Iterator[Record]:
     """Within, the jit-compiled functions of jaxmech are compiled for the target instead of run."""
-    record, replaced = Record(target), []
-    for module in [module for name, module in sys.modules.items() if name.startswith("jaxmech.")]:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, jax.stages.Wrapped):
-                replaced.append((module, name, value))
-                setattr(module, name, record.instead(name, value))
-    try:
+    record = Record(target)
+    with instead_of_compiled(record.instead):
         yield record
-    finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)
 
 
 def _row(kernel: Kernel, options: argparse.Namespace, label: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import gpu_study  # noqa: E402
 import shapes  # noqa: E402
+from instead import abstract, instead_of_compiled  # noqa: E402
 from measuring import save  # noqa: E402
 
 import jaxmech as jm  # noqa: E402
@@ -110,11 +111,11 @@ class Counts:
         """A function that traces `function` and returns zeros of its results' shapes."""
 
         def call(*arguments, **static):
-            abstract = jax.tree.map(_abstract, arguments)
-            key = name, jax.tree.structure(abstract), tuple(jax.tree.leaves(abstract)), tuple(static.items())
+            shapes_alone = jax.tree.map(abstract, arguments)
+            key = name, jax.tree.structure(shapes_alone), tuple(jax.tree.leaves(shapes_alone)), tuple(static.items())
             count = self._counts.setdefault(name, {"programs": 0, "calls": 0, "flops": 0.0})
             if key not in self._traced:
-                traced = function.trace(*abstract, **static)
+                traced = function.trace(*shapes_alone, **static)
                 zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), traced.out_info)
                 self._traced[key] = traced.jaxpr.jaxpr, zeros
                 count["programs"] += 1
@@ -128,27 +129,12 @@ class Counts:
         return call
 
 
-def _abstract(x: Any) -> Any:
-    if isinstance(x, jm.Config):  # which is static
-        return x
-    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
-    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(dtype))
-
-
 @contextmanager
 def counted(config: jm.Config) -> Iterator[Counts]:
     """Within, the jit-compiled functions of jaxmech are counted instead of run."""
-    counts, replaced = Counts(config.num_layers), []
-    for module in [module for name, module in sys.modules.items() if name.startswith("jaxmech.")]:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, jax.stages.Wrapped):
-                replaced.append((module, name, value))
-                setattr(module, name, counts.instead(name, value))
-    try:
+    counts = Counts(config.num_layers)
+    with instead_of_compiled(counts.instead):
         yield counts
-    finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)
 
 
 def flops_of(jaxpr: Jaxpr, inputs: Sequence[Any], unknown: int) -> float:
