@@ -23,21 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmech import rope
+from jaxmech.attention import attention_pattern, mix_values, per_query_head, visible
 from jaxmech.config import Config
 from jaxmech.interventions import mixed
-from jaxmech.model import (
-    Params,
-    added,
-    attention_input,
-    attention_output,
-    attention_pattern,
-    layer_weights,
-    mix_values,
-    mlp_half,
-    per_query_head,
-    project,
-    visible,
-)
+from jaxmech.model import Params, added, attention_input, attention_output, layer_weights, mlp_half, project
 from jaxmech.shared_prefix import SharedPrompts, Sites, observe_prompts
 from jaxmech.suffixes import Bucket, Suffixes
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxmech import memory, rope
 from jaxmech.ablation import AblatedValues, RoleMeans
+from jaxmech.attention import attention_pattern, mix_values, visible
 from jaxmech.batches import equal_parts
 from jaxmech.circuits import Circuit, HeadsByRole, as_heads_by_role
 from jaxmech.compiled_sizes import few_counts
@@ -34,15 +35,12 @@ from jaxmech.model import (
     Params,
     attention_input,
     attention_output,
-    attention_pattern,
     embed,
     forward,
-    mix_values,
     mlp_half,
     project,
     rotated_qkv,
     unembed,
-    visible,
 )
 from jaxmech.pairs import Pairs
 from jaxmech.patching import at_tokens

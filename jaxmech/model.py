@@ -1,6 +1,6 @@
 """The Llama-family decoder: pure functions for the mathematics, a Linen module that declares its parameters.
 
-There is one norm, one attention and one MLP in the code base, and they are here; the cone engine uses them too.
+There is one norm, one attention (`jaxmech.attention`) and one MLP in the code base; the cone engine uses them too.
 
 Axes, one letter each, in every shape and einsum of the project:
   B batch   T query token   S key token   D embed   N query heads   K kv heads   G = N / K query heads per kv head
@@ -11,7 +11,7 @@ Functions take `...` leading axes, so that the same function serves a batch and,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -20,15 +20,12 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from jaxmech import rope
+from jaxmech.arithmetic import affine, capped, einsum
+from jaxmech.attention import attention_pattern, mix_values, per_query_head, visible
 from jaxmech.config import Config
 from jaxmech.interventions import SITES, Interventions, apply_patch, knocked_out
 
 Params = Mapping[str, Any]
-FORBIDDEN = float(jnp.finfo(jnp.float32).min)
-# Values of fewer keys are mixed by sums, no matrix products: GPUs would pad these by copies, and CPUs take many times
-# as long. So are scores of fewer queries and keys on GPUs. On TPUs all are products, since their compiler fails at some
-# such sums (libtpu 0.0.52), and on CPUs scores are, where it fails at gradients through grouped heads (jaxlib 0.10.2).
-FEW_KEYS = 8
 
 
 class Llama(nn.Module):
@@ -259,11 +256,7 @@ def label_logits(config: Config, params: Params, x: jax.Array, labels: jax.Array
 
 
 def _logits(config: Config, products: jax.Array) -> jax.Array:
-    return _capped(config.logit_cap, products / config.logit_divisor)
-
-
-def _capped(cap: float, x: jax.Array) -> jax.Array:
-    return cap * jnp.tanh(x / cap) if cap else x
+    return capped(config.logit_cap, products / config.logit_divisor)
 
 
 def norm(config: Config, weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -289,7 +282,7 @@ def project(config: Config, weights: Params, site: str, x: jax.Array) -> jax.Arr
 
     q and k are as attention takes them but for RoPE: where the family norms them, they are normed.
     """
-    y = _affine(config, "...td,dnh->...tnh", x, weights[site], weights.get(f"{site}_bias"))
+    y = affine(config, "...td,dnh->...tnh", x, weights[site], weights.get(f"{site}_bias"))
     if config.qk_norm == "none" or site == "v":
         return y
     weight = weights[f"{site}_norm"]
@@ -306,112 +299,6 @@ def rotated_qkv(
     return rope.rotate(q, rotation), rope.rotate(k, rotation), v
 
 
-def visible(config: Config, layer: jax.Array | int, query: jax.Array, key: jax.Array) -> jax.Array:
-    """Whether queries at positions `query` [..., T] may attend to keys at `key` [..., S]: bool [..., 1, T, S].
-
-    Keys behind the query are hidden, and those out of its window in a layer that has one. The 1 stands for the heads.
-    """
-    distance = (query[..., :, None] - key[..., None, :])[..., None, :, :]
-    seen = distance >= 0
-    if not config.window:
-        return seen
-    unlimited = jnp.isin(jnp.asarray(layer), jnp.asarray(config.full_layers, jnp.int32))
-    return seen & ((distance < config.window) | unlimited)
-
-
-def per_query_head(config: Config, x: jax.Array) -> jax.Array:
-    """Repeats k or v [..., K, H] for each query head of its group: [..., N, H]. Does nothing if it is so already."""
-    return jnp.repeat(x, config.num_heads // x.shape[-2], axis=-2)
-
-
-def attention_pattern(config: Config, q: jax.Array, keys: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
-    """Attention probabilities of q [..., T, N, H] over one or more blocks of keys, under one softmax.
-
-    Several blocks let a suffix attend to a shared prefix without copying it: prefix and suffix are two blocks. Heads
-    stand before queries here, the order in which products over heads come and go, so that nothing is transposed.
-
-    Args:
-      q: rotated queries.
-      keys: (k, allowed) of each block: rotated keys [..., S, K, H], where K may differ between blocks and divides N;
-        and a mask that broadcasts to [..., N, T, S], True where attention is allowed.
-
-    Returns:
-      A pattern [..., N, T, S] for each block, in the compute dtype; together they sum to 1 over S.
-    """
-    scores = [jnp.where(allowed, _scores(config, q, k), FORBIDDEN) for k, allowed in keys]
-    largest = reduce(jnp.maximum, (s.max(axis=-1, keepdims=True, initial=FORBIDDEN) for s in scores))
-    weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s in scores]
-    total = reduce(jnp.add, (w.sum(axis=-1, keepdims=True) for w in weights))
-    return [(w / total).astype(config.compute_dtype) for w in weights]
-
-
-def _scores(config: Config, q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled dot products [..., N, T, S] in float32 of q [..., T, N, H] and k [..., S, K, H]."""
-
-    def product(q, k):
-        grouped = _grouped(q, k.shape[-2])
-        return _all_heads(einsum(config, "...tkgh,...skh->...kgts", grouped, k, out=jnp.float32), q.shape[-2])
-
-    def transposed_product(q, k):
-        grouped, k = jnp.moveaxis(_grouped(q, k.shape[-2]), -4, -2), jnp.swapaxes(k, -3, -2)
-        return _all_heads(einsum(config, "...kgth,...ksh->...kgts", grouped, k, out=jnp.float32), q.shape[-2])
-
-    def sum_over_head(q, k):
-        q, k = q[..., :, None, :, :].astype(jnp.float32), per_query_head(config, k)[..., None, :, :, :]
-        return jnp.moveaxis((q * k).sum(-1), -1, -3)  # [..., T, S, N] to [..., N, T, S]
-
-    few = max(q.shape[-3], k.shape[-3]) < FEW_KEYS
-    scores = _on_gpu_or_else(sum_over_head if few else transposed_product, product, q, k)
-    return _capped(config.score_cap, scores * (config.score_scale or config.head_dim**-0.5))
-
-
-def mix_values(config: Config, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """z [..., T, N, H]: the values v [..., S, K, H] of each block weighted by its pattern [..., N, T, S]."""
-    return reduce(jnp.add, (_mix(config, pattern, v) for pattern, v in blocks))
-
-
-def _mix(config: Config, pattern: jax.Array, v: jax.Array) -> jax.Array:
-    groups = v.shape[-2], pattern.shape[-3] // v.shape[-2]
-    grouped = pattern.reshape(*pattern.shape[:-3], *groups, *pattern.shape[-2:])
-
-    def product(weights, v):
-        return einsum(config, "...kgts,...skh->...tkgh", weights, v)
-
-    def transposed_product(weights, v):
-        return jnp.moveaxis(einsum(config, "...kgts,...ksh->...kgth", weights, jnp.swapaxes(v, -3, -2)), -2, -4)
-
-    def sum_over_keys(weights, v):
-        weights = jnp.moveaxis(weights, -2, -4)[..., None]  # [..., T, K, G, S, 1]
-        values = v[..., None, :, :, None, :].astype(jnp.float32)  # [..., 1, S, K, 1, H]
-        products = (weights[..., s, :] * values[..., s, :, :, :] for s in range(v.shape[-3]))
-        return reduce(jnp.add, products).astype(v.dtype)
-
-    if 0 < v.shape[-3] < FEW_KEYS:
-        z = jax.lax.platform_dependent(grouped, v, tpu=product, default=sum_over_keys)
-    else:
-        z = _on_gpu_or_else(transposed_product, product, grouped, v)
-    return z.reshape(*z.shape[:-3], pattern.shape[-3], config.head_dim)
-
-
-def _on_gpu_or_else(on_gpu: Callable[..., jax.Array], other: Callable[..., jax.Array], *x: jax.Array) -> jax.Array:
-    """The same of x, as one or the other computes it.
-
-    XLA exchanges the operands of a product for GPUs so that it transposes what comes in and goes out, unless queries
-    stand first and H last. For CPUs it does not, and rows of a batch are rounded alike only as they are.
-    """
-    return jax.lax.platform_dependent(*x, cuda=on_gpu, rocm=on_gpu, default=other)
-
-
-def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
-    """q [..., T, N, H] as [..., T, K, G, H]."""
-    return q.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, q.shape[-1])
-
-
-def _all_heads(scores: jax.Array, heads: int) -> jax.Array:
-    """Scores [..., K, G, T, S] as [..., N, T, S]."""
-    return scores.reshape(*scores.shape[:-4], heads, *scores.shape[-2:])
-
-
 def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:
     """attn_out [..., T, D], what all heads' z [..., T, N, H] add to the residual stream."""
     return added(config, weights, "attn", heads_output(config, weights, z))
@@ -419,7 +306,7 @@ def attention_output(config: Config, weights: Params, z: jax.Array) -> jax.Array
 
 def heads_output(config: Config, weights: Params, z: jax.Array) -> jax.Array:
     """The sum over heads of z W_O, [..., T, D], which is linear in z; `added` makes attn_out of it."""
-    return _affine(config, "...tnh,nhd->...td", z, weights["o"], weights.get("o_bias"))
+    return affine(config, "...tnh,nhd->...td", z, weights["o"], weights.get("o_bias"))
 
 
 def added(config: Config, weights: Params, branch: str, y: jax.Array) -> jax.Array:
@@ -437,24 +324,11 @@ def mlp_half(config: Config, weights: Params, x: jax.Array) -> jax.Array:
 def mlp(config: Config, weights: Params, x: jax.Array) -> jax.Array:
     """mlp_out [..., D] of resid_mid x [..., D]: down(act(gate(normed)) * up(normed)), as added to the stream."""
     normed = norm(config, weights["mlp_norm"], x) if config.pre_norm else x
-    gate = _affine(config, "...d,df->...f", normed, weights["gate"], weights.get("gate_bias"))
-    up = _affine(config, "...d,df->...f", normed, weights["up"], weights.get("up_bias"))
+    gate = affine(config, "...d,df->...f", normed, weights["gate"], weights.get("gate_bias"))
+    up = affine(config, "...d,df->...f", normed, weights["up"], weights.get("up_bias"))
     hidden = (jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
-    down = _affine(config, "...f,fd->...d", hidden, weights["down"], weights.get("down_bias"))
+    down = affine(config, "...f,fd->...d", hidden, weights["down"], weights.get("down_bias"))
     return added(config, weights, "mlp", down)
-
-
-def _affine(config: Config, spec: str, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """einsum and, if there is one, the bias, which is added before the sum is rounded to the compute dtype."""
-    if bias is None:
-        return einsum(config, spec, x, w)
-    return (einsum(config, spec, x, w, out=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-def einsum(config: Config, spec: str, x: jax.Array, w: jax.Array, out: Any = None) -> jax.Array:
-    """einsum in the compute dtype and, if that is float32, the config's precision; `out` is the result's dtype."""
-    precision = config.precision if x.dtype == jnp.float32 and config.precision != "default" else None
-    return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=out or x.dtype)
 
 
 def check_capture(capture: Sequence[str]) -> tuple[str, ...]:

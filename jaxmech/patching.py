@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import memory
+from jaxmech.attention import per_query_head
 from jaxmech.batches import equal_parts
 from jaxmech.circuits import HeadsByRole, role_masks
 from jaxmech.compat import check_compat, last_column, same_positions
@@ -22,7 +23,7 @@ from jaxmech.gathered import Gathered
 from jaxmech.interventions import Patch
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import ACCURACY, Metric
-from jaxmech.model import Params, per_query_head, unembed
+from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs, positions_of
 from jaxmech.predictions import Predictions, answers
 from jaxmech.sharding import on_devices_of, over_rows, row_devices

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import memory
+from jaxmech.arithmetic import einsum
 from jaxmech.batches import Batches, calls_of_equal_size
 from jaxmech.cone import (
     Change,
@@ -36,7 +37,7 @@ from jaxmech.config import Config
 from jaxmech.interventions import head_mask
 from jaxmech.loading import Model, check_prompts, check_tokens
 from jaxmech.metrics import LogitMetric, Metric, Outcome, check_metric, effect, function_of, name_of, outcome
-from jaxmech.model import Params, einsum, unembed
+from jaxmech.model import Params, unembed
 from jaxmech.pairs import Pairs, one_or_more, positions_of
 from jaxmech.patching import clashing_roles
 from jaxmech.scores import PathScores

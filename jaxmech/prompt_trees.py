@@ -25,20 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import rope
+from jaxmech.attention import attention_pattern, mix_values, visible
 from jaxmech.compiled_sizes import aligned, few_sizes
 from jaxmech.config import Config
-from jaxmech.model import (
-    Params,
-    attention_input,
-    attention_output,
-    attention_pattern,
-    embed,
-    layer_weights,
-    mix_values,
-    mlp_half,
-    project,
-    visible,
-)
+from jaxmech.model import Params, attention_input, attention_output, embed, layer_weights, mlp_half, project
 
 WORTH_DROPPING = 0.8  # of the tokens that the trees have
 BUCKETS = 2  # of a call, at most; each is compiled for itself

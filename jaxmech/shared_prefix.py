@@ -17,22 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmech import rope
+from jaxmech.attention import attention_pattern, mix_values, per_query_head, visible
 from jaxmech.compiled_sizes import few_sizes
 from jaxmech.config import Config
 from jaxmech.interventions import Patch, apply_patch
-from jaxmech.model import (
-    Params,
-    added,
-    attention_input,
-    attention_pattern,
-    embed,
-    heads_output,
-    mix_values,
-    mlp_half,
-    per_query_head,
-    project,
-    visible,
-)
+from jaxmech.model import Params, added, attention_input, embed, heads_output, mlp_half, project
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from emulation import ALGORITHMS, emulated  # noqa: E402
 
 from jaxmech import config as configs  # noqa: E402
-from jaxmech.model import einsum  # noqa: E402
+from jaxmech.arithmetic import einsum  # noqa: E402
 
 
 def product(random_model, precision: str, x, w):

@@ -10,7 +10,7 @@ import pytest
 from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
-from jaxmech.model import visible
+from jaxmech.attention import visible
 
 FEATURES = {
     "Gemma 2: windows in some layers, caps, norms before and after": {

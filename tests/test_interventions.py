@@ -8,8 +8,8 @@ from conftest import TOLERANCES, assert_close
 
 import jaxmech as jm
 from jaxmech import Interventions, Patch
+from jaxmech.attention import FEW_KEYS, attention_pattern, mix_values
 from jaxmech.interventions import HEAD_SITES, SITES
-from jaxmech.model import FEW_KEYS, attention_pattern, mix_values
 
 B, T = 3, 9
 LAYERS, HEADS = 4, 4

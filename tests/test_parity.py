@@ -9,7 +9,8 @@ from hf_llama import FAMILIES, SIZES, hf_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import jaxmech as jm
-from jaxmech.model import attention_pattern, norm
+from jaxmech.attention import attention_pattern
+from jaxmech.model import norm
 
 TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (3, 11))
 HEADS = SIZES["num_attention_heads"]

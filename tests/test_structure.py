@@ -41,7 +41,8 @@ ROWS = (
     ("jaxmech.loading", "jaxmech.deviations", "jaxmech.hf_sites"),
     ("convert",),
     ("jaxmech.checkpoint", "jaxmech.sharding", "jaxmech.provenance", "jaxmech.host_arrays"),
-    ("jaxmech.model", "jaxmech.rope", "jaxmech.interventions", "jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
+    ("jaxmech.model", "jaxmech.attention", "jaxmech.arithmetic", "jaxmech.rope", "jaxmech.interventions"),
+    ("jaxmech.pairs", "jaxmech.config", "jaxmech.files"),
     ("jaxmech.tokenized", "jaxmech.compiled_sizes", "jaxmech.json_lines"),
 )
 # They read what PyTorch wrote, or run transformers' models; all else runs where it is not installed.
