@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from small_study import SETTINGS
 
 import jaxmech as jm
 from jaxmech import dcm
@@ -24,45 +25,10 @@ from jaxmech.discovery import moved_heads
 from jaxmech.report.tables import circuit_table
 from jaxmech.scores import PathScores
 from jaxmech.sharding import row_devices
-from jaxmech.study import EDGES, STAGES, Settings, StudyFolder, run
-from jaxmech.study.boxes_data import BoxesData
+from jaxmech.study import EDGES, STAGES, StudyFolder, run
 from jaxmech.study.study import Study
 
 running = import_module("jaxmech.study.running")
-SMALL = {
-    "scenes": 8,
-    "contexts": 20,
-    "random_circuits": 2,
-    "random_subsets": 3,
-    "train": 16,
-    "validation": 8,
-    "test": 8,
-}
-SETTINGS = Settings(  # none of the numbers is the default, so that one that is not handed on shows
-    base=jm.demo.path("base"),
-    tuned=(jm.demo.path("tuned"),),
-    chain=jm.read_chain(jm.demo.path("chain.toml"))[:3],
-    k={"value_fetcher": 10},
-    min_effect=2e-3,
-    threshold=0.02,
-    lam=0.02,
-    epochs=3,
-    seed=2,
-    scenes=8,
-    contexts=20,
-    random_circuits=2,
-    random_subsets=3,
-    train=48,
-    validation=8,
-    test=8,
-    dcm_batch=8,
-    variants=False,
-    repeats=2,
-    patched=8,
-    components=("z", "q+k+v"),
-    single_head_prompts=24,
-    edges=EDGES[:3],
-)
 
 
 @pytest.fixture(scope="module")
@@ -242,60 +208,6 @@ def test_criteria_are_those_of_each_circuit_in_each_model_with_the_models_own_me
     assert found == overlap and any(precision != recall for precision, recall in found.values())
 
 
-class Trainings:
-    """What DCM would train, (groups, desiderata) each, in place of `_train`; of its groups, "lookup" carries position.
-
-    Attributes:
-      breaks_off: whether it is interrupted in the variants.
-    """
-
-    CIRCUIT = jm.Circuit(
-        {"fetchers": [(0, 0)], "lookup": [(0, 1)], "more": [(0, 2)]},
-        {"fetchers": "last", "lookup": "query_box", "more": "query_box"},
-    )
-    ACCURACY = {"fetchers": (0.9, 0.1), "lookup": (0.2, 0.3), "more": (0.1, 0.2)}  # validation and test
-
-    def __init__(self):
-        self.calls, self.breaks_off = [], False
-
-    def __call__(self, study, part, circuit, groups, names, progress):
-        if self.breaks_off and len(groups) == 1:
-            raise KeyboardInterrupt
-        self.calls.append((tuple(groups), tuple(names)))
-        one = {group: dict(zip(("validation", "test"), self.ACCURACY[group], strict=True)) for group in groups}
-        return {group: {name: one[group] for name in names} for group in groups}
-
-
-@pytest.fixture
-def trainings(monkeypatch) -> Trainings:
-    found = Trainings()
-    monkeypatch.setattr(import_module("jaxmech.study.dcm_stages"), "_train", found)
-    monkeypatch.setattr(Study, "circuit", lambda study, name: found.CIRCUIT)
-    return found
-
-
-def test_variants_are_trained_for_the_group_that_carries_position_best(trainings):
-    """The best on test pairs, not on those by which masks were selected."""
-    study = Study(dataclasses.replace(SETTINGS, variants=True), {})
-    found = STAGES["dcm"].run(study, "base", lambda done, total: None)
-    assert list(found) == list(trainings.ACCURACY) and set(found["lookup"]) == set(jm.boxes.DESIDERATA)
-    (groups, main), (best, variants) = trainings.calls
-    assert groups == tuple(found) and best == ("lookup",)
-    assert all(set(found[group]) == set(main) for group in ("fetchers", "more")) and set(main).isdisjoint(variants)
-
-
-def test_dcm_that_is_interrupted_in_the_variants_goes_on_with_them(trainings, tmp_path):
-    settings = dataclasses.replace(SETTINGS, variants=True)
-    trainings.breaks_off = True
-    with pytest.raises(KeyboardInterrupt):
-        STAGES["dcm"].run(Study(settings, {}, StudyFolder.open(tmp_path, settings).unfinished), "base", lambda *_: None)
-    trainings.breaks_off = False
-    again = Study(settings, {}, StudyFolder.open(tmp_path, settings).unfinished)
-    found = STAGES["dcm"].run(again, "base", lambda *_: None)
-    assert [groups for groups, _ in trainings.calls] == [("fetchers", "lookup", "more"), ("lookup",)]
-    assert set(found["lookup"]) == set(jm.boxes.DESIDERATA)
-
-
 def selections(results):
     """(model, group, desideratum, selected heads) of every DCM run that selected any."""
     for model, groups in results["dcm"].items():
@@ -325,33 +237,6 @@ def test_dcm_selects_by_validation_and_tests_on_other_prompts(results, models):
     heads, mask = [tuple(head) for head in found["heads"]], np.round(found["mask"])[None]
     for use in ("validation", "test"):
         assert found[use] == pytest.approx(dcm.accuracy(models[circuit_of], pairs[use], heads, mask, role)[0])
-
-
-def test_prompts_of_different_uses_share_no_scene():
-    examples = running.Study(SETTINGS, {}).data._examples
-    scenes = {use: {example.scene for example in part} for use, part in examples.items()}
-    sizes = {use: len(part) for use, part in scenes.items()}
-    assert sizes == {"evaluation": 8, "contexts": 20, "train": 7, "validation": 2, "test": 3}
-    assert len(set().union(*scenes.values())) == sum(sizes.values())
-
-
-def test_draws_of_all_repeats_and_seeds_differ_on_the_same_scenes(tmp_path, models):
-    """Scenes of a file are the same for every seed."""
-    jm.boxes.write(tmp_path / "data.jsonl", jm.boxes.make(20, seed=3))
-    drawn = []
-    for seed in (0, 1):
-        data = BoxesData(
-            dataclasses.replace(SETTINGS, data=tmp_path / "data.jsonl", seed=seed), models["base"].tokenizer
-        )
-        drawn += [data.desideratum("positional")["test"], *(data.patching("positional", repeat) for repeat in range(2))]
-    assert len({pairs.corrupt.tobytes() for pairs in drawn}) == 6
-
-
-def test_contexts_ask_about_any_box():
-    data = running.Study(SETTINGS, {}).data
-    query = data.contexts[:, data.pairs.position("query_box")[0]]  # all prompts are equally long
-    segment = (data.contexts == query[:, None]).argmax(-1)  # where the scene names that box
-    assert len(segment) == 20 and len(set(segment)) > 4
 
 
 def test_a_study_that_is_interrupted_after_every_part_ends_with_the_same_bytes(done, tmp_path):

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from test_study import SETTINGS
+from small_study import SETTINGS
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
