@@ -5,7 +5,8 @@ texts (`jaxmech.tokenized`).
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,14 +181,15 @@ class Pairs:
         if not len(self.labels[rows]):
             raise ValueError(f"pairs[rows] selects none of the {len(self)} prompts; there are no empty pairs.")
         pick = lambda roles: {role: value[rows] for role, value in roles.items()}  # noqa: E731
-        return Pairs(
-            clean=self.clean[rows],
-            corrupt=None if self.corrupt is None else self.corrupt[rows],
-            labels=self.labels[rows],
-            positions=pick(self.positions),
-            corrupt_positions=pick(self.corrupt_positions),
-            wrong_labels=None if self.wrong_labels is None else self.wrong_labels[rows],
-        )
+        with _as_warned_of_before():
+            return Pairs(
+                clean=self.clean[rows],
+                corrupt=None if self.corrupt is None else self.corrupt[rows],
+                labels=self.labels[rows],
+                positions=pick(self.positions),
+                corrupt_positions=pick(self.corrupt_positions),
+                wrong_labels=None if self.wrong_labels is None else self.wrong_labels[rows],
+            )
 
     @classmethod
     def concatenate(cls, parts: Sequence["Pairs"]) -> "Pairs":
@@ -211,14 +213,15 @@ class Pairs:
 
         corrupt = [part.corrupt for part in parts if part.corrupt is not None]
         wrong = [part.wrong_labels for part in parts if part.wrong_labels is not None]
-        return cls(
-            clean=_padded_together([part.clean for part in parts]),
-            corrupt=_padded_together(corrupt) if corrupt else None,
-            labels=np.concatenate([part.labels for part in parts]),
-            positions=roles(lambda part: part.positions),
-            corrupt_positions=roles(lambda part: part.corrupt_positions),
-            wrong_labels=np.concatenate(wrong) if wrong else None,
-        )
+        with _as_warned_of_before():
+            return cls(
+                clean=_padded_together([part.clean for part in parts]),
+                corrupt=_padded_together(corrupt) if corrupt else None,
+                labels=np.concatenate([part.labels for part in parts]),
+                positions=roles(lambda part: part.positions),
+                corrupt_positions=roles(lambda part: part.corrupt_positions),
+                wrong_labels=np.concatenate(wrong) if wrong else None,
+            )
 
     def between(self, first: str, last: str) -> np.ndarray:
         """The tokens of each clean prompt from one role to another, both included, bool [B, T].
@@ -270,9 +273,10 @@ class Pairs:
 
 
 def _kinds(some: Sequence[Pairs]) -> dict[str, list[Any]]:
-    """What pairs must have in common to be concatenated, of each; those without corrupt prompts have no such roles."""
+    """What pairs must have in common to be concatenated, of each."""
     return {
         "positions": [sorted(pairs.positions) for pairs in some],
+        "corrupt prompts": ["none" if pairs.corrupt is None else "some" for pairs in some],
         "corrupt_positions": [sorted(pairs.corrupt_positions) for pairs in some],
         "wrong_labels": ["none" if pairs.wrong_labels is None else "some" for pairs in some],
     }
@@ -351,6 +355,14 @@ def _warn_of_left_padding(name: str, tokens: np.ndarray, last: np.ndarray) -> No
         "not. This looks like padding on the left, which the model would read; pad prompts on the right.",
         stacklevel=4,
     )
+
+
+@contextmanager
+def _as_warned_of_before() -> Iterator[None]:
+    """Of prompts that other pairs had before, a warning would be the second, or false, and point to this file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _role(roles: Mapping[str, np.ndarray], role: str, name: str) -> np.ndarray:

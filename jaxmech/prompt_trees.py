@@ -130,7 +130,7 @@ class PackedTrees:
 
 
 class Layout(NamedTuple):
-    """How the trees of calls that are compiled once are packed."""
+    """How the trees of calls that are compiled once are packed; best if the small ones stand first."""
 
     capacity: int  # C
     spans: list[tuple[int, int, int]]  # the buckets: first tree, the one behind the last, W
@@ -141,7 +141,7 @@ class Layout(NamedTuple):
         """Of calls with such trees.
 
         Args:
-          sizes: [calls, B], small trees first.
+          sizes: [calls, B].
           multiple: for `few_sizes`, of W.
           several: prompts of a tree.
         """
@@ -153,9 +153,10 @@ class Layout(NamedTuple):
             if spans and spans[-1][2] == width:
                 start = spans.pop()[0]
             spans.append((start, stop, width))
-        capacity, widest = few_sizes(aligned(int(sizes.sum(axis=1).max())), share=32), count * spans[-1][2]
-        if widest <= max(LITTLE, (ALIKE if several == 1 else WORTH_PADDING) * capacity):
-            return cls(widest, [(0, count, spans[-1][2])], padded=True)
+        capacity = few_sizes(aligned(int(sizes.sum(axis=1).max())), share=32)
+        widest = max(width for *_, width in spans)  # in any bucket: trees from which prompts dropped out change places
+        if count * widest <= max(LITTLE, (ALIKE if several == 1 else WORTH_PADDING) * capacity):
+            return cls(count * widest, [(0, count, widest)], padded=True)
         return cls(capacity, spans, padded=False)
 
 
@@ -163,7 +164,7 @@ def pack(trees: PromptTrees, pieces: np.ndarray, layout: Layout, before: PackedT
     """The trees of some examples, in arrays [pieces, ...].
 
     Args:
-      pieces: int [pieces, B], the examples of a call, which may lie on different devices; small trees first.
+      pieces: int [pieces, B], the examples of a call, which may lie on different devices.
       before: what is returned for the stretch before; None in the first.
     """
     starts = np.zeros_like(pieces)

@@ -125,6 +125,25 @@ def test_packed_suffixes_of_several_roles_equal_full_forwards(model, random_pair
     assert_close(run.history.loss, expected, TOLERANCES.recompiled)
 
 
+def test_a_step_gathers_the_layers_of_its_own_place_alone(random_model, random_pairs, monkeypatch):
+    """Groups at other places, of lower layers, change nothing of what the runs of one hold."""
+    model, train, temporary = random_model(num_layers=12, width=8, mlp_width=8), steps._train, []
+    pairs = random_pairs(model, count=8, length=LENGTH)
+
+    def measured(*inputs, **static):
+        if static["first_layer"] > 0:
+            temporary.append(train.lower(*inputs, **static).compile().memory_analysis().temp_size_in_bytes)
+        return train(*inputs, **static)
+
+    monkeypatch.setattr(steps, "_train", measured)
+    groups = {"top": {"last": [(11, 0), (11, 1)]}, "low": {"early": [(0, 0)]}}
+    for some in (["top"], ["top", "low"]):
+        options = {"lams": [0.01, 0.1], "batch_size": 8, "epochs": 1}
+        dcm.train_many(model, {"x": pairs}, {name: groups[name] for name in some}, **options)
+    alone, beside = temporary
+    assert beside < 1.5 * alone
+
+
 @pytest.mark.parametrize("budget", [2**30, 1])
 def test_base_prompts_run_once_for_masks_at_several_roles(model, random_pairs, monkeypatch, packed, budget):
     """Their suffixes and first layers differ, and with little memory there are several parts."""

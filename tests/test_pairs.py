@@ -41,7 +41,7 @@ def test_concatenated_pairs_are_those_of_all_parts():
     assert len(alone := jm.Pairs.concatenate([plain, plain[:1]])) == 3 and alone.corrupt is None
     for parts, message in (
         ([], "has no parts"),
-        ([first, plain], r"corrupt_positions: parts\[1\] has \[\], parts\[0\] \['early', 'last'\]; expected the same"),
+        ([first, plain], r"corrupt prompts: parts\[1\] has none, parts\[0\] some; expected the same"),
         ([first, longer], r"wrong_labels: parts\[1\] has some, parts\[0\] none"),
         ([plain, dataclasses.replace(plain, positions={"last": [2, 1]})], r"^positions: parts\[1\] has \['last'\]"),
     ):
@@ -140,4 +140,6 @@ def test_prompts_that_seem_to_be_padded_on_the_left_are_warned_of(name):
     ],
 )
 def test_prompts_that_begin_with_a_token_twice_may_be_meant(tokens, last):
-    jm.Pairs(tokens, tokens, [1] * len(tokens), {"last": last}, {"last": last})
+    pairs = jm.Pairs(tokens, tokens, [1] * len(tokens), {"last": last}, {"last": last})
+    others = jm.Pairs([[3, 4]], [[3, 4]], [1], {"last": [1]}, {"last": [1]})
+    jm.Pairs.concatenate([pairs, others])[1:]

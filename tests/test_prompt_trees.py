@@ -119,6 +119,7 @@ def test_trees_are_packed_tightly_in_few_shapes():
     assert Layout.of(np.array([[10, 20, 30, 70]]), 1, 2) == Layout(4 * 72, [(0, 4, 72)], padded=True)
     assert Layout.of(np.full((3, 50), 57), 1, 2) == Layout(3000, [(0, 50, 60)], padded=True)
     assert not Layout.of(np.full((3, 50), 57), 8, 2).padded
+    assert Layout.of(np.array([[10, 3]]), 8, 2) == Layout(2 * 16, [(0, 2, 16)], padded=True)  # the larger first
     for sizes in (np.full((3, 50), 57), np.full((3, 50), 61)):  # single prompts of other lengths compile once
         assert Layout.of(sizes, 8, 1) == Layout(3200, [(0, 50, 64)], padded=True)
 
@@ -202,6 +203,22 @@ def test_counterfactuals_are_collected_in_trees_as_in_full_forward_passes(random
         z = np.moveaxis(np.asarray(model(x.corrupt, capture=("z",), capture_at=at)[1]["z"]), 0, 1)
         assert_close(one.z[:, : last + 1], z[:, : last + 1], TOLERANCES.recompiled)
         np.testing.assert_array_equal(one.labels, x.labels)
+
+
+def test_trees_that_change_places_as_prompts_drop_out_are_packed_whole(random_model, monkeypatch):
+    """Of two trees the smaller is the larger behind the stretch in which the other's long prompt ends."""
+    monkeypatch.setattr(targets, "_work", lambda config, trees: trees.sizes.sum())
+    model, rng = random_model(), np.random.default_rng(0)
+    long, short = rng.integers(0, 50, (2, 2, 20))
+    short[:, 0] = long[:, 0]
+    long_ends, short_ends = np.array([9, 2]), np.array([2, 15])  # the first tree has 12 tokens, then 10; 18, then 3
+    clean, labels, roles = np.zeros((2, 3), int), [1, 2], {"last": [2, 2]}
+    pairs = [jm.Pairs(clean, x, labels, roles, {"last": at}) for x, at in ((long, long_ends), (short, short_ends))]
+    found = collected(model, pairs, ["last"], [3, 0])
+    for one, x, last in zip(found, pairs, [3, 0], strict=True):
+        at = x.corrupt_position("last")[:, None]
+        z = np.moveaxis(np.asarray(model(x.corrupt, capture=("z",), capture_at=at)[1]["z"]), 0, 1)
+        assert_close(one.z[:, : last + 1], z[:, : last + 1], TOLERANCES.recompiled)
 
 
 def test_parts_of_examples_are_those_of_all(random_model, monkeypatch):

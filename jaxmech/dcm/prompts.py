@@ -46,6 +46,12 @@ class Base(NamedTuple):
     p: Array  # [B, R]
     last: Array  # [B]
 
+    def at(self, rows: Array, layers: int) -> "Base":
+        """The prompts `rows` [E], with k and v of the last `layers` layers alone."""
+        below = self.k.shape[1] - layers
+        k, v = self.k[rows, below:], self.v[rows, below:]
+        return Base(self.resid_pre[rows], k, v, self.p[rows], self.last[rows])
+
 
 def base_key(pairs: Pairs, roles: Sequence[str]) -> tuple[bytes, ...]:
     """The same for pairs with the same base prompts."""

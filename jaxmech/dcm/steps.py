@@ -225,12 +225,13 @@ def _train(
       states: mask and optimizer state before the first step, of every run.
     """
     optimizer = optax.with_extra_args_support(optimizer or optax.adam(learning_rate))
+    layers = config.num_layers - first_layer
 
     def run(one: _Arguments, state: Any):
         def step(carry, rows):
             mask, state = carry
             in_base, in_data = one.base * len(examples) + rows, (one.data, examples[rows])
-            batch = StepExamples(jax.tree.map(lambda x: x[in_base], base), jax.tree.map(lambda x: x[in_data], data))
+            batch = StepExamples(base.at(in_base, layers), jax.tree.map(lambda x: x[in_data], data))
             present = rows >= 0
             p = jnp.where(present[:, None], batch.base.p, batch.base.last[:, None])  # others take one token of capacity
             batch = batch._replace(base=batch.base._replace(p=p))

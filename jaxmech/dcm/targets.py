@@ -74,7 +74,7 @@ class Counterfactuals:
         length = at.max(axis=2) + 1
         trees, groups = _grown(model.config, together, length, at, layers)
         in_a_tree = trees.member.shape[1]
-        each = self._trees_of_a_call(trees.sizes, len(parts[0]))
+        each = self._trees_of_a_call(trees.sizes, trees.kept.shape[1], len(parts[0]))
         for sets, wanted in groups:
             rows = [part if in_a_tree > 1 else np.concatenate([len(at) * s + part for s in sets]) for part in parts]
             dealt = [_dealt(trees.sizes[of], each, self._copies) for of in rows]
@@ -86,13 +86,16 @@ class Counterfactuals:
             sizes = np.concatenate([x.reshape(-1, each) for x in sizes])
             self._layouts.append(Layout.of(sizes, multiple, in_a_tree))
 
-    def _trees_of_a_call(self, sizes: np.ndarray, count: int) -> int:
+    def _trees_of_a_call(self, sizes: np.ndarray, kept: int, count: int) -> int:
         """Of one on each copy of the model, if so many are to be run; few numbers, so few compilations.
 
         Args:
           sizes: of the trees.
+          kept: tokens of a tree whose z is kept.
         """
-        fitting = memory.fitting(self._model.weights, memory.of_forward(self._model.config, float(sizes.max())))
+        config = self._model.config
+        tree = memory.of_forward(config, float(sizes.max())) + memory.of_heads(config, kept, config.num_layers)
+        fitting = memory.fitting(self._model.weights, tree)
         most = min(fitting, math.ceil(TOKENS_PER_CALL / sizes.mean()))
         most = most if most >= count else 2 ** (most.bit_length() - 1)
         return math.ceil(count / (math.ceil(count / most) * self._copies))
@@ -154,6 +157,8 @@ def _work(config: Config, trees: PromptTrees) -> float:
 
 def _dealt(sizes: np.ndarray, each: int, copies: int) -> np.ndarray:
     """Which trees run together, [calls, copies, each], small ones first, so that every call has some of every size.
+
+    Where prompts drop out, they keep their places.
 
     Args:
       sizes: of the trees, [B].

@@ -121,7 +121,7 @@ def train_many(
     """
     config = model.config
     for name, given in {"desiderata": train_pairs, "groups": groups, "lams": lams, "seeds": seeds}.items():
-        if not given:
+        if not len(given):
             raise ValueError(f"train_many has no {name}; expected at least one.")
     count = _check_training(config, train_pairs, lams, learning_rate, optimizer, epochs, batch_size, metric)
     at = _by_place(config, train_pairs, groups, role)
@@ -175,18 +175,18 @@ def _fitting(
 ) -> list[tuple[dict[str, Pairs], Sequence[GroupsAt]]]:
     """What is trained together: all, if the values to patch fit a quarter of the memory budget, or place by place.
 
-    Then there are as many desiderata at a time as fit.
+    Then there are as many desiderata at a time as fit, one at least.
     """
     count, layers = len(next(iter(train_pairs.values()))), model.config.num_layers
     most = memory.fitting(model.weights, 4 * memory.of_heads(model.config, count, layers))
-    names, roles = list(train_pairs), {role for here in at for role in here.place.roles}
-    if len(names) * len(roles) <= most:
+    names = list(train_pairs)
+    if len(names) * sum(len(here.place.roles) for here in at) <= most:  # each place holds its own
         return [(dict(train_pairs), at)]
     found = []
     for here in at:
-        parts = math.ceil(len(names) * len(here.place.roles) / most)
-        some = [part for part in np.array_split(np.arange(len(names)), parts) if len(part)]
-        found += [({names[i]: train_pairs[names[i]] for i in part}, [here]) for part in some]
+        together = max(1, most // len(here.place.roles))
+        parts = np.array_split(np.arange(len(names)), math.ceil(len(names) / together))
+        found += [({names[i]: train_pairs[names[i]] for i in part}, [here]) for part in parts]
     return found
 
 
