@@ -212,7 +212,7 @@ def _run_folder(options: Discover, chain: Sequence[Stage], prompts: Prompts) -> 
     settings = _settings(options)
     names = ("model", "adapter", "data", "pairs", "chain", "batch_size", "copies")
     given = {name: settings.pop(name) for name in names}
-    settings["stages"] = [asdict(stage) for stage in chain]
+    settings |= {"command": "discover", "stages": [asdict(stage) for stage in chain]}
     sources = {
         "model_files": fingerprint(options.model),
         "adapter_files": options.adapter and fingerprint(options.adapter),

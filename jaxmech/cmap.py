@@ -51,8 +51,9 @@ def cmap(
         kept of it for these pairs.
       pairs: prompts and labels; only the clean prompts are run.
       heads_by_role: the heads patched at each role, {role: [(layer, head)]}, or a `Circuit`.
-      components: any of "z", "q", "k" and "v" (q and k before RoPE, k and v for the named query heads alone). Each is
-        patched at the roles; what a head of a later layer computes from it is free to change.
+      components: any of "z", "q", "k" and "v" (q and k before RoPE but after their norm, where the family has one; k
+        and v for the named query heads alone). Each is patched at the roles; what a head of a later layer computes from
+        it is free to change.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" does for q, k and v as the published code does: k and v are patched at all tokens before the role
         and not at the role itself, and every head's z is held at its value in the base model at all tokens but the last

@@ -68,8 +68,12 @@ PLACES: dict[str, Mapping[str, Place]] = {
 }
 
 
-def load_hf(path: Path, dtype: str) -> Any:
+def load_hf(path: Path, dtype: str, rounded_to: str | None = None) -> Any:
     """transformers' model of the checkpoint directory `path`, with eager attention. Runs no code of the checkpoint.
+
+    Args:
+      dtype: of parameters and activations.
+      rounded_to: a narrower dtype, to which parameters are rounded before they are taken in `dtype`.
 
     Raises:
       ValueError: transformers cannot load it, or would fill in some of its parameters at random.
@@ -91,6 +95,9 @@ def load_hf(path: Path, dtype: str) -> Any:
             f"{path} lacks {len(missing)} tensors, {missing[0]} the first; transformers would fill them in at random. "
             "Copy all files of the checkpoint."
         )
+    if rounded_to is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, rounded_to)).to(parameter.dtype)
     return model.eval()
 
 

@@ -243,7 +243,8 @@ def load(
       mesh: devices that hold the model and run all methods, as copies, split, or both (see `jaxmech.sharding`);
         parameters are split as they are read, so that the model need not fit on one. Make it with `jaxmech.make_mesh`.
         None: one device.
-      tokenizer: in place of the checkpoint's own, which is not read then.
+      tokenizer: in place of the checkpoint's own, which is not read then: a Hugging Face tokenizer, or a directory that
+        one was saved in.
       revision: branch, tag or commit of a model on the Hub, such as a step of its training; None: the main branch.
 
     Returns:
@@ -269,20 +270,29 @@ def describe(path: Path, adapter: Path | None = None, tokenizer: Any = None, **c
 
     Args:
       adapter: directory of an adapter that is merged into it.
-      tokenizer: in place of its own.
+      tokenizer: in place of its own; see `load`.
       changes: fields of `Config`, such as dtype.
 
     Raises:
       As `load`.
     """
-    if not checkpoint.is_checkpoint(path):
+    own = path
+    if checkpoint.is_checkpoint(path):
+        if adapter is not None:
+            raise ValueError(
+                f"{path} is an Orbax checkpoint, adapter {adapter} is for one of Hugging Face. Merge it when that is "
+                "converted: python -m convert --model BASE --adapter DIR --out OUT."
+            )
+        config, own = checkpoint.read_config(path).replace(**changes), path / checkpoint.TOKENIZER
+    else:
         config = convert.read_config(path, adapter, **changes)
-        return config, convert.read_tokenizer(path, config, adapter) if tokenizer is None else tokenizer
-    if adapter is not None:
+    if tokenizer is None:
+        return config, convert.read_tokenizer(own, config, adapter)
+    if not isinstance(tokenizer, str | Path):
+        return config, tokenizer
+    if (found := convert.read_tokenizer(Path(tokenizer), config)) is None:
         raise ValueError(
-            f"{path} is an Orbax checkpoint, adapter {adapter} is for one of Hugging Face. Merge it when that is "
-            "converted: python -m convert --model BASE --adapter DIR --out OUT."
+            f"tokenizer={str(tokenizer)!r} is no directory with a tokenizer; expected one, or a tokenizer such as "
+            "AutoTokenizer.from_pretrained(...)."
         )
-    config = checkpoint.read_config(path).replace(**changes)
-    own = path / checkpoint.TOKENIZER
-    return config, convert.read_tokenizer(own, config) if tokenizer is None else tokenizer
+    return config, found

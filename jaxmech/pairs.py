@@ -269,6 +269,8 @@ class Pairs:
         """Position of `role` in each corrupt prompt, [B]; ValueError if there is no such role."""
         if self.corrupt is None:
             raise ValueError("These pairs have no corrupt prompts; this method needs them (Pairs(corrupt=...)).")
+        if role not in self.corrupt_positions:
+            self.position(role)  # says so if no prompt has it
         return _role(self.corrupt_positions, role, "corrupt_positions")
 
 

@@ -207,12 +207,17 @@ def plan(
             "in the last layer, where q of a token other than the last changes no logits. All scores are 0.",
             stacklevel=3,
         )
-    if _nothing_differs(prompts, p, corrupt_p):
-        warnings.warn(
-            f"Up to {sender!r}, the clean and the corrupt prompts are the same, all of them, so that no head differs "
-            "there. All scores are 0.",
-            stacklevel=3,
+    if (same := _alike(prompts, p, corrupt_p)).any():
+        which, what = (
+            ("the clean and the corrupt prompts are the same, all of them", "All scores are 0.")
+            if same.all()
+            else (
+                f"{same.sum()} of {len(same)} clean and corrupt prompts are the same, first those of example "
+                f"{same.argmax()}",
+                "Their scores are 0, which lowers the means; leave them out.",
+            )
         )
+        warnings.warn(f"Up to {sender!r}, {which}, so that no head differs there. {what}", stacklevel=3)
     if batch_size is None:
         rows = (config.num_heads + 1) / copies
         tokens = [x.shape[1] for x in prompts]
@@ -312,14 +317,14 @@ def _layers(config: Config, mask: np.ndarray | None, first_layer: int) -> tuple[
     return first_layer, int(live_start(config, receiver)), layers[-1]
 
 
-def _nothing_differs(prompts: Sequence[np.ndarray], p: np.ndarray, corrupt_p: np.ndarray) -> bool:
-    """Whether all clean and corrupt prompts [B, T] are the same up to the last of the tokens p [B, R]."""
+def _alike(prompts: Sequence[np.ndarray], p: np.ndarray, corrupt_p: np.ndarray) -> np.ndarray:
+    """Which clean and corrupt prompts [B, T] are the same up to the last of the tokens p [B, R], bool [B]."""
     clean, corrupt = prompts
     width = min(clean.shape[1], corrupt.shape[1])
     end = p.max(axis=1)
     before = np.arange(width) <= end[:, None]
     same = (clean[:, :width] == corrupt[:, :width]) | ~before
-    return bool((p == corrupt_p).all() and (end < width).all() and same.all())
+    return (p == corrupt_p).all(axis=1) & (end < width) & same.all(axis=1)
 
 
 def _has_path(receivers: np.ndarray, via: str, *, at_last: bool) -> bool:

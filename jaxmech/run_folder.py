@@ -53,7 +53,8 @@ class RunFolder:
         """Starts a run, or takes up the one in `path` if it has the same settings. Writes nothing yet.
 
         Args:
-          settings: everything that the results depend on, as JSON values; versions of packages are added.
+          settings: everything that the results depend on, as JSON values, "command" among them; versions of packages
+            are added.
           given: kept in config.json as well, but free to differ when the run is taken up: where things lie that
             `settings` has hashes of, and how many are computed at a time.
           outputs: files that such runs write, beside config.json; with `overwrite`, they are removed when the first
@@ -63,14 +64,14 @@ class RunFolder:
         Raises:
           NotADirectoryError, PermissionError: `path` is no folder, or may not be written to.
           ValueError: `overwrite` is False, and the folder holds a run with other settings, outputs without settings, or
-            a damaged file; or config.json is not that of a run.
+            a damaged file; or config.json is that of another command or program.
         """
         path, given = Path(path), dict(given or {})
         check_folder(path)
         there = tuple(file for file in dict.fromkeys(outputs) if file.is_file())
         config = json.loads(json.dumps({**given, **settings, "versions": versions(_PACKAGES)}))
+        _check_whose(path, config.get("command"))
         if overwrite:
-            _check_config_of_a_run(path)
             return cls(path, config, replaced=there)
         if (path / CONFIG).exists():
             _check_same(path, config, given)
@@ -157,15 +158,22 @@ def _check_same(path: Path, now: Mapping[str, Any], given: Mapping[str, Any]) ->
     before = read_json(path / CONFIG, _ANEW)
     if not isinstance(before, dict):
         raise ValueError(f"{path / CONFIG} is damaged: it holds {before!r}, not the settings of a run. {_ANEW}")
-    keys = (before.keys() | now.keys()) - given.keys()
+    keys = (before.keys() | now.keys()) - given.keys() - {"command"}
     if changed := sorted(key for key in keys if before.get(key) != now.get(key)):
         raise ValueError(f"{path} holds a run with other settings ({', '.join(changed)} differ). {_ANEW}")
 
 
-def _check_config_of_a_run(path: Path) -> None:
-    """ValueError if config.json is something else's, such as a model's, and must not be replaced."""
-    if (found := earlier_config(path)) and "jaxmech" not in (found.get("versions") or {}):
+def _check_whose(path: Path, command: str | None) -> None:
+    """ValueError if config.json is something else's, such as a model's or another command's, and must not be replaced.
+
+    That of another command would stand beside its results, with or without --overwrite.
+    """
+    if not (found := earlier_config(path)):
+        return
+    if "jaxmech" not in (found.get("versions") or {}):
         raise ValueError(f"{path / CONFIG} is not that of a run, so it is not overwritten; choose another --out.")
+    if (other := found.get("command", command)) != command:
+        raise ValueError(f"{path} is the folder of `jaxmech {other}`; choose another --out.")
 
 
 def scores_so_far(file: Path) -> dict[str, PathScores]:

@@ -5,8 +5,9 @@
 
 `corrupt`, `wrong_answer` and `roles` may be left out, by all lines alike. A role's place is a piece of the prompt that
 is there once, [start, end] among its characters, or the index of a token, as in `Pairs.from_text`. `corrupt_roles` are
-the places in the corrupt prompt; a piece of text stands for both prompts if they do not name it. Other keys are
-ignored, but for what looks like one of these.
+the places in the corrupt prompt; a piece of text stands for both prompts if they do not name it. An answer that is no
+text, but the id of a token, is {"token": 42}; a number is refused, since "42" may be meant. Other keys are ignored, but
+for what looks like one of these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ def read_pairs(
     One object a line, with the keys "clean" and "answer", and if all lines have them "corrupt", "wrong_answer", "roles"
     and "corrupt_roles", {role: place}. A place is a piece of the prompt that is there once, [start, end] among its
     characters, or the index of a token. A piece is looked for in the corrupt prompt, too, unless corrupt_roles name the
-    role. Other keys are ignored, but for what looks like one of these.
+    role. Answers are texts, or {"token": ID}. Other keys are ignored, but for what looks like one of these.
 
     Args:
       path: the file.
@@ -174,9 +175,12 @@ def _text(record: Mapping[str, Any], name: str) -> str | None:
 
 def _answer(record: Mapping[str, Any], name: str) -> str | int | None:
     given = record.get(name)
-    if not isinstance(given, str | int | None) or isinstance(given, bool):
-        raise ValueError(f'"{name}" is {given!r}; expected a text, or the id of a token.')
-    return given
+    if isinstance(given, str | None):
+        return given
+    if isinstance(given, dict) and list(given) == ["token"] and type(given["token"]) is int:
+        return given["token"]
+    number = f'; "{given}", if that is the answer' if type(given) in (int, float) else ""
+    raise ValueError(f'"{name}" is {given!r}; expected a text{number}, or {{"token": ID}} for the token of that id.')
 
 
 def _places(record: Mapping[str, Any], name: str) -> dict[str, Place]:

@@ -112,7 +112,7 @@ def read_prompts(read: Callable[[str], Text], texts: Sequence[str], name: str) -
     if wrong := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
         raise ValueError(f"{name}[{wrong[0]}] is {texts[wrong[0]]!r}; expected a prompt as text.")
     prompts = [read(text) for text in texts]
-    if empty := [i for i, prompt in enumerate(prompts) if not prompt.ids]:
+    if empty := [i for i, prompt in enumerate(prompts) if not (prompt.text and prompt.ids)]:  # BOS alone says nothing
         raise ExampleError(f"{name}[{empty[0]}] is {texts[empty[0]]!r}, which has no tokens.", empty[0])
     return prompts
 

@@ -142,13 +142,22 @@ def verify(
     ours = _activations(model, tokens)
     del model
     half = _activations(load(path, "bfloat16", adapter), tokens)
-    comparisons = tuple(_compare(config, ours, half, against, tokens))
+    stored = _stored_dtype(path)
+    if stored is not None:
+        notes += (f"{path} stores {stored}, to which transformers' weights were rounded as well.",)
+    comparisons = tuple(_compare(config, ours, half, against, tokens, stored))
     return Report(checks, comparisons, (*notes, *_unseen(config, tokens.shape[1])))
 
 
 def torch_installed() -> bool:
     """Whether torch can be imported; it is not imported yet."""
     return find_spec("torch") is not None
+
+
+def _stored_dtype(path: Path) -> str | None:
+    """The dtype to which a conversion to Orbax has rounded the parameters at `path`; None if they are float32."""
+    dtype = checkpoint.read_config(path).param_dtype if checkpoint.is_checkpoint(path) else "float32"
+    return None if dtype == "float32" else dtype
 
 
 def _reference_config(against: Path) -> Config:
@@ -203,10 +212,10 @@ def _source_files(provenance: Provenance, against: Path | None) -> dict[str, Pat
 
 
 def _compare(
-    config: Config, ours: Activations, half: Activations, against: Path, tokens: np.ndarray
+    config: Config, ours: Activations, half: Activations, against: Path, tokens: np.ndarray, stored: str | None
 ) -> Iterator[Comparison]:
-    """All comparisons, in the order of computation. `half` are ours in bfloat16."""
-    theirs = hf_sites.load_hf(against, "float32")
+    """All comparisons, in the order of computation. `half` are ours in bfloat16; `stored` see `_stored_dtype`."""
+    theirs = hf_sites.load_hf(against, "float32", stored)
     yield from _compare_rope(config, theirs, tokens.shape[1])
     exact = hf_sites.activations(theirs, tokens)
     del theirs

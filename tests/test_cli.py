@@ -299,7 +299,7 @@ def test_a_chain_that_finds_nothing_says_so_and_still_writes_what_it_found(tmp_p
         (["--data", "no/such/file.jsonl"], "There is no file no/such/file.jsonl; expected a JSONL file of examples"),
         (["--chain", "no/such/chain.toml"], "--chain no/such/chain.toml: there is no such file"),
         (["--out", f"{BASE}/config.json"], "config.json is a file; expected a folder"),
-        (["--out", BASE], "holds a run with other settings"),
+        (["--out", BASE], "config.json is not that of a run, so it is not overwritten"),
         (["--out", BASE, "--overwrite"], "config.json is not that of a run, so it is not overwritten"),
         (["--k", "typo", "3"], "k names the groups ['typo']; the chain has"),
         (["--k", "value_fetcher", "0"], "k=0; expected"),

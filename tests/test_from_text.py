@@ -102,6 +102,7 @@ def test_bos_and_the_space_before_an_answer_can_be_chosen():
         ({"clean": CLEAN[0]}, "clean is 'The fig .*; expected a list of prompts"),
         ({"clean": [CLEAN[0], 3]}, r"clean\[1\] is 3; expected a prompt as text"),
         ({"clean": [CLEAN[0], ""], "add_bos": False}, r"clean\[1\] is '', which has no tokens"),
+        ({"clean": [CLEAN[0], ""]}, r"clean\[1\] is '', which has no tokens"),
         ({"corrupt": CORRUPT[:1]}, r"corrupt is \['The radio.*; expected a list of 2"),
         ({"roles": {"object": ["fig", "fig"]}}, r"roles\['object'\] of example 1: 'fig' is not in 'The radio"),
         ({"roles": {"box": "Box A"}}, r"roles\['box'\] of example 0: 'Box A' is not in"),

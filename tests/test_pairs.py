@@ -112,6 +112,11 @@ def test_unknown_roles_are_named():
     pairs = jm.Pairs(**GOOD)
     with pytest.raises(ValueError, match=r"Unknown role 'first'; these pairs have positions for \['early', 'last'\]"):
         pairs.position("first")
+    with pytest.raises(ValueError, match="Unknown role 'first'; these pairs have positions for"):
+        pairs.corrupt_position("first")
+    some = dataclasses.replace(pairs, corrupt_positions={"last": pairs.corrupt_position("last")})
+    with pytest.raises(ValueError, match=r"Unknown role 'early'; these pairs have corrupt_positions for \['last'\]"):
+        some.corrupt_position("early")
     with pytest.raises(ValueError, match="no corrupt prompts"):
         jm.Pairs(GOOD["clean"], None, GOOD["labels"], GOOD["positions"]).corrupt_position("last")
 

@@ -177,9 +177,11 @@ def test_prompts_that_are_the_same_up_to_the_sender_are_warned_of(random_model, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert jm.path_patch(model, later, "query_box", RECEIVERS, "v").per_example.any()
-        corrupt[0, 0] = (corrupt[0, 0] + 1) % 50  # in one example
-        some = dataclasses.replace(later, corrupt=corrupt)
-        assert jm.path_patch(model, some, "early", RECEIVERS, "v").per_example.any()
+    corrupt[0, 0] = (corrupt[0, 0] + 1) % 50  # in one example
+    some = dataclasses.replace(later, corrupt=corrupt)
+    with pytest.warns(UserWarning, match="4 of 5 clean and corrupt prompts are the same, first those of example 1, so"):
+        found = jm.path_patch(model, some, "early", RECEIVERS, "v")
+    assert found.per_example[..., 0].any() and not found.per_example[..., 1:].any()
 
 
 def test_probability_is_that_of_the_plain_forward(random_model, random_pairs):

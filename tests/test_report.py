@@ -337,6 +337,18 @@ def test_the_largest_gap_is_that_of_heads_that_were_taken_away(tmp_path, undrawn
     assert "tuned. Nothing is answered right, with heads taken away or without" in text
 
 
+def test_heads_that_matter_at_other_tokens_are_pointed_out(tmp_path, undrawn):
+    results = study()
+    whole = results["accuracy"]["tuned"]["accuracy"]
+    for model in results["models"]:
+        results["completeness"][model][0]["model"] = results["accuracy"][model]["accuracy"] - 0.05
+    results["completeness"]["tuned"][0]["model"] = 0.129
+    write_report(tmp_path, results, **META)
+    text = read(tmp_path).text
+    assert f"none elsewhere, tuned answers 12.9 % right; left alone, {100 * whole:.1f} %. Heads at other" in text
+    assert "none elsewhere, base" not in text
+
+
 def test_a_model_that_cannot_do_the_task_is_warned_of(tmp_path, undrawn):
     results = study()
     results["accuracy"]["base"] = {"accuracy": 0.0, "low": 0.0, "high": 0.011}

@@ -62,6 +62,20 @@ def test_a_run_with_other_settings_is_refused_also_if_there_are_more_or_fewer(tm
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_folder_of_another_command_is_left_alone(tmp_path, overwrite):
+    """Its results would stand beside the new config.json; folders of earlier versions do not say whose they are."""
+    finished(tmp_path, seed=0, command="study")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="is the folder of `jaxmech study`; choose another --out"):
+        RunFolder.open(tmp_path, {"seed": 0, "command": "discover"}, overwrite=overwrite)
+    assert contents(tmp_path) == before
+    assert RunFolder.open(tmp_path, {"seed": 0, "command": "study"}).begun
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: x for key, x in config.items() if key != "command"}))
+    assert RunFolder.open(tmp_path, {"seed": 0, "command": "study"}).begun
+
+
 @pytest.fixture(params=["Hugging Face", "Orbax", "adapter"])
 def model_folder(request, tmp_path):
     """A folder with the names of a checkpoint's files, all as old."""

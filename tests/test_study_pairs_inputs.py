@@ -71,7 +71,11 @@ BAD = {
         "roles 'asked' and 'twin' of the chain are the same token in every prompt",
     ),
     "an edge that leads on": ({"edges": (("before", "last"),)}, records(2), "the target must be before the source"),
-    "an answer beyond the vocabulary": ({}, [line | {"answer": 999} for line in records(2)], "labels reach from"),
+    "an answer beyond the vocabulary": (
+        {},
+        [line | {"answer": {"token": 999}} for line in records(2)],
+        "labels reach from",
+    ),
     "a role with the name of the control": (
         {},
         [

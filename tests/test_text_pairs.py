@@ -14,7 +14,7 @@ from jaxmech.text_pairs import pairs_of, read_texts
 
 LINES = [
     {"clean": "w1 w2 w3 w4", "corrupt": "w5 w6 w3 w7", "answer": "w2", "wrong_answer": "w6", "roles": {"verb": "w3"}},
-    {"clean": "w8 w9 w3", "corrupt": "w4 w1 w3", "answer": "w9", "wrong_answer": 1, "roles": {"verb": "w3"}},
+    {"clean": "w8 w9 w3", "corrupt": "w4 w1 w3", "answer": "w9", "wrong_answer": {"token": 1}, "roles": {"verb": "w3"}},
 ]
 EQUAL = ("clean", "corrupt", "labels", "wrong_labels")
 
@@ -98,7 +98,7 @@ def test_a_sentence_is_the_prompt_with_its_answer(written):
     texts = read_texts(written(LINES))
     assert [pair.sentence for pair in texts] == ["w1 w2 w3 w4 [w2]", "w8 w9 w3 [w9]"]
     assert pairs_of(texts[1:], word_tokenizer()).clean.tolist() == [[8, 9, 3]]
-    assert read_texts(written([{"clean": "w1", "answer": 7}]))[0].sentence == "w1 [token 7]"
+    assert read_texts(written([{"clean": "w1", "answer": {"token": 7}}]))[0].sentence == "w1 [token 7]"
 
 
 BAD = {
@@ -106,7 +106,9 @@ BAD = {
     "no object": ("[1]", 'found list; expected an object with the keys "clean" and "answer"'),
     "no answer": ({"clean": "w1"}, '"answer" is missing or null; expected "clean" and "answer" at least'),
     "clean no text": ({"clean": 3, "answer": "w1"}, '"clean" is 3; expected a text'),
-    "answer no text": ({"clean": "w1", "answer": True}, '"answer" is True; expected a text, or the id'),
+    "answer no text": ({"clean": "w1", "answer": True}, '"answer" is True; expected a text, or {"token": ID}'),
+    "answer a number": ({"clean": "w1", "answer": 42}, '"answer" is 42; expected a text; "42", if that is the answer'),
+    "answer an object": ({"clean": "w1", "answer": {"token": "42"}}, "is {'token': '42'}; expected a text, or"),
     "roles no object": (LINES[0] | {"roles": "w3"}, """"roles" is 'w3'; expected an object"""),
     "a role without a place": (LINES[0] | {"roles": {"verb": None}}, """"roles" of 'verb' is None; expected a piece"""),
     "other roles": (LINES[0] | {"roles": {"noun": "w3"}}, r"has the roles \['noun'\], the first one \['verb'\]"),

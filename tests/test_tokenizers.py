@@ -96,5 +96,10 @@ def test_another_tokenizer_may_be_given_and_the_checkpoints_own_is_not_read(chec
     with pytest.raises(ValueError, match="the tokenizer cannot be read"):
         jm.load(path)
     assert jm.load(path, tokenizer=own).tokenizer is own
+    own.save_pretrained(tmp_path / "own")
+    for folder in (tmp_path / "own", str(tmp_path / "own")):
+        assert jm.load(path, tokenizer=folder).tokenizer("w3 w1").input_ids == own("w3 w1").input_ids
+    with pytest.raises(ValueError, match="tokenizer='.*none' is no directory with a tokenizer"):
+        jm.load(path, tokenizer=tmp_path / "none")
     checkpoint_files.save(tmp_path / "orbax", (model := jm.load(checkpoint)).config, model.params, model.tokenizer)
     assert jm.load(tmp_path / "orbax", tokenizer=own).tokenizer is own

@@ -333,6 +333,17 @@ def converted(saved, tmp_path):
     return path, tmp_path / "orbax"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_checkpoint_that_was_rounded_is_compared_with_weights_rounded_alike(saved, tmp_path, dtype):
+    path = saved()
+    convert_main(["--model", str(path), "--out", str(tmp_path / "orbax"), "--dtype", dtype])
+    report = verify.verify(tmp_path / "orbax", path)
+    assert report.ok and report.comparisons, report.first_deviation
+    assert report.notes == (
+        f"{tmp_path / 'orbax'} stores {dtype}, to which transformers' weights were rounded as well.",
+    )
+
+
 def test_a_converted_checkpoint_is_compared_with_its_source(converted, spoilt):
     path, orbax = converted
     report = verify.verify(orbax, path)

@@ -32,6 +32,7 @@ ROLES = {
     "prev_query_box": "the earlier occurrence of that label",
 }
 MOST_HEADS = 8  # named in a description
+ELSEWHERE = 0.1  # of accuracy that heads at other tokens make, which is worth a note
 
 
 def accuracy(results: Results) -> Section | None:
@@ -164,11 +165,25 @@ def completeness(results: Results) -> Section | None:
         caption = f"{model}. {_gaps(entries)}"
         row.append(Picture(f"completeness-{model}", partial(curves.completeness_scatter, entries), alt, caption))
     text = (
-        "The same heads K of the circuit were taken from the circuit and from the whole model. If the circuit has all "
-        "that matters, both lose the same and the points lie on the diagonal; below it, the model has heads that the "
-        "circuit lacks."
+        "The same heads K of the circuit were taken from the circuit and from the model, which has all heads at the "
+        "tokens where the circuit's are. At all other tokens heads are ablated in both (with --compat paper, in the "
+        "circuit alone). If the circuit has all that matters at its tokens, both lose the same and the points lie on "
+        "the diagonal; below it, the model has heads there that the circuit lacks."
     )
-    return Section(text, rows=in_pairs(row))
+    return Section(text, _needed_elsewhere(results), rows=in_pairs(row))
+
+
+def _needed_elsewhere(results: Results) -> list[str]:
+    """Of models that do much worse when heads are ablated at the tokens where their circuits have none."""
+    accuracy, found = by_model(results, "accuracy"), by_model(results, "completeness")
+    kept = {model: e["model"] for model, entries in found.items() for e in entries if e["kind"] == "nothing"}
+    return [
+        f"With all heads at the tokens where its circuit has some, and none elsewhere, {model} answers "
+        f"{percent(at_roles)} right; left alone, {percent(whole)}. Heads at other tokens matter, too, of which "
+        "completeness says nothing."
+        for model, at_roles in kept.items()
+        if (whole := accuracy.get(model, {}).get("accuracy", 0)) - at_roles > ELSEWHERE
+    ]
 
 
 def heads(results: Results) -> Section | None:

@@ -73,6 +73,7 @@ class StudyFolder:
         given = {name: values.pop(name) for name in ("base", "tuned", "data", "pairs", "desiderata", *AT_A_TIME)}
         file = settings.data or settings.pairs
         sources = {
+            "command": "study",
             "models": settings.names,  # the base first
             "model_files": {name: fingerprint(folder) for name, folder in settings.paths.items()},
             "examples": None if file is None else file_hash(file),
