@@ -1,4 +1,7 @@
-"""The command line: `jaxmech demo`, `study`, `discover`, `data` and `verify`. Only commands print and show progress."""
+"""The command line: `jaxmech demo`, `study`, `discover`, `prompts`, `data` and `verify`.
+
+Only commands print and show progress.
+"""
 
 import json
 import sys
@@ -6,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import jaxmech as jm
 from jaxmech.chain import PAPER_CHAIN, Stage, check_number_of_heads, read_chain, with_k
-from jaxmech.cli_options import Command, Data, Demo, Discover, StudyCommand, Verify
-from jaxmech.cli_prompts import Prompts, prompts_of
+from jaxmech.cli_options import Command, Data, Demo, Discover, LookAtPrompts, PromptOptions, StudyCommand, Verify
+from jaxmech.cli_prompts import Prompts, oddities, prompts_of
 from jaxmech.discovery import discover, moved_heads
 from jaxmech.files import check_file, check_folder, write_text
 from jaxmech.provenance import versions
@@ -30,6 +33,7 @@ from jaxmech.report import (
     deviation_tables,
     doubts,
     heat_map,
+    prompts_table,
     report_files,
     save_figure,
     study_tables,
@@ -39,7 +43,7 @@ from jaxmech.run_folder import CIRCUIT, SCORES, RunFolder, earlier_config, finge
 from jaxmech.scores import PathScores
 from jaxmech.study import STAGES, Settings, StudyFolder, doubt, run
 from jaxmech.study.chains import check_chain_on
-from jaxmech.study.models import known
+from jaxmech.study.models import Known, known
 from jaxmech.verify import verify
 
 console = Console()
@@ -169,22 +173,16 @@ def run_discover(options: Discover) -> None:
     check_chain_on(prompts.roles, chain, options.k, options.min_effect, options.metric)
     if options.metric == "logit_difference" and not prompts.wrong_answers:
         raise ValueError('--metric logit_difference is of pairs with wrong answers: --pairs, with "wrong_answer".')
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size}; expected at least 1.")
     check_folder(options.out)
-    _check_copies(options.copies)
-    found = known(options.model, options.adapter, {"precision": options.precision})  # before weights are read
+    found = _known(options)
     check_number_of_heads(with_k(chain, options.k), found.config)
     found.check_weights()
     with _warnings_printed():
         pairs = prompts.pairs(found.tokenizer)
     run = _run_folder(options, chain, prompts)
-    mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
-    how = {"precision": options.precision, "mesh": mesh, "tokenizer": found.tokenizer}
-    model = jm.load(options.model, options.dtype, options.adapter, **how)
+    model, name = _load(options, found), _name(options)
     if run.scores:
         console.print(f"Going on with the run in {run.path}; finished stages: {', '.join(run.scores)}.")
-    name = (options.adapter or options.model).resolve().name
     correct = jm.predict(model, pairs, keep_logits=False).correct
     console.print(accuracy_table({name: correct.mean()}, len(pairs)))
     if options.correct_only:
@@ -193,6 +191,51 @@ def run_discover(options: Discover) -> None:
         _note(warning)
     values = {field: getattr(options, field) for field in ("k", "min_effect", "metric", "batch_size")}
     _discover_into(run, model, pairs, chain, **values)
+
+
+def run_prompts(options: LookAtPrompts) -> None:
+    """`jaxmech prompts`."""
+    if options.show < 0:
+        raise ValueError(f"--show {options.show}; expected a number of examples.")
+    prompts, found = prompts_of(options, corrupt=False), _known(options)
+    found.check_weights()
+    with _warnings_printed():
+        pairs = prompts.pairs(found.tokenizer)
+    for row in range(min(options.show, len(pairs))):
+        console.print(pairs.show(found.tokenizer, row), markup=False, highlight=False, soft_wrap=True)
+        console.print()
+    model, sides = _load(options, found), {"clean": pairs}
+    if pairs.corrupt is not None:
+        sides["corrupt"] = replace(pairs, clean=pairs.corrupt, positions=pairs.corrupt_positions)
+    metrics = ["probability"] + ["logit_difference"] * (pairs.wrong_labels is not None)
+    how = {"batch_size": options.batch_size, "keep_logits": False}
+    answers = {side: {m: jm.predict(model, some, metric=m, **how) for m in metrics} for side, some in sides.items()}
+    console.print(prompts_table(pairs, answers))
+    clean = answers["clean"]["probability"]
+    for oddity in oddities(pairs):
+        _note(oddity)
+    if "corrupt" in answers and answers["corrupt"]["probability"].mean >= clean.mean:
+        _note("The answers are no less probable behind the corrupt prompts, so that patching from them loses nothing.")
+    if warning := doubt(_name(options), float(clean.accuracy), prompts.chance):
+        _note(warning)
+
+
+def _known(options: PromptOptions) -> Known:
+    """What the options name, before weights are read. ValueError for numbers that are none."""
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size}; expected at least 1.")
+    _check_copies(options.copies)
+    return known(options.model, options.adapter, {"precision": options.precision})
+
+
+def _load(options: PromptOptions, found: Known) -> jm.Model:
+    mesh = None if options.copies is None else jm.make_mesh(rows=options.copies)
+    how = {"precision": options.precision, "mesh": mesh, "tokenizer": found.tokenizer}
+    return jm.load(options.model, options.dtype, options.adapter, **how)
+
+
+def _name(options: PromptOptions) -> str:
+    return (options.adapter or options.model).resolve().name
 
 
 def _right(pairs: jm.Pairs, correct: np.ndarray, name: str) -> jm.Pairs:
@@ -317,6 +360,7 @@ _COMMANDS: dict[type, Any] = {
     Demo: run_demo,
     StudyCommand: run_study,
     Discover: run_discover,
+    LookAtPrompts: run_prompts,
     Data: run_data,
     Verify: run_verify,
 }

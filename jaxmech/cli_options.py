@@ -151,23 +151,20 @@ class StudyCommand:
     --copies and --models-in-memory may be others)."""
 
 
-@dataclass(frozen=True)
-class Discover:
-    """Find the circuit of a model for a task, entity tracking unless told otherwise, by a chain of path-patching
-    sweeps."""
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """A model, and prompts for it."""
 
     model: Path
     """Checkpoint: a directory (Hugging Face's, Meta's, or one that `python -m convert` wrote), or the name of a model
     on the Hugging Face Hub."""
-    out: Path
-    """Folder for config.json, scores.npz, circuit.json and one heat map per stage."""
     adapter: OptionalPath = None
     """LoRA adapter of --model to merge in; --model then is not one that `python -m convert` wrote."""
     data: OptionalPath = None
     """JSONL file of examples (key "sentence"); without it, scenes are made."""
     pairs: OptionalPath = None
     """JSONL file of pairs of prompts of another task, in place of boxes prompts: keys "clean", "corrupt" and "answer",
-    and as needed "wrong_answer", "roles" and "corrupt_roles"; needs a --chain of their roles."""
+    and as needed "wrong_answer", "roles" and "corrupt_roles"; discover needs a --chain of their roles."""
     first_token: bool = False
     """Of answers of several tokens in --pairs, take the first."""
     between: str = " "
@@ -178,6 +175,35 @@ class Discover:
     """Boxes in a scene, 2 to 10."""
     seed: int = 0
     """Seed of scenes and corrupt prompts."""
+    add_bos: OptionalBool = None
+    """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
+    dtype: Dtype = "float32"
+    """dtype of parameters and activations."""
+    precision: str = "highest"
+    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
+    batch_size: OptionalInt = None
+    """Examples per call; without it, as many as fit the memory budget."""
+    copies: OptionalInt = None
+    """Use all devices, with so many copies of the model, each split over its part of them; a divisor of their number.
+    Without it, one device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookAtPrompts(PromptOptions):
+    """Look at prompts before anything is computed with them: where roles are, which prompts are no use, what the model
+    answers."""
+
+    show: int = 3
+    """Examples to show, from the first on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discover(PromptOptions):
+    """Find the circuit of a model for a task, entity tracking unless told otherwise, by a chain of path-patching
+    sweeps."""
+
+    out: Path
+    """Folder for config.json, scores.npz, circuit.json and one heat map per stage."""
     chain: OptionalPath = None
     """TOML file of stages; without it, the paper's four, on boxes prompts."""
     k: HeadsPerGroup = field(default_factory=dict)
@@ -190,17 +216,6 @@ class Discover:
     minus that of the wrong answer (--pairs)."""
     correct_only: bool = False
     """Take the prompts that the model answers right, and no others."""
-    add_bos: OptionalBool = None
-    """Prepend the tokenizer's BOS token; without it, the tokenizer decides."""
-    dtype: Dtype = "float32"
-    """dtype of parameters and activations."""
-    precision: str = "highest"
-    """How float32 products are computed: highest, default, BF16_BF16_F32_X3, ... (docs/precision.md)."""
-    batch_size: OptionalInt = None
-    """Examples per call; without it, as many as fit the memory budget."""
-    copies: OptionalInt = None
-    """Use all devices, with so many copies of the model, each split over its part of them; a divisor of their number.
-    Without it, one device."""
     overwrite: bool = False
     """Start anew whatever --out holds; without it, an interrupted run with the same settings goes on (--batch-size and
     --copies may be others)."""
@@ -249,6 +264,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[StudyCommand, tyro.conf.subcommand("study")]
     | Annotated[Discover, tyro.conf.subcommand("discover")]
+    | Annotated[LookAtPrompts, tyro.conf.subcommand("prompts")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
 )

@@ -1,5 +1,6 @@
 """The commands on prompts of the user's own task, from a file of pairs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,6 +42,50 @@ def test_discovery_on_pairs_of_a_file_is_that_of_the_library(task, capsys, metri
     assert "Accuracy on 12 prompts" in printed and (task / "run" / "lookup.png").exists()
     words = {"probability": "mean change of p(correct)", "logit_difference": "mean change of the logit difference"}
     assert words[metric] in printed and "layer.head (change" in printed
+
+
+def look(task: Path, *more: str) -> None:
+    cli.main(["prompts", "--model", BASE, "--pairs", str(task / "pairs.jsonl"), *more])
+
+
+def test_prompts_are_shown_with_what_the_model_makes_of_them(task, capsys):
+    look(task, "--show", "2")
+    printed = capsys.readouterr().out
+    model = jm.load(BASE)
+    pairs = jm.read_pairs(task / "pairs.jsonl", model.tokenizer)
+    assert all(pairs.show(model.tokenizer, row) in printed for row in (0, 1))
+    assert pairs.show(model.tokenizer, 2) not in printed and "12 prompts" in printed
+    corrupt = dataclasses.replace(pairs, clean=pairs.corrupt, positions=pairs.corrupt_positions)
+    for some in (pairs, corrupt):
+        probability, difference = (jm.predict(model, some, metric=x) for x in ("probability", "logit_difference"))
+        for number in (f"{100 * probability.accuracy:.1f} %", f"{100 * probability.mean:.1f} %"):
+            assert number in printed
+        assert f"{difference.mean:+.2f}" in printed
+    rows = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    places = {name.strip(): [x.strip() for x in cells] for name, *cells in rows}
+    asked = pairs.position("asked")
+    assert places["token of asked, from 0"][0] == f"{asked.min()} to {asked.max()}"
+    assert places["tokens"][0] == f"{pairs.position('last').min() + 1} to {pairs.position('last').max() + 1}"
+    assert "note" not in printed
+
+
+def test_prompts_that_are_no_use_are_pointed_out(task, capsys):
+    given = records(6)
+    given[3] = given[3] | {"corrupt": given[3]["clean"], "corrupt_roles": given[3]["roles"]}
+    write_task(task, [*given, given[0]])
+    look(task, "--show", "0")
+    printed = capsys.readouterr().out
+    assert "note: 1 of 13 corrupt prompts are the clean ones; no head has an effect there." in printed
+    assert "note: 1 of 13 clean prompts have been there before" in printed
+    write_task(task, [{"clean": x["clean"], "answer": x["answer"], "roles": {"verb": "contains"}} for x in given])
+    look(task)
+    printed = capsys.readouterr().out
+    assert "corrupt" not in printed and "token of verb, from 0" in printed and "logit" not in printed
+    write_task(
+        task, [x | {"clean": x["corrupt"], "corrupt": x["clean"], "corrupt_roles": {}, "roles": {}} for x in given]
+    )
+    look(task)
+    assert "The answers are no less probable behind the corrupt prompts" in capsys.readouterr().out
 
 
 def test_a_run_on_pairs_goes_on_and_other_pairs_are_other_settings(task, capsys):

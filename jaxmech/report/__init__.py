@@ -14,7 +14,7 @@ tables.py     tables for the terminal
 from jaxmech.report.figures import heat_map
 from jaxmech.report.html import report_files, write_report
 from jaxmech.report.style import save_figure
-from jaxmech.report.tables import accuracy_table, circuit_table, deviation_tables, study_tables
+from jaxmech.report.tables import accuracy_table, circuit_table, deviation_tables, prompts_table, study_tables
 from jaxmech.report.words import CHANGED, doubts
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "deviation_tables",
     "doubts",
     "heat_map",
+    "prompts_table",
     "report_files",
     "save_figure",
     "study_tables",

@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from jaxmech.chain import Stage, receivers_text
 from jaxmech.circuits import Circuit
+from jaxmech.pairs import Pairs
+from jaxmech.predictions import Predictions
 from jaxmech.report.words import CHANGED, Changed
 from jaxmech.verify import Report
 
@@ -20,6 +23,39 @@ def accuracy_table(accuracies: Mapping[str, float], count: int) -> Table:
     table.add_column("accuracy", justify="right")
     for name, accuracy in accuracies.items():
         table.add_row(name, f"{100 * accuracy:.1f} %")
+    return table
+
+
+def prompts_table(pairs: Pairs, found: Mapping[str, Mapping[str, Predictions]]) -> Table:
+    """How long prompts are, where roles are in them, and what a model makes of them.
+
+    Args:
+      pairs: the prompts.
+      found: {"clean": {metric: what the model answers}}, and "corrupt", where the answers are those of the clean ones.
+    """
+    sides = {"clean": pairs.positions} | ({} if pairs.corrupt is None else {"corrupt": pairs.corrupt_positions})
+    title = f"{len(pairs)} prompts"
+    table = Table(title=title, min_width=len(title))
+    table.add_column("")
+    for side in sides:
+        table.add_column(side, justify="right")
+
+    def extent(at: np.ndarray) -> str:
+        low, high = int(at.min()), int(at.max())
+        return f"{low}" if low == high else f"{low} to {high}"
+
+    table.add_row("tokens", *(extent(positions["last"] + 1) for positions in sides.values()))
+    for role in dict.fromkeys(role for positions in sides.values() for role in positions):
+        places = (extent(positions[role]) if role in positions else "-" for positions in sides.values())
+        table.add_row(f"token of {role}, from 0", *places)
+    shown = {
+        "answer is the most probable token": lambda x: f"{100 * x['probability'].accuracy:.1f} %",
+        "its probability, mean": lambda x: f"{100 * x['probability'].mean:.1f} %",
+        "its logit minus the wrong answer's, mean": lambda x: f"{x['logit_difference'].mean:+.2f}",
+    }
+    for name, show in shown.items():
+        if "wrong" not in name or pairs.wrong_labels is not None:
+            table.add_row(name, *(show(found[side]) for side in sides))
     return table
 
 
