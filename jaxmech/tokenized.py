@@ -4,7 +4,7 @@ Owns what every task written as text needs. It knows no task; that of the paper 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -55,8 +55,40 @@ class Text:
     known: list[bool]
 
 
-def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], Text]:
-    """A function from a text to its tokens, without EOS, with the tokenizer's settings checked once.
+class TextReader:
+    """Texts to their tokens, without EOS.
+
+    Args:
+      bos: token ids in front of texts that do not begin with them.
+    """
+
+    def __init__(self, tokenizer: Any, bos: list[int]):
+        self._tokenizer, self._bos = tokenizer, bos
+        self._unknown, self._written_out = tokenizer.unk_token_id, tokenizer.unk_token  # which are looked up slowly
+
+    def __call__(self, text: str) -> Text:
+        return self.many([text])[0]
+
+    def many(self, texts: Sequence[str]) -> list[Text]:
+        """Those of several texts, in a fraction of the time that they take one by one."""
+        if not texts:
+            return []
+        found = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)  # EOS would be last
+        return [self._text(*one) for one in zip(texts, found.input_ids, found.offset_mapping, strict=True)]
+
+    def _text(self, text: str, ids: list[int], offsets: Any) -> Text:
+        before = [] if ids[:1] == self._bos else self._bos  # chat templates write it out
+        ids, spans = before + ids, [(0, 0)] * len(before) + list(map(tuple, offsets))
+        if self._unknown not in ids:
+            return Text(text, ids, spans, [True] * len(ids))
+        # One that is written out is meant, and so is BOS, which is the same token for some tokenizers.
+        pieces, meant = (text[slice(*span)] for span in spans), ("", self._written_out)
+        known = [token != self._unknown or piece in meant for token, piece in zip(ids, pieces, strict=True)]
+        return Text(text, ids, spans, known)
+
+
+def text_reader(tokenizer: Any, add_bos: bool | None = None) -> TextReader:
+    """A reader of texts, with the tokenizer's settings checked once.
 
     Args:
       tokenizer: a fast Hugging Face tokenizer.
@@ -74,29 +106,16 @@ def text_reader(tokenizer: Any, add_bos: bool | None = None) -> Callable[[str], 
         add_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     if add_bos and tokenizer.bos_token_id is None:
         raise ValueError("add_bos=True, but the tokenizer has no BOS token.")
-    bos = [tokenizer.bos_token_id] if add_bos else []
-    unknown, written_out = tokenizer.unk_token_id, tokenizer.unk_token  # which transformers looks up slowly
-
-    def known(text: str, ids: list[int], spans: list[tuple[int, int]]) -> list[bool]:
-        # One that is written out is meant, and so is BOS, which is the same token for some tokenizers.
-        pieces = (text[slice(*span)] for span in spans)
-        return [token != unknown or piece in ("", written_out) for token, piece in zip(ids, pieces, strict=True)]
-
-    def read(text: str) -> Text:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # an EOS would become `last`
-        before = [] if encoding.input_ids[:1] == bos else bos  # chat templates write it out
-        ids, spans = before + encoding.input_ids, [(0, 0)] * len(before) + list(map(tuple, encoding.offset_mapping))
-        return Text(text, ids, spans, known(text, ids, spans) if unknown in ids else [True] * len(ids))
-
-    return read
+    return TextReader(tokenizer, [tokenizer.bos_token_id] if add_bos else [])
 
 
-def continued(read: Callable[[str], HasTokens], prompt: HasTokens, text: str) -> int:
-    """Token id of `text` where it stands, right after the prompt. ValueError if it is not one more token."""
-    ids = read(prompt.text + text).ids
-    if ids[:-1] != prompt.ids:
-        raise ValueError(f"The tokenizer does not continue {prompt.text!r} by one token for {text.strip()!r}.")
-    return ids[-1]
+def continued(read: TextReader, prompts: Sequence[HasTokens], texts: Sequence[str]) -> list[int]:
+    """Token id of each text where it stands, right after its prompt. ValueError if one is not one more token."""
+    found = read.many([prompt.text + text for prompt, text in zip(prompts, texts, strict=True)])
+    for prompt, text, whole in zip(prompts, texts, found, strict=True):
+        if whole.ids[:-1] != prompt.ids:
+            raise ValueError(f"The tokenizer does not continue {prompt.text!r} by one token for {text.strip()!r}.")
+    return [whole.ids[-1] for whole in found]
 
 
 def right_padded(prompts: Sequence[HasTokens]) -> np.ndarray:
@@ -105,13 +124,13 @@ def right_padded(prompts: Sequence[HasTokens]) -> np.ndarray:
     return np.array([prompt.ids + [prompt.ids[0]] * (length - len(prompt.ids)) for prompt in prompts])
 
 
-def read_prompts(read: Callable[[str], Text], texts: Sequence[str], name: str) -> list[Text]:
+def read_prompts(read: TextReader, texts: Sequence[str], name: str) -> list[Text]:
     """The tokens of prompts. ValueError if there are none, or one has no tokens or is no text; `name` says of what."""
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"{name} is {texts!r}; expected a list of prompts.")
     if wrong := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
         raise ValueError(f"{name}[{wrong[0]}] is {texts[wrong[0]]!r}; expected a prompt as text.")
-    prompts = [read(text) for text in texts]
+    prompts = read.many(texts)
     if empty := [i for i, prompt in enumerate(prompts) if not (prompt.text and prompt.ids)]:  # BOS alone says nothing
         raise ExampleError(f"{name}[{empty[0]}] is {texts[empty[0]]!r}, which has no tokens.", empty[0])
     return prompts
@@ -123,7 +142,7 @@ def continuation(answer: str, between: str) -> str:
 
 
 def answer_tokens(
-    read: Callable[[str], Text],
+    read: TextReader,
     prompts: Sequence[Text],
     answers: Sequence[str | int],
     between: str,
@@ -150,7 +169,7 @@ def answer_tokens(
 
 
 def _answer_token(
-    read: Callable[[str], Text], prompt: Text, answer: str | int, between: str, name: str, *, first_token: bool
+    read: TextReader, prompt: Text, answer: str | int, between: str, name: str, *, first_token: bool
 ) -> int:
     """The token of one answer; see `answer_tokens`."""
     if _is_index(answer):

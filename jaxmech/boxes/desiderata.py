@@ -45,11 +45,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmech.boxes.prompts import continuation, generator, reader, roles, splits
+from jaxmech.boxes.prompts import PromptReader, generator, roles, splits
 from jaxmech.boxes.scenes import LABELS, Example, Scene, ask, tell
 from jaxmech.compat import check_compat
 from jaxmech.pairs import Pairs
-from jaxmech.tokenized import right_padded, text_reader
+from jaxmech.tokenized import right_padded
 
 
 @dataclass(frozen=True)
@@ -177,15 +177,15 @@ def desideratum(
         _triple(name, base, pool, generator(seed, f"{base.sentence} {repetition}"), compat)
         for base, repetition in zip(bases, _repetitions(bases), strict=True)
     ]
-    read, read_text = reader(tokenizer, add_bos), text_reader(tokenizer, add_bos)
-    clean = [read(base.prompt) for base in bases]
-    corrupt = [read(text) for text, _ in triples]
+    read = PromptReader(tokenizer, add_bos)
+    clean = read.many(base.prompt for base in bases)
+    corrupt = read.many(text for text, _ in triples)
     if split := {word for prompt in clean + corrupt for word in prompt.split_objects}:
         raise ValueError(f"{splits(split)}. Use examples with other objects.")
     if compat == "paper" and name == "box_label_value":
         labels = [_bare_token(tokenizer, word) for _, word in triples]
     else:
-        labels = [continuation(read_text, prompt, word) for prompt, (_, word) in zip(clean, triples, strict=True)]
+        labels = read.continuations(clean, [word for _, word in triples])
     return Pairs(
         clean=right_padded(clean),
         corrupt=right_padded(corrupt),

@@ -7,7 +7,7 @@ Positions come from the tokenizer's own character offsets, so that they hold for
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,19 +55,19 @@ def pairs(
         unknown `compat`.
     """
     check_compat(compat)
-    read, read_text = reader(tokenizer, add_bos), text_reader(tokenizer, add_bos)
+    read = PromptReader(tokenizer, add_bos)
     examples = whole_objects(examples, read, split_objects)
     scenes = sorted({example.scene for example in examples}, key=lambda scene: scene.text)
     if len(scenes) < 2:
         raise ValueError(f"{len(scenes)} scenes; at least 2 are needed, since corrupt prompts come from another scene.")
     corruptions = [_corrupt(example, scenes, seed, any_letter=compat == "paper") for example in examples]
-    clean = [read(example.prompt) for example in examples]
-    corrupt = [read(scene.prompt(label)) for scene, label, _ in corruptions]
+    clean = read.many([example.prompt for example in examples])
+    corrupt = read.many([scene.prompt(label) for scene, label, _ in corruptions])
     sources = [(t.label_positions[-1], t.label_positions[i]) for t, (_, _, i) in zip(corrupt, corruptions, strict=True)]
     return Pairs(
         clean=right_padded(clean),
         corrupt=right_padded(corrupt),
-        labels=np.array([continuation(read_text, prompt, e.answer) for e, prompt in zip(examples, clean, strict=True)]),
+        labels=np.array(read.continuations(clean, [example.answer for example in examples])),
         positions=roles(clean, [tokens.query_boxes for tokens in clean])
         | {"object": np.array([tokens.object_positions[e.query] for tokens, e in zip(clean, examples, strict=True)])},
         corrupt_positions=roles(corrupt, sources),
@@ -91,28 +91,37 @@ class Tokens:
         return self.label_positions[-1], self.label_positions[self.labels.index(self.labels[-1])]
 
 
-def reader(tokenizer: Any, add_bos: bool | None) -> Callable[[str], Tokens]:
-    """A function from a prompt to its tokens, with the tokenizer's settings checked once."""
-    read_text = text_reader(tokenizer, add_bos)
+class PromptReader:
+    """Prompts to their tokens, with the tokenizer's settings checked once; see `jaxmech.tokenized.text_reader`."""
 
-    def read(text: str) -> Tokens:
-        tokens = read_text(text)
-        spans = [_without_space(text, start, end) for start, end in tokens.spans]
-        whole = {span: position for position, span in enumerate(spans) if tokens.known[position]}
-        labels = [match.span() for match in _LABEL.finditer(text)]
-        objects = [match.span() for match in _OBJECT.finditer(text)]
-        if split := [text[slice(*span)] for span in labels if span not in whole]:
-            raise ValueError(f"The tokenizer gives the box label {split[0]!r} no token of its own in {text!r}.")
-        return Tokens(
-            text=text,
-            ids=tokens.ids,
-            labels=[text[slice(*span)] for span in labels],
-            label_positions=[whole[span] for span in labels],
-            object_positions=[whole[span] for span in objects if span in whole],
-            split_objects=[text[slice(*span)] for span in objects if span not in whole],
-        )
+    def __init__(self, tokenizer: Any, add_bos: bool | None):
+        self._read = text_reader(tokenizer, add_bos)
 
-    return read
+    def many(self, texts: Iterable[str]) -> list[Tokens]:
+        """The tokens of prompts. ValueError for a box label that is not one token."""
+        return [_tokens(text) for text in self._read.many(list(texts))]
+
+    def continuations(self, prompts: Sequence[Tokens], words: Sequence[str]) -> list[int]:
+        """Token id of each word where it stands, after its prompt. ValueError if it is not one token there."""
+        return continued(self._read, prompts, [f" {word}" for word in words])
+
+
+def _tokens(read: Text) -> Tokens:
+    text = read.text
+    spans = [_without_space(text, start, end) for start, end in read.spans]
+    whole = {span: position for position, span in enumerate(spans) if read.known[position]}
+    labels = [match.span() for match in _LABEL.finditer(text)]
+    objects = [match.span() for match in _OBJECT.finditer(text)]
+    if split := [text[slice(*span)] for span in labels if span not in whole]:
+        raise ValueError(f"The tokenizer gives the box label {split[0]!r} no token of its own in {text!r}.")
+    return Tokens(
+        text=text,
+        ids=read.ids,
+        labels=[text[slice(*span)] for span in labels],
+        label_positions=[whole[span] for span in labels],
+        object_positions=[whole[span] for span in objects if span in whole],
+        split_objects=[text[slice(*span)] for span in objects if span not in whole],
+    )
 
 
 def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
@@ -122,11 +131,13 @@ def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def whole_objects(examples: Sequence[Example], read: Callable[[str], Tokens], split_objects: str) -> list[Example]:
+def whole_objects(examples: Sequence[Example], read: PromptReader, split_objects: str) -> list[Example]:
     """The examples whose scene has no object that the tokenizer splits; `split_objects` as in `pairs`."""
     if split_objects not in ("refuse", "drop"):
         raise ValueError(f"split_objects={split_objects!r}; expected 'refuse' or 'drop'.")
-    split = {scene: read(scene.text).split_objects for scene in {example.scene for example in examples}}
+    scenes = list(dict.fromkeys(example.scene for example in examples))
+    tokens = read.many(scene.text for scene in scenes)
+    split = {scene: found.split_objects for scene, found in zip(scenes, tokens, strict=True)}
     kept = [example for example in examples if not split[example.scene]]
     if len(kept) == len(examples):
         return kept
@@ -160,11 +171,6 @@ def _corrupt(example: Example, scenes: Sequence[Scene], seed: int, any_letter: b
     used = () if any_letter else example.scene.labels + scene.labels
     letters = [label for label in LABELS if label not in used]
     return scene, letters[rng.integers(len(letters))], int(rng.integers(len(scene.labels)))
-
-
-def continuation(read: Callable[[str], Text], prompt: Tokens, word: str) -> int:
-    """Token id of `word` where it stands, after the prompt; `read` is a `text_reader`."""
-    return continued(read, prompt, f" {word}")
 
 
 def roles(prompts: Sequence[Tokens], positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxmech import boxes
 from jaxmech.ablation import mean_activations
 from jaxmech.boxes import POSITION_VARIANTS, Example, Scene
-from jaxmech.boxes.prompts import reader, whole_objects
+from jaxmech.boxes.prompts import PromptReader, whole_objects
 from jaxmech.config import Config
 from jaxmech.loading import Model, check_prompts
 from jaxmech.pairs import Pairs
@@ -56,7 +56,7 @@ class BoxesData:
         return {name: [example for example in whole if use.get(example.scene) == name] for name in parts}
 
     def _whole(self, examples: Sequence[Example]) -> list[Example]:
-        return whole_objects(examples, reader(self.tokenizer, self.settings.add_bos), "drop")
+        return whole_objects(examples, PromptReader(self.tokenizer, self.settings.add_bos), "drop")
 
     def check(self, config: Config, uses: Collection[str]) -> None:
         """Checks that there are prompts enough for all that is to come, and that they can be read.
