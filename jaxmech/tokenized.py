@@ -70,7 +70,7 @@ class TextReader:
         return self.many([text])[0]
 
     def many(self, texts: Sequence[str]) -> list[Text]:
-        """Those of several texts, in a fraction of the time that they take one by one."""
+        """Those of several texts, in one call of the tokenizer."""
         if not texts:
             return []
         found = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)  # EOS would be last
