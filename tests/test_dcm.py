@@ -20,9 +20,13 @@ from jaxmech.model import forward
 HEADS = [(2, 1), (1, 3), (2, 0), (3, 1)]
 
 
-@pytest.fixture(params=[4, 2], ids=["mha", "gqa"])
+BOTH_ATTENTIONS = pytest.mark.parametrize("model", [4, 2], ids=["mha", "gqa"], indirect=True)
+
+
+@pytest.fixture
 def model(request, random_model) -> jm.Model:
-    return random_model(num_kv_heads=request.param)
+    """With grouped queries, or what `BOTH_ATTENTIONS` asks for."""
+    return random_model(num_kv_heads=getattr(request, "param", 2))
 
 
 @pytest.fixture
@@ -85,6 +89,7 @@ def trained_by_full_forwards(
     return np.array(losses), np.array(masks)
 
 
+@BOTH_ATTENTIONS
 @pytest.mark.parametrize("role", ["last", "query_box", "early"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_training_equals_adam_on_patched_full_forwards(model, pairs, role, shuffle):
@@ -255,6 +260,7 @@ def test_segments_are_steps_whose_examples_fit():
     assert len(prompts.cut(orders, 1)) == 4
 
 
+@BOTH_ATTENTIONS
 @pytest.mark.parametrize("role", ["last", "query_box", "early"])
 def test_accuracies_of_masks_are_those_of_patched_full_forwards(model, pairs, role):
     masks = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0.3]], np.float32)

@@ -24,9 +24,13 @@ GROUPS = {
 }
 
 
-@pytest.fixture(params=[4, 2], ids=["mha", "gqa"])
+BOTH_ATTENTIONS = pytest.mark.parametrize("model", [4, 2], ids=["mha", "gqa"], indirect=True)
+
+
+@pytest.fixture
 def model(request, random_model) -> jm.Model:
-    return random_model(num_kv_heads=request.param)
+    """With grouped queries, or what `BOTH_ATTENTIONS` asks for."""
+    return random_model(num_kv_heads=getattr(request, "param", 2))
 
 
 @pytest.fixture
@@ -70,6 +74,7 @@ def answering(pairs, logits) -> jm.Pairs:
     return dataclasses.replace(pairs, labels=np.asarray(logits.argmax(-1)))
 
 
+@BOTH_ATTENTIONS
 def test_training_equals_adam_on_patched_full_forwards(model, pairs, group):
     logits = patched(model, pairs, *group)
     count = len(places(*group)[1])
@@ -92,6 +97,7 @@ def test_training_equals_adam_on_patched_full_forwards(model, pairs, group):
     assert ((mask > 0) & (mask < 1)).any(), "nothing was learnt, or all at once"
 
 
+@BOTH_ATTENTIONS
 def test_accuracy_equals_full_forwards(model, pairs, group):
     logits, count = patched(model, pairs, *group), len(places(*group)[1])
     masks = np.random.default_rng(0).random((3, count)).astype(np.float32)
