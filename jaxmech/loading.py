@@ -253,8 +253,8 @@ def load(
     Raises:
       FileNotFoundError: the directory or a file in it is missing, or the Hub has no such model.
       OSError: the Hub cannot be reached.
-      ValueError: the checkpoint is damaged or describes a model that is not supported, the adapter does not fit it, or
-        the mesh has no axis "model".
+      ValueError: the checkpoint is damaged or describes a model that is not supported, the adapter does not fit it, no
+        tokenizer is where `tokenizer` says, or the mesh has no axis "model".
     """
     path, adapter = convert.local_path(path, revision), None if adapter is None else convert.local_path(adapter)
     changes = {"dtype": dtype, "param_dtype": dtype, "precision": precision}

@@ -195,7 +195,7 @@ def test_trainings_at_several_roles_are_cut_to_fit_the_memory(model, pairs, monk
 
 def test_many_groups_at_their_roles_are_trained_as_one_by_one(model, pairs):
     groups = {"a": APART, "b": {"query_box": [(1, 0)]}, "c": {"last": [(3, 3)], "query_box": [(0, 2), (2, 2)]}}
-    runs = dcm.train_many(model, {"x": pairs}, groups, lams=[0.01, 0.1], batch_size=4)
+    runs = dcm.train_many(model, {"x": pairs}, groups, lams=np.array([0.01, 0.1]), batch_size=4)
     for name, group in groups.items():
         alone = dcm.train(model, pairs, group, lam=0.1, batch_size=4)
         run = runs["x", name, 0.1, 0]

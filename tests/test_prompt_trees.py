@@ -205,6 +205,21 @@ def test_counterfactuals_are_collected_in_trees_as_in_full_forward_passes(random
         np.testing.assert_array_equal(one.labels, x.labels)
 
 
+def test_calls_of_trees_are_smaller_where_more_is_kept_of_them(random_model, monkeypatch):
+    """What is kept is z of all layers: of many tokens of a deep model, more than a layer takes."""
+    model, roles = random_model(num_layers=8), ["last", *(f"role {i}" for i in range(9))]
+    rng, at = np.random.default_rng(0), {role: np.full(40, 11 - i) for i, role in enumerate(roles)}
+    pairs = jm.Pairs(rng.integers(0, 50, (40, 12)), rng.integers(0, 50, (40, 12)), np.ones(40, int), at, at)
+    config, counted, rows = model.config, memory.of_forward(model.config, 12), []
+    monkeypatch.setattr(memory, "CPU_BUDGET", int(20 * counted))
+    monkeypatch.setattr(targets, "run_stretch", lambda *x: rows.append(x[2].kept.shape[:2]) or run_stretch(*x))
+    for some in (roles[:1], roles):
+        rows.clear()
+        collected(model, [pairs], some, [7])
+        each = counted + memory.of_heads(config, len(some), 8)
+        assert all(copies * count * each <= 20 * counted for copies, count in rows) and rows
+
+
 def test_trees_that_change_places_as_prompts_drop_out_are_packed_whole(random_model, monkeypatch):
     """Of two trees the smaller is the larger behind the stretch in which the other's long prompt ends."""
     monkeypatch.setattr(targets, "_work", lambda config, trees: trees.sizes.sum())
