@@ -30,6 +30,7 @@ OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_
 OptionalBool = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Metric = Literal["probability", "log_probability", "logit_difference"]
+Measure = Literal["accuracy", "probability", "log_probability", "logit_difference"]
 HeadsPerGroup = Annotated[
     dict[str, int],
     PrimitiveConstructorSpec(
@@ -107,6 +108,10 @@ class StudyCommand:
     metric: Metric = "probability"
     """What scores of discovery are: relative changes of the right answer's probability, changes of its logarithm, or of
     its logit minus that of the wrong answer (--pairs)."""
+    measure: Measure = "accuracy"
+    """What models and circuits are measured by in all stages but discovery and those of DCM: how often the right answer
+    is the most probable token, its probability, its log-probability (shown as the geometric mean of the probability),
+    or its logit minus that of the wrong answer (--pairs)."""
     random_circuits: int = 10
     """Random circuits to compare a circuit's faithfulness with."""
     random_subsets: int = 20

@@ -20,7 +20,7 @@ EDGES = ("last -> object", "last -> query_box", "last -> random", "query_box -> 
 
 
 def entry(value: float, spread: float = 0.04) -> dict:
-    return {"accuracy": value, "low": max(0.0, value - spread), "high": min(1.0, value + 0.8 * spread)}
+    return {"accuracy": value, "value": value, "low": max(0.0, value - spread), "high": min(1.0, value + 0.8 * spread)}
 
 
 def study(models=("base", "tuned"), layers=4, heads=8, k=(4, 2, 2, 4), seed=0) -> dict:
@@ -160,6 +160,7 @@ def cmap(rng, before, after, layers, heads) -> dict:
         single[role] = {
             "accuracy": accuracy,
             "score": (2 * change).tolist(),
+            "change": change.tolist(),
             "unpatched": before + 0.01,
             "prompts": 100,
         }

@@ -40,7 +40,7 @@ def test_discovery_on_pairs_of_a_file_is_that_of_the_library(task, capsys, metri
         np.testing.assert_array_equal(found[group].per_example, scores.per_example)
     printed = capsys.readouterr().out
     assert "Accuracy on 12 prompts" in printed and (task / "run" / "lookup.png").exists()
-    words = {"probability": "mean change of p(correct)", "logit_difference": "mean change of the logit difference"}
+    words = {"probability": "mean change of p(correct)", "logit_difference": "mean change of logit difference"}
     assert words[metric] in printed and "layer.head (change" in printed
 
 

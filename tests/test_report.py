@@ -304,8 +304,8 @@ def test_accuracies_of_masks_stand_beside_those_without_a_patch(report):
 
 def test_what_is_not_all_or_nothing_does_not_read_so(tmp_path, undrawn):
     results = study()
-    results["accuracy"]["tuned"] = {"accuracy": 1.0, "low": 0.9891, "high": 1.0}
-    results["accuracy"]["base"] = {"accuracy": 0.9997, "low": 0.99951, "high": 0.99982}
+    results["accuracy"]["tuned"] = {"accuracy": 1.0, "value": 1.0, "low": 0.9891, "high": 1.0}
+    results["accuracy"]["base"] = {"accuracy": 0.9997, "value": 0.9997, "low": 0.99951, "high": 0.99982}
     results["faithfulness"]["base"]["base"]["random"] = [0.024, 0.0241]
     write_report(tmp_path, results, **META)
     text = read(tmp_path).text.replace("\N{NO-BREAK SPACE}", " ")
@@ -351,7 +351,7 @@ def test_heads_that_matter_at_other_tokens_are_pointed_out(tmp_path, undrawn):
 
 def test_a_model_that_cannot_do_the_task_is_warned_of(tmp_path, undrawn):
     results = study()
-    results["accuracy"]["base"] = {"accuracy": 0.0, "low": 0.0, "high": 0.011}
+    results["accuracy"]["base"] = {"accuracy": 0.0, "value": 0.0, "low": 0.0, "high": 0.011}
     for stage in ("dcm", "activation_patching"):
         results[stage]["base"] = {}
     write_report(tmp_path, results, **META)

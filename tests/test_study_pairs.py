@@ -94,7 +94,8 @@ def test_every_stage_but_those_of_desiderata_says_what_the_methods_say(settings,
     models = {name: jm.load(path) for name, path in settings.paths.items()}
     circuits = {name: jm.Circuit.load(done.path / "circuits" / f"{name}.json") for name in models}
     for name, model in models.items():
-        assert results["accuracy"][name]["accuracy"] == jm.accuracy(model, data.pairs)
+        answered = results["accuracy"][name]
+        assert answered["accuracy"] == answered["value"] == jm.accuracy(model, data.pairs)
         found = jm.discover(model, data.pairs, chain=settings.chain, min_effect=0.01, metric="logit_difference")
         groups = results["discovery"][name]["groups"]
         assert {group: [tuple(head) for head in heads] for group, heads in groups.items()} == found.groups
@@ -169,7 +170,7 @@ def test_the_report_lists_the_settings_of_such_a_study_alone(settings, with_desi
 def test_the_report_says_if_a_circuit_alone_does_nothing(results, tmp_path):
     words = "base: its circuit alone answers nothing right in base itself."
     broken = json.loads(json.dumps(results))
-    broken["faithfulness"]["base"]["base"]["circuit"] = {"accuracy": 0.0, "low": 0.0, "high": 0.1}
+    broken["faithfulness"]["base"]["base"]["circuit"] = {"accuracy": 0.0, "value": 0.0, "low": 0.0, "high": 0.1}
     options = {"settings": {"between": " "}, "versions": {}, "timings": {}}
     pages = [write_report(tmp_path, found, **options).read_text() for found in (results, broken)]
     assert words not in pages[0] and words in pages[1] and "&#39; &#39;" in pages[0]

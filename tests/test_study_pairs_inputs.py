@@ -41,6 +41,22 @@ BAD = {
         "needs wrong_labels, a wrong answer for each prompt; the pairs have none",
     ),
     "a metric": ({"metric": "accuracy"}, records(2), "metric='accuracy'; expected probability, log_probability or, of"),
+    "another measure": ({"measure": "loss"}, records(2), "measure='loss'; expected accuracy, probability, log_prob"),
+    "logit differences of boxes prompts": (
+        {"pairs": None, "metric": "probability", "measure": "logit_difference", "chain": jm.PAPER_CHAIN},
+        records(2),
+        "measure='logit_difference'; expected accuracy, probability, log_probability or, of pairs with wrong answers",
+    ),
+    "no wrong answers to measure by": (
+        {"metric": "probability", "measure": "logit_difference"},
+        [line | {"wrong_answer": None} for line in records(2)],
+        "needs wrong_labels, a wrong answer for each prompt; the pairs have none",
+    ),
+    "a measure that the published code lacks": (
+        {"pairs": None, "metric": "probability", "measure": "probability", "chain": jm.PAPER_CHAIN, "compat": "paper"},
+        records(2),
+        "measure='probability' with compat='paper'; the published code knows accuracy alone",
+    ),
     "the logit difference of boxes prompts": ({"pairs": None}, records(2), "metric='logit_difference'; expected"),
     "desiderata of boxes prompts": (
         {"pairs": None, "metric": "probability", "chain": jm.PAPER_CHAIN, "desiderata": (Path("a.jsonl"),)},

@@ -1,16 +1,17 @@
 """Figures of accuracies and scores as horizontal bars, which leave room for long names.
 
 Owns the drawing; what the numbers mean is said in the sections' modules. Entries are those of the study's results:
-{"accuracy", "low", "high"}, fractions.
+{"value", "low", "high"}, of the study's measure.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxmech.report.measures import Measure
 from jaxmech.report.style import (
     INK,
     MUTED,
@@ -21,9 +22,10 @@ from jaxmech.report.style import (
     other_colour,
     percent_axis,
     styled,
+    value_axis,
     wrapped,
 )
-from jaxmech.report.words import MINUS, percent, with_interval
+from jaxmech.report.words import MINUS, percent
 
 Entry = Mapping[str, Any]
 WHISKERS = {"fmt": "none", "ecolor": INK, "elinewidth": 1, "capsize": 2}
@@ -31,39 +33,40 @@ SLOT = 0.19  # inches a bar takes, with its gap
 
 
 @styled
-def accuracy_bars(accuracy: Mapping[str, Entry], models: Sequence[str]) -> Figure:
-    """Accuracy of each model with its interval; {model: entry}."""
-    figure, axes = new_axes(0.75 + 0.4 * len(accuracy))
-    for y, (model, entry) in enumerate(accuracy.items()):
-        axes.barh(y, 100 * entry["accuracy"], height=0.62, color=colour(models.index(model)))
-        _interval(axes, y, entry)
-        axes.text(103, y, with_interval(entry), va="center")
-    _name_rows(axes, list(range(len(accuracy))), [wrapped(model) for model in accuracy])
-    percent_axis(axes)
+def model_bars(found: Mapping[str, Entry], models: Sequence[str], measure: Measure) -> Figure:
+    """What is measured of each model, with its interval; {model: entry}."""
+    figure, axes = new_axes(0.75 + 0.4 * len(found))
+    for y, (model, entry) in enumerate(found.items()):
+        axes.barh(y, measure.unit * entry["value"], height=0.62, color=colour(models.index(model)))
+        _interval(axes, y, entry, measure)
+        _beside(axes, y, measure.with_interval(entry))
+    _name_rows(axes, list(range(len(found))), [wrapped(model) for model in found])
+    value_axis(axes, "x", measure.label, measure.unit, _ends(found.values()))
     return figure
 
 
 @styled
-def faithfulness_bars(rows: Sequence[tuple[str, str, Entry]], models: Sequence[str]) -> Figure:
-    """Circuit and model side by side; rows of (circuit of, in model, entry)."""
+def faithfulness_bars(
+    rows: Sequence[tuple[str, str, Entry]], models: Sequence[str], measure: Measure, share: str
+) -> Figure:
+    """Circuit and model side by side; rows of (circuit of, in model, entry), `share`: "ratio" or "recovered"."""
     names = [f"{wrapped(f'circuit of {of}', 22)}\n{wrapped(f'in {model}', 22)}" for of, model, _ in rows]
     lines = max((name.count("\n") + 1 for name in names), default=0)
     figure, axes = new_axes(1.3 + max(3.6 * SLOT, 0.15 * lines) * len(rows))
     for y, (_, model, entry) in enumerate(rows):
         tint = colour(models.index(model))
-        axes.barh(y - 0.25, 100 * entry["model"]["accuracy"], height=0.28, color="white", edgecolor=tint)
-        axes.barh(y + 0.05, 100 * entry["circuit"]["accuracy"], height=0.28, color=tint, edgecolor=tint)
-        _interval(axes, y - 0.25, entry["model"])
-        _interval(axes, y + 0.05, entry["circuit"])
-        drawn = [100 * value for value in entry["random"]]
+        for side, place, face in (("model", y - 0.25, "white"), ("circuit", y + 0.05, tint)):
+            axes.barh(place, measure.unit * entry[side]["value"], height=0.28, color=face, edgecolor=tint)
+            _interval(axes, place, entry[side], measure)
+        drawn = [measure.unit * value for value in entry["random"]]
         axes.scatter(
             drawn, np.full(len(drawn), y + 0.3), s=12, color=PALE, edgecolor=MUTED, linewidth=0.6, clip_on=False
         )
-        ratio = entry["ratio"]["value"]
-        axes.text(103, y - 0.1, percent(ratio), va="center")
-    axes.text(103, -0.62, "ratio", va="bottom", color=MUTED)
+        _beside(axes, y - 0.1, percent(entry[share]["value"]))
+    _beside(axes, -0.62, share, va="bottom", color=MUTED)
     _name_rows(axes, list(range(len(rows))), names)
-    percent_axis(axes)
+    shown = _ends(entry[side] for *_, entry in rows for side in ("model", "circuit"))
+    value_axis(axes, "x", measure.label, measure.unit, [*shown, *(x for *_, entry in rows for x in entry["random"])])
     axes.barh(0, 0, color="white", edgecolor=INK, label="model")
     axes.barh(0, 0, color=INK, label="circuit alone")
     axes.scatter([], [], s=12, color=PALE, edgecolor=MUTED, linewidth=0.6, label="random circuits")
@@ -126,8 +129,8 @@ def patching_bars(groups: Mapping[str, Mapping[str, Mapping[str, Entry]]], model
 
 
 @styled
-def cmap_bars(components: Mapping[str, Mapping[str, Entry]], lines: Mapping[str, float]) -> Figure:
-    """Accuracy of the base with each group patched, {component: {group: entry}}; `lines`: {model: accuracy}."""
+def cmap_bars(components: Mapping[str, Mapping[str, Entry]], lines: Mapping[str, float], measure: Measure) -> Figure:
+    """What is measured of the base with each group patched, {component: {group: entry}}; `lines`: of {model} alone."""
     groups = list(dict.fromkeys(group for entries in components.values() for group in entries))
     step = max(1.0, 0.9 * len(components))
     figure, axes = new_axes(1.45 + SLOT * (step * len(groups)))
@@ -137,19 +140,31 @@ def cmap_bars(components: Mapping[str, Mapping[str, Entry]], lines: Mapping[str,
         for y, group in zip(ys, groups, strict=True):
             if group in entries:
                 place = y + (i - (len(components) - 1) / 2) * height
-                axes.barh(place, 100 * entries[group]["accuracy"], height=0.88 * height, color=other_colour(i))
-                _interval(axes, place, entries[group])
+                bar = measure.unit * entries[group]["value"]
+                axes.barh(place, bar, height=0.88 * height, color=other_colour(i))
+                _interval(axes, place, entries[group], measure)
     for (model, value), dashes in zip(lines.items(), ("-", "--"), strict=False):
-        axes.axvline(100 * value, color=INK, linewidth=1.1, linestyle=dashes, label=wrapped(model, 24))
+        axes.axvline(measure.unit * value, color=INK, linewidth=1.1, linestyle=dashes, label=wrapped(model, 24))
     _name_rows(axes, ys, [wrapped(group) for group in groups], margin=step / 2)
-    percent_axis(axes)
+    shown = _ends(entry for entries in components.values() for entry in entries.values())
+    value_axis(axes, "x", measure.label, measure.unit, [*shown, *lines.values()])
     legend_below(figure, axes, 4)
     return figure
 
 
-def _interval(axes: Axes, y: float, entry: Entry) -> None:
+def _beside(axes: Axes, y: float, text: str, **look: Any) -> None:
+    """Text to the right of a row."""
+    axes.text(1.03, y, text, transform=axes.get_yaxis_transform(), **{"va": "center", **look})
+
+
+def _ends(entries: Iterable[Entry]) -> list[float]:
+    """The ends of all bars and whiskers."""
+    return [entry[name] for entry in entries for name in ("value", "low", "high")]
+
+
+def _interval(axes: Axes, y: float, entry: Entry, measure: Measure) -> None:
     """A whisker from low to high."""
-    value, low, high = (100 * entry[name] for name in ("accuracy", "low", "high"))
+    value, low, high = (measure.unit * entry[name] for name in ("value", "low", "high"))
     axes.errorbar(value, y, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], **WHISKERS)
 
 

@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jaxmech.report.measures import Measure
 from jaxmech.report.style import (
     DASHES,
     INK,
@@ -20,10 +21,11 @@ from jaxmech.report.style import (
     WIDTH,
     ink_on,
     legend_below,
+    limits_of,
     new_axes,
     other_colour,
-    percent_axis,
     styled,
+    value_axis,
     wrapped,
 )
 from jaxmech.report.words import percent
@@ -32,42 +34,48 @@ Entry = Mapping[str, Any]
 
 
 @styled
-def completeness_scatter(entries: Sequence[Entry]) -> Figure:
-    """Accuracy of the circuit without K against the model's without K; entries {"name", "kind", "circuit", "model"}."""
+def completeness_scatter(entries: Sequence[Entry], measure: Measure) -> Figure:
+    """Circuit without K against model without K; entries {"name", "kind", "circuit", "model"}."""
     figure, axes = new_axes(3.3)
-    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+    in_percent = measure.unit == 100
+    low, high = (0, 100) if in_percent else limits_of(entry[side] for entry in entries for side in ("model", "circuit"))
+    axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
     random = [entry for entry in entries if entry["kind"] == "random"]
     axes.scatter(
-        *([100 * entry[side] for entry in random] for side in ("model", "circuit")),
+        *([measure.unit * entry[side] for entry in random] for side in ("model", "circuit")),
         s=12, color=PALE, edgecolor=MUTED, linewidth=0.5, zorder=2, label="random heads",
     )  # fmt: skip
     for i, entry in enumerate(entry for entry in entries if entry not in random):
         shade = INK if entry["kind"] == "nothing" else other_colour(i - 1)
         look = {"s": 46, "color": shade, "marker": MARKERS[i % len(MARKERS)], "alpha": 0.85, "linewidth": 0}
-        axes.scatter(100 * entry["model"], 100 * entry["circuit"], zorder=3, label=wrapped(entry["name"]), **look)
-    percent_axis(axes, "x", "model without K: accuracy, %")
-    percent_axis(axes, "y", "circuit without K: accuracy, %")
-    axes.set(xlim=(-4, 104), ylim=(-4, 104), aspect="equal")
+        place = (measure.unit * entry[side] for side in ("model", "circuit"))
+        axes.scatter(*place, zorder=3, label=wrapped(entry["name"]), **look)
+    for which, side in (("x", "model"), ("y", "circuit")):
+        value_axis(axes, which, f"{side} without K: {measure.label}", measure.unit, ())
+    limits = (-4, 104) if in_percent else (low, high)
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles[1:] + handles[:1], names[1:] + names[:1], loc="outside right center", title="K")
     return figure
 
 
 @styled
-def knockout_curves(curves: Mapping[str, Sequence[float]], accuracy: float | None) -> Figure:
-    """Accuracy against the first blocked layer, a curve per pair of roles; `accuracy`: the model's own."""
+def knockout_curves(curves: Mapping[str, Sequence[float]], own: float | None, measure: Measure) -> Figure:
+    """What is measured against the first blocked layer, a curve per pair of roles; `own`: of the model alone."""
     figure, axes = new_axes(2.75 + 0.17 * ((len(curves) + 2) // 2))
-    if accuracy is not None:
-        axes.axhline(100 * accuracy, color=INK, linewidth=1, linestyle="--", label="no knockout")
+    if own is not None:
+        axes.axhline(measure.unit * own, color=INK, linewidth=1, linestyle="--", label="no knockout")
     named = [name for name in curves if not name.endswith("random")]
     for i, (name, values) in enumerate(curves.items()):
         shade = other_colour(named.index(name)) if name in named else MUTED
         look = {"color": shade, "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.5}
         marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4 if len(values) <= 16 else 2.5}
-        axes.plot(range(len(values)), 100 * np.array(values, float), label=name.replace("->", "→"), **look, **marker)
+        height = measure.unit * np.array(values, float)
+        axes.plot(range(len(values)), height, label=name.replace("->", "→"), **look, **marker)
     axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
     axes.set_xlabel("first blocked layer")
-    percent_axis(axes, "y", top=104)
+    shown = [*(value for values in curves.values() for value in values), *([] if own is None else [own])]
+    value_axis(axes, "y", measure.label, measure.unit, shown, top=104)
     legend_below(figure, axes, 2)
     return figure
 

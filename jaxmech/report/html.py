@@ -13,19 +13,21 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jaxmech.files import write_text
-from jaxmech.report import circuit_sections, patching_sections
+from jaxmech.report import circuit_sections, criteria_sections, patching_sections
+from jaxmech.report.headline import doubts, headline
+from jaxmech.report.measures import measure_of
 from jaxmech.report.parts import Picture, Results, Section, Table
 from jaxmech.report.style import save_figure
-from jaxmech.report.words import SPACE, doubts, headline, listing
+from jaxmech.report.words import SPACE, listing
 
 # Title, stage of the study, and what makes the section.
 HEADINGS: tuple[tuple[str, str, Callable[[Results], Section | None]], ...] = (
     ("Accuracy", "accuracy", circuit_sections.accuracy),
     ("Circuits", "discovery", circuit_sections.circuits),
-    ("Minimality", "minimality", circuit_sections.minimality),
-    ("Faithfulness", "faithfulness", circuit_sections.faithfulness),
-    ("Overlap of the circuits", "overlap", circuit_sections.overlap),
-    ("Completeness", "completeness", circuit_sections.completeness),
+    ("Minimality", "minimality", criteria_sections.minimality),
+    ("Faithfulness", "faithfulness", criteria_sections.faithfulness),
+    ("Overlap of the circuits", "overlap", criteria_sections.overlap),
+    ("Completeness", "completeness", criteria_sections.completeness),
     ("What the groups carry (DCM)", "dcm", patching_sections.dcm),
     ("Activation patching", "activation_patching", patching_sections.activation_patching),
     ("Cross-model activation patching (CMAP)", "cmap", patching_sections.cmap),
@@ -59,7 +61,7 @@ def write_report(
     if not results.get("models"):
         raise ValueError(f"results name no models, only {sorted(results)}; expected 'models', the base first.")
     folder = Path(folder)
-    built = [(title, stage, build(results)) for title, stage, build in HEADINGS]
+    built = [(_title(results, title), stage, build(results)) for title, stage, build in HEADINGS]
     files = _file_names(picture.name for *_, section in built for picture in _pictures(section))
     sections = [
         {
@@ -86,6 +88,11 @@ def write_report(
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _title(results: Results, title: str) -> str:
+    """The section on accuracy is one on what the study measures."""
+    return measure_of(results).title if title == "Accuracy" else title
 
 
 def _not_run(results: Results, stage: str) -> str:

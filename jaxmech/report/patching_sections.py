@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmech.report import bars, curves
 from jaxmech.report.figures import heat_map
+from jaxmech.report.measures import CHANGED, Measure, measure_of
 from jaxmech.report.parts import (
     Picture,
     Results,
@@ -23,7 +24,7 @@ from jaxmech.report.parts import (
     tint,
     without_heads,
 )
-from jaxmech.report.words import counted, head_name, listing, percent, signed, with_interval
+from jaxmech.report.words import counted, head_name, listing, percent
 from jaxmech.study import WHOLE_CIRCUIT
 
 Runs = Mapping[str, Mapping[str, Any]]  # desideratum -> a run of DCM
@@ -83,42 +84,44 @@ def cmap(results: Results) -> Section | None:
         return None
     base, rows, tables = results["models"][0], [], []
     notes = [no_head_left(tuned) for tuned in whole if tuned not in found]
-    known = {model: entry["accuracy"] for model, entry in by_model(results, "accuracy").items()}
+    measure = measure_of(results)
+    known = {model: entry["value"] for model, entry in by_model(results, "accuracy").items()}
     for tuned, entry in found.items():
         lines = {model: known[model] for model in (base, tuned) if model in known}
         values = listing(
-            f"{group} ({component}) {percent(one['accuracy'])}"
+            f"{group} ({component}) {measure.text(one['value'])}"
             for component, by_group in entry["groups"].items()
             for group, one in by_group.items()
         )
-        draw, alt = partial(bars.cmap_bars, entry["groups"], lines), f"Bars of accuracy of {base} with {values}."
-        pictures = [Picture(f"cmap-{tuned}", draw, alt, f"Accuracy of {base} with activations of {tuned}.")]
+        draw = partial(bars.cmap_bars, entry["groups"], lines, measure)
+        alt, caption = f"Bars of {measure.short} of {base} with {values}.", f"{base} with activations of {tuned}."
+        pictures = [Picture(f"cmap-{tuned}", draw, alt, caption)]
         pictures += _single_heads(results, tuned)
         rows.append(pictures)
-        tables.append(_cmap_table(base, tuned, entry["groups"]))
+        tables.append(_cmap_table(measure, base, tuned, entry["groups"]))
     text = (
         f"Activations of the heads of the fine-tuned model's circuit were patched into {base} on the same prompts. "
-        f"What fine-tuning improved takes {base} from its own accuracy (solid line) towards the fine-tuned model's "
-        "(dashed). z is a head's output; q, k and v are its query, key and value. The heat maps patch the z of one "
-        "head at a time; frames mark the heads of the fine-tuned model's circuit."
+        f"What fine-tuning improved takes {base} from its own {measure.short} (solid line) towards the fine-tuned "
+        "model's (dashed). z is a head's output; q, k and v are its query, key and value. The heat maps patch the z of "
+        "one head at a time; frames mark the heads of the fine-tuned model's circuit."
     )
     return Section(text, notes, rows=rows, tables=tables)
 
 
 def knockout(results: Results) -> Section | None:
-    """Accuracy against the first blocked layer."""
+    """What is measured against the first blocked layer."""
     if not (found := by_model(results, "knockout")):
         return None
-    known, row = by_model(results, "accuracy"), []
+    measure, known, row = measure_of(results), by_model(results, "accuracy"), []
     for model, by_edge in found.items():
-        worst = listing(f"{edge} at least {percent(min(values))}" for edge, values in by_edge.items())
-        own = known[model]["accuracy"] if model in known else None
-        draw = partial(curves.knockout_curves, by_edge, own)
-        alt = f"Curves of accuracy of {model} against the first layer in which attention is blocked: {worst}."
+        worst = listing(f"{edge} at least {measure.text(min(values))}" for edge, values in by_edge.items())
+        own = known[model]["value"] if model in known else None
+        draw = partial(curves.knockout_curves, by_edge, own, measure)
+        alt = f"Curves of {measure.short} of {model} against the first layer in which attention is blocked: {worst}."
         row.append(Picture(f"knockout-{model}", draw, alt, f"{model}; source → target."))
     text = (
         "Attention from a source token to a target token was forbidden in a layer and all above it. Where a curve has "
-        "come up to the model's own accuracy (dashed), the source has read what it needs in the layers below."
+        f"come up to the model's own {measure.short} (dashed), the source has read what it needs in the layers below."
     )
     return Section(text, rows=in_pairs(row))
 
@@ -208,18 +211,19 @@ def _selected(run: Mapping[str, Any]) -> str:
 
 
 def _single_heads(results: Results, tuned: str) -> list[Picture]:
-    """Changes of the base's accuracy by each head, a map per role, all on one scale."""
-    base, pictures = results["models"][0], []
+    """What each head does to what the study measures of the base, a map per role, all on one scale."""
+    base, pictures, changed = results["models"][0], [], CHANGED[measure_of(results).name]
     found = results["cmap"][tuned]["heads"]
-    changes = {role: np.array(x["accuracy"], float) - x["unpatched"] for role, x in found.items()}
+    changes = {role: np.array(x["change"], float) for role, x in found.items()}
     bound = max((float(abs(change).max()) for change in changes.values()), default=0)
     for role, change in changes.items():
         layer, head = (int(i) for i in np.unravel_index(change.argmax(), change.shape))
-        best = f"{head_name((layer, head))} ({signed(change[layer, head], 'points')})"
-        look = {"bound": bound, "label": "change of accuracy, points"}
+        best = f"{head_name((layer, head))} ({changed.signed(change[layer, head])})"
+        look = {"bound": bound, "label": changed.label, "unit": changed.unit}
         title = f"single heads of {tuned} in {base}"
         draw = partial(heat_map, change, _heads_at(results, tuned, role), title, f"z at {role}", **look)
-        alt = f"Heat map of the change of {base}'s accuracy by each head of {tuned} at {role}. Best: {best}."
+        of = f"{base}'s {changed.short}"
+        alt = f"Heat map of the change of {of} by each head of {tuned} at {role}. Best: {best}."
         caption = f"{tuned} at {role}, {counted(found[role]['prompts'], 'prompt')}; best: {best}."
         pictures.append(Picture(f"cmap-heads-{role}-{tuned}", draw, alt, caption))
     return pictures
@@ -234,8 +238,10 @@ def _heads_at(results: Results, model: str, role: str) -> list[list[int]]:
     return [head for group, at in found["roles"].items() if at == role for head in groups.get(group, [])]
 
 
-def _cmap_table(base: str, tuned: str, components: Mapping[str, Mapping[str, Any]]) -> Table:
+def _cmap_table(measure: Measure, base: str, tuned: str, components: Mapping[str, Mapping[str, Any]]) -> Table:
     groups = sorted(once_each(components.values()), key=lambda group: group == WHOLE_CIRCUIT)
-    rows = [[g, *(with_interval(by[g]) if g in by else "-" for by in components.values())] for g in groups]
-    caption = f"Accuracy of {base} with activations of {tuned}, with 95 % intervals."
+    rows = [[g, *(measure.with_interval(by[g]) if g in by else "-" for by in components.values())] for g in groups]
+    caption = (
+        f"{measure.short[0].upper() + measure.short[1:]} of {base} with activations of {tuned}, with 95 % intervals."
+    )
     return Table(caption, ["group", *components], rows, range(1, 1 + len(components)))

@@ -99,6 +99,27 @@ def percent_axis(axes: Axes, which: str = "x", label: str = "accuracy, %", top: 
     axes.grid(axis="x" if which == "x" else "y")
 
 
+def value_axis(axes: Axes, which: str, label: str, unit: int, values: Iterable[float], top: float = 100) -> None:
+    """Makes one axis ("x" or "y") that of `values`, drawn as multiples of 1 / `unit`.
+
+    Percentages (unit 100) reach from 0 to `top`; others from the least to the largest value, and to 0.
+    """
+    if unit == 100:
+        percent_axis(axes, which, label, top)
+        return
+    low, high = limits_of(values)
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(label)
+    axes.grid(axis="x" if which == "x" else "y")
+
+
+def limits_of(values: Iterable[float]) -> tuple[float, float]:
+    """Ends of an axis that shows the values and 0, with room beyond those that are not 0."""
+    values = [0.0, *values]
+    margin = 0.05 * (max(values) - min(values) or 1.0)
+    return min(values) - margin * (min(values) < 0), max(values) + margin
+
+
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
     """The legend of `axes` under the figure, if there is anything to name."""
     handles, labels = axes.get_legend_handles_labels()

@@ -9,9 +9,10 @@ from rich.table import Table
 
 from jaxmech.chain import Stage, receivers_text
 from jaxmech.circuits import Circuit
+from jaxmech.metrics import ACCURACY
 from jaxmech.pairs import Pairs
 from jaxmech.predictions import Predictions
-from jaxmech.report.words import CHANGED, Changed
+from jaxmech.report.measures import CHANGED, Changed, measure_of
 from jaxmech.verify import Report
 
 
@@ -73,7 +74,7 @@ def circuit_table(
       moved: heads that a later stage took into its own group, see `jaxmech.discovery.moved_heads`.
     """
     metric = next((scores.metric for scores in circuit.scores.values()), "probability")
-    changed = CHANGED.get(metric, Changed(metric, f"change of {metric}", 1))
+    changed = CHANGED.get(metric, Changed(metric, f"change of {metric}", 1, ""))
     unit, change = changed.unit, "{:+.1f}" if changed.unit == 100 else "{:+.3f}"
     table = Table(title=f"Circuit: heads by group, mean change of {changed.short}")
     for column in ("group", "sender at", "receivers", f"layer.head (change{', %' * (unit == 100)})"):
@@ -96,19 +97,21 @@ def circuit_table(
 
 
 def study_tables(results: Mapping[str, Any]) -> list[Table]:
-    """What a study found, in short: accuracies with faithfulness, and what CMAP gains by each group."""
-    tables, models = [], results["models"]
+    """What a study found, in short: models with their circuits alone, and what CMAP gains by each group."""
+    tables, models, measure = [], results["models"], measure_of(results)
     if "accuracy" in results:
-        table = Table(title=f"Accuracy on {results['prompts']} prompts")
-        for column in ("model", "accuracy", "of its circuit alone", "heads in its circuit"):
+        table = Table(title=f"{measure.title} on {results['prompts']} prompts")
+        right = [] if measure.name == ACCURACY else ["answered right"]
+        for column in ("model", *right, measure.short, "of its circuit alone", "heads in its circuit"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for model in models:
             own = results.get("faithfulness", {}).get(model, {}).get(model)
             circuit = results.get("minimality", {}).get(model, {}).get("circuit")
             table.add_row(
                 model,
-                _percent(results["accuracy"][model]["accuracy"]),
-                _percent(own["circuit"]["accuracy"]) if own else "-",
+                *(_percent(results["accuracy"][model]["accuracy"]) for _ in right),
+                measure.text(results["accuracy"][model]["value"]),
+                measure.text(own["circuit"]["value"]) if own else "-",
                 str(sum(map(len, circuit.values()))) if circuit is not None else "-",
             )
         tables.append(table)
@@ -116,13 +119,13 @@ def study_tables(results: Mapping[str, Any]) -> list[Table]:
         groups = list(dict.fromkeys(group for by_group in found["groups"].values() for group in by_group))
         if not groups:  # no head is left in the circuit
             continue
-        table = Table(title=f"Accuracy of {models[0]} with heads of {tuned} patched in")
+        table = Table(title=f"{measure.title} of {models[0]} with heads of {tuned} patched in")
         table.add_column("group")
         for components in found["groups"]:
             table.add_column(components, justify="right")
         for group in groups:
             cells = [by_group.get(group) for by_group in found["groups"].values()]
-            table.add_row(group, *(_percent(cell["accuracy"]) if cell else "-" for cell in cells))
+            table.add_row(group, *(measure.text(cell["value"]) if cell else "-" for cell in cells))
         tables.append(table)
     return tables
 

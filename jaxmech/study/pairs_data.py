@@ -16,7 +16,7 @@ from jaxmech.config import Config
 from jaxmech.discovery import check_one_name
 from jaxmech.knockout import blocked, random_target
 from jaxmech.loading import Model, check_prompts, check_tokens
-from jaxmech.metrics import check_metric
+from jaxmech.metrics import check_measure
 from jaxmech.pairs import Pairs
 from jaxmech.study.chains import check_chain_on
 from jaxmech.study.settings import RANDOM, Settings
@@ -66,7 +66,8 @@ class PairsData:
         for pairs in (self.pairs, self.contexts, *sets.values()):
             check_prompts(config, pairs)
             check_tokens(config, np.asarray(pairs.corrupt))
-        check_metric(settings.metric, None, self.pairs, config.vocab_size)
+        for metric in (settings.metric, settings.measure):
+            check_measure(metric, None, self.pairs, config.vocab_size)
         check_one_name(self.pairs, settings.chain)
         for source, target in self.edges:
             blocked(self.pairs, source, random_target(self.pairs, source) if target == RANDOM else target)

@@ -131,6 +131,7 @@ class StudyFolder:
             "example": study.data.example,
             "chance": study.data.chance,
             "metric": settings.metric,
+            "measure": settings.measure,
             "left_out": [name for name, stage in STAGES.items() if not stage.fits(settings)],
             "chain": [vars(stage) | {"k": settings.k.get(stage.group, stage.k)} for stage in settings.chain],
         }

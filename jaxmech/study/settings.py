@@ -11,7 +11,7 @@ from jaxmech.boxes.scenes import MAX_BOXES, MIN_BOXES
 from jaxmech.chain import PAPER_CHAIN, Stage
 from jaxmech.collected import check_components
 from jaxmech.compat import check_compat
-from jaxmech.metrics import METRICS
+from jaxmech.metrics import ACCURACY, METRICS
 from jaxmech.study.chains import check_chain_on
 from jaxmech.study.models import model_names
 
@@ -40,6 +40,8 @@ class Settings:
       chain: the sweeps of circuit discovery.
       k: {group: number of heads}, in place of the chain's own.
       min_effect, metric: see `discover`; "logit_difference" is of pairs with wrong answers.
+      measure: what models and circuits are measured by in all stages but discovery and those of DCM: "accuracy", or one
+        of `metric`'s; see `jaxmech.criteria` for F.
       data: JSONL file of boxes examples, or None: scenes are made. Those of a file are split between the uses below.
       pairs: JSONL file of pairs of another task (`read_pairs`), in place of boxes prompts: two thirds are evaluated,
         over the others ablated activations are averaged, by role.
@@ -79,6 +81,7 @@ class Settings:
     k: dict[str, int] = dataclasses.field(default_factory=dict)
     min_effect: float = 1e-3
     metric: str = "probability"
+    measure: str = ACCURACY
     data: Path | None = None
     pairs: Path | None = None
     desiderata: tuple[Path, ...] = ()
@@ -113,13 +116,15 @@ class Settings:
     compat: str | None = None
 
     def __post_init__(self):
-        if self.metric not in METRICS or (self.metric == "logit_difference" and self.pairs is None):
-            raise ValueError(
-                f"metric={self.metric!r}; expected probability, log_probability or, of pairs with wrong answers, "
-                "logit_difference."
-            )
+        for name, first in (("metric", ()), ("measure", (ACCURACY,))):
+            known, given = (*first, *METRICS), getattr(self, name)
+            if given not in known or (given == "logit_difference" and self.pairs is None):
+                raise ValueError(
+                    f"{name}={given!r}; expected {', '.join(known[:-1])} or, of pairs with wrong answers, {known[-1]}."
+                )
         check_chain_on(ROLES if self.pairs is None else None, self.chain, self.k, self.min_effect, self.metric)
-        check_compat(self.compat)
+        if check_compat(self.compat) and self.measure != ACCURACY:
+            raise ValueError(f"measure={self.measure!r} with compat='paper'; the published code knows accuracy alone.")
         if self.pairs is not None and (self.data is not None or self.compat is not None):
             raise ValueError("pairs are another task than boxes prompts; they go without data and compat.")
         if self.desiderata and self.pairs is None:

@@ -1,8 +1,8 @@
 """The stages of a study, each a function from the study so far to a piece of JSON.
 
 A stage is run in parts, one for each model as a rule, which are kept as soon as they are done. Accuracies are
-fractions, intervals are those of 95 % over prompts, heads are [layer, head], and what is not a finite number is
-null.
+fractions, values are F of `jaxmech.criteria` by the study's measure, intervals are those of 95 % over prompts, heads
+are [layer, head], and what is not a finite number is null.
 """
 
 import warnings
@@ -17,10 +17,12 @@ from jaxmech.circuits import Circuit, Head, overlap
 from jaxmech.cmap import cmap
 from jaxmech.collected import HeadValues, collect
 from jaxmech.criteria import completeness, faithfulness, minimality
+from jaxmech.criteria.measure import f_of
 from jaxmech.discovery import discover, moved_heads
 from jaxmech.head_sweep import cmap_heads
 from jaxmech.knockout import knockout, random_target
 from jaxmech.loading import Model
+from jaxmech.metrics import ACCURACY
 from jaxmech.predictions import Predictions
 from jaxmech.study.dcm_stages import Progress, run_activation_patching, run_dcm, step_of
 from jaxmech.study.doubt import doubt
@@ -79,9 +81,10 @@ def _by_desideratum(parts: Mapping[str, Mapping[str, JSON]]) -> JSON:
 
 
 def _accuracy(study: Study, part: str, progress: Progress) -> JSON:
-    pairs = study.data.pairs
-    found = _with_interval(predict(study.model(part), pairs, batch_size=study.settings.batch_size, keep_logits=False))
-    if warning := doubt(part, found["accuracy"], study.data.chance):
+    settings, model, pairs = study.settings, study.model(part), study.data.pairs
+    answers = predict(model, pairs, batch_size=settings.batch_size, metric=settings.measure, keep_logits=False)
+    found = _measured(settings, answers)
+    if warning := doubt(part, found["value"], study.data.chance, settings.measure):
         warnings.warn(warning, stacklevel=2)
     return found
 
@@ -136,6 +139,7 @@ def _minimality(study: Study, part: str, progress: Progress) -> JSON:
         threshold=settings.threshold,
         batch_size=settings.batch_size,
         compat=settings.compat,
+        metric=settings.measure,
     )
     groups = {}
     for group, scores in result.scores.items():
@@ -165,13 +169,15 @@ def _faithfulness(study: Study, part: str, progress: Progress) -> JSON:
             seed=settings.seed,
             batch_size=settings.batch_size,
             compat=settings.compat,
+            metric=settings.measure,
         )
-        low, high = result.confidence_interval()
         found[name] = {
-            "model": _with_interval(result.model),
-            "circuit": _with_interval(result.circuit),
-            "ratio": {"value": _number(result.ratio), "low": _number(low), "high": _number(high)},
-            "random": result.random.accuracy.tolist(),
+            "model": _measured(settings, result.model),
+            "circuit": _measured(settings, result.circuit),
+            "empty": _measured(settings, result.empty),
+            "ratio": _numbers(result.ratio, *result.confidence_interval()),
+            "recovered": _numbers(result.recovered, *result.recovered_interval()),
+            "random": f_of(settings.measure, result.random.mean).tolist(),
         }
         progress(i + 1, len(settings.names))
     return found
@@ -193,14 +199,15 @@ def _completeness(study: Study, part: str, progress: Progress) -> JSON:
         seed=settings.seed,
         batch_size=settings.batch_size,
         compat=settings.compat,
+        metric=settings.measure,
     )
     sizes = [sum(len(heads) for heads in subset.values()) for subset in result.subsets]
     columns = {
         "name": result.names,
         "kind": result.kinds,
         "size": sizes,
-        "circuit": result.circuit.accuracy.tolist(),
-        "model": result.model.accuracy.tolist(),
+        "circuit": f_of(settings.measure, result.circuit.mean).tolist(),
+        "model": f_of(settings.measure, result.model.mean).tolist(),
         "gap": result.gap.tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -220,6 +227,7 @@ def _cmap(study: Study, part: str, progress: Progress) -> JSON:
     sets = {group: nothing | {circuit.roles[group]: heads} for group, heads in circuit.groups.items() if heads}
     sets[WHOLE_CIRCUIT] = nothing | circuit.heads_by_role
     options = {"batch_size": settings.batch_size, "compat": settings.compat, "keep_logits": False}
+    options["metric"] = settings.measure
     done, steps = 0, len(settings.components) * len(sets)
     groups: dict[str, dict[str, JSON]] = {}
     for components in settings.components:
@@ -227,15 +235,18 @@ def _cmap(study: Study, part: str, progress: Progress) -> JSON:
         for name, heads in sets.items():
             if any(heads.values()):
                 found = cmap(base, tuned, pairs, heads, tuple(components.split("+")), **options)
-                groups[components][name] = _with_interval(found)
+                groups[components][name] = _measured(settings, found)
             done += 1
             progress(done, steps)
-    singles = {}
+    singles, metric = {}, "probability" if settings.measure == ACCURACY else settings.measure
     for role in roles:
-        sweep = cmap_heads(base, single, some, role, batch_size=settings.batch_size)
+        sweep = cmap_heads(base, single, some, role, batch_size=settings.batch_size, metric=metric)
+        scores = sweep.scores.mean.astype(float)
+        change = sweep.accuracy - sweep.clean_accuracy if settings.measure == ACCURACY else scores
         singles[role] = {
             "accuracy": sweep.accuracy.tolist(),
-            "score": sweep.scores.mean.astype(float).tolist(),
+            "score": scores.tolist(),
+            "change": change.tolist(),
             "unpatched": sweep.clean_accuracy,
             "prompts": len(some),
         }
@@ -247,8 +258,9 @@ def _knockout(study: Study, part: str, progress: Progress) -> JSON:
     edges = study.data.edges
     for i, (source, target) in enumerate(edges):
         at = random_target(pairs, source, settings.seed) if target == RANDOM else target
-        options = {"batch_size": settings.batch_size, "keep_logits": False}
-        found[f"{source} -> {target}"] = knockout(study.model(part), pairs, source, at, **options).accuracy.tolist()
+        options = {"batch_size": settings.batch_size, "metric": settings.measure, "keep_logits": False}
+        blocked = knockout(study.model(part), pairs, source, at, **options)
+        found[f"{source} -> {target}"] = f_of(settings.measure, blocked.mean).tolist()
         progress(i + 1, len(edges))
     return found
 
@@ -269,13 +281,18 @@ STAGES = {
 }
 
 
-def _with_interval(found: Predictions) -> JSON:
-    low, high = found.confidence_interval()
-    return {"accuracy": float(found.accuracy), "low": float(low), "high": float(high)}
+def _measured(settings: Settings, found: Predictions) -> JSON:
+    bounds = found.confidence_interval(seed=settings.seed)
+    value, low, high = (float(f_of(settings.measure, x)) for x in (found.mean, *bounds))
+    return {"accuracy": float(found.accuracy), "value": value, "low": low, "high": high}
 
 
 def _lists(groups: Mapping[str, Sequence[Head]]) -> dict[str, list[list[int]]]:
     return {group: [list(head) for head in heads] for group, heads in groups.items()}
+
+
+def _numbers(value: float, low: float, high: float) -> JSON:
+    return {"value": _number(value), "low": _number(low), "high": _number(high)}
 
 
 def _number(x: float) -> float | None:
