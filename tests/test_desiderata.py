@@ -239,6 +239,20 @@ def test_triples_do_not_depend_on_the_order_of_the_examples(name, n):
     assert sorted(forth) == sorted(back)
 
 
+@pytest.mark.parametrize("compat", [None, "paper"])
+def test_several_desiderata_are_those_of_each_alone(compat):
+    options = {"n": 60, "seed": 3, "compat": compat}  # some bases come twice, and with the same target
+    together = boxes.triples(NAMES, boxes.make(4, 6), demo(), **options)
+    assert list(together) == list(NAMES)
+    for name, found in together.items():
+        alone = boxes.desideratum(name, boxes.make(4, 6), demo(), **options)
+        for field in ("clean", "corrupt", "labels"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(alone, field))
+        for field in ("positions", "corrupt_positions"):
+            ours, theirs = getattr(found, field), getattr(alone, field)
+            assert all((ours[role] == theirs[role]).all() for role in boxes.ROLES)
+
+
 def test_triples_depend_on_the_seed(name):
     first, second = (triples(boxes.desideratum(name, boxes.make(4), ORDINARY, seed=seed)) for seed in (0, 1))
     assert [base for base, *_ in first] == [base for base, *_ in second]

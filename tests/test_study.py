@@ -149,7 +149,7 @@ def test_stages_leave_logits_on_the_device(monkeypatch):
     for stage in ("accuracy", "cmap"):
         STAGES[stage].run(study, "tuned", lambda done, total: None)
     chosen = {("positional", "last"): {("tuned", "value_fetcher"): heads}}
-    pairs = [{"positional": study.patching("positional", 0)}]
+    pairs = [{"positional": study.data.patching("positional", 0)}]
     dcm_stages._patched_accuracies(settings, study.model("base"), pairs, chosen, lambda done, total: None)
     assert len(logits) == 4, "predict, cmap of a group and of the circuit, and patch_activations"
     assert all(x is None for x in logits)

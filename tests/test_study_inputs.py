@@ -65,7 +65,7 @@ def test_objects_that_the_tokenizer_splits_are_left_out_of_all_prompts_alike(tmp
     with pytest.warns(UserWarning, match=rf"does not know 1 objects: {word}. Dropped \d+ of ") as caught:
         data.check(CONFIG, {"contexts", "desiderata"})
         assert len(data.desideratum("positional")["train"]) == 48
-        assert len(data.patching("no_comma", 1)) == 8
+        assert len(data.patching("object_value", 1)) == 8
     assert len(caught) == 1
     assert all(word not in example.sentence for part in data._examples.values() for example in part)
 

@@ -145,6 +145,8 @@ def desideratum(
 ) -> Pairs:
     """Triples of `DESIDERATA[name]`: clean = base prompts, corrupt = counterfactual prompts, labels = target tokens.
 
+    For several names, `triples` reads the base prompts once.
+
     The counterfactual's scene is made for each triple: as many boxes as in the base, of `objects` those that the base
     does not name, labels that the base does not have (but for `box_label_value`, where one is shared). No target is
     the base's own answer. Draws depend on `seed`, the base sentence, how often it came before, and the set of objects,
@@ -170,29 +172,64 @@ def desideratum(
       ValueError: an unknown name or `compat`, no examples, n < 1, too few boxes (4 for `incorrect_segment`), too few
         objects, or an object or a label that is not one token.
     """
-    _check(name, examples, n, compat)
-    pool = _pool(examples, objects)
-    bases = _bases(examples, n, seed)
-    triples = [
-        _triple(name, base, pool, generator(seed, f"{base.sentence} {repetition}"), compat)
-        for base, repetition in zip(bases, _repetitions(bases), strict=True)
-    ]
+    return triples((name,), examples, tokenizer, n, seed, objects=objects, add_bos=add_bos, compat=compat)[name]
+
+
+def triples(
+    names: Iterable[str],
+    examples: Sequence[Example],
+    tokenizer: Any,
+    n: int | None = None,
+    seed: int = 0,
+    *,
+    objects: Iterable[str] | None = None,
+    add_bos: bool | None = None,
+    compat: Literal["paper"] | None = None,
+) -> dict[str, Pairs]:
+    """As `desideratum`, for each of several names; their base prompts are the same, and in the same order.
+
+    Args:
+      names: keys of `DESIDERATA`.
+      examples, tokenizer, n, seed, objects, add_bos, compat: see `desideratum`.
+
+    Raises:
+      ValueError: as `desideratum`.
+    """
+    names = list(names)
+    for name in names:
+        _check(name, examples, n, compat)
+    pool, bases = _pool(examples, objects), _bases(examples, n, seed)
+    numbered = list(zip(bases, _repetitions(bases), strict=True))
     read = PromptReader(tokenizer, add_bos)
     clean = read.many(base.prompt for base in bases)
-    corrupt = read.many(text for text, _ in triples)
-    if split := {word for prompt in clean + corrupt for word in prompt.split_objects}:
-        raise ValueError(f"{splits(split)}. Use examples with other objects.")
-    if compat == "paper" and name == "box_label_value":
-        labels = [_bare_token(tokenizer, word) for _, word in triples]
-    else:
-        labels = read.continuations(clean, [word for _, word in triples])
-    return Pairs(
-        clean=right_padded(clean),
-        corrupt=right_padded(corrupt),
-        labels=np.array(labels),
-        positions=roles(clean, [prompt.query_boxes for prompt in clean]),
-        corrupt_positions=roles(corrupt, [prompt.query_boxes for prompt in corrupt]),
-    )
+    padded, positions = right_padded(clean), roles(clean, [prompt.query_boxes for prompt in clean])
+    split = {word for prompt in clean for word in prompt.split_objects}
+    known: dict[tuple[str, str], int] = {}  # (prompt, word behind it) -> its token
+    found = {}
+    for name in names:
+        drawn = [
+            _triple(name, base, pool, generator(seed, f"{base.sentence} {repetition}"), compat)
+            for base, repetition in numbered
+        ]
+        corrupt, words = read.many(text for text, _ in drawn), [word for _, word in drawn]
+        if split := split | {word for prompt in corrupt for word in prompt.split_objects}:
+            raise ValueError(f"{splits(split)}. Use examples with other objects.")
+        if compat == "paper" and name == "box_label_value":
+            labels = [_bare_token(tokenizer, word) for word in words]
+        else:
+            places = [(prompt.text, word) for prompt, word in zip(clean, words, strict=True)]
+            new = [row for row, place in enumerate(places) if place not in known]
+            tokens = read.continuations([clean[row] for row in new], [words[row] for row in new])
+            known |= dict(zip([places[row] for row in new], tokens, strict=True))
+            labels = [known[place] for place in places]
+        found[name] = Pairs(
+            clean=padded,
+            corrupt=right_padded(corrupt),
+            labels=np.array(labels),
+            positions=positions,
+            corrupt_positions=roles(corrupt, [prompt.query_boxes for prompt in corrupt]),
+        )
+    return found
 
 
 def check_desideratum(

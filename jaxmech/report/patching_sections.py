@@ -94,7 +94,10 @@ def cmap(results: Results) -> Section | None:
             for group, one in by_group.items()
         )
         draw = partial(bars.cmap_bars, entry["groups"], lines, measure)
-        alt, caption = f"Bars of {measure.short} of {base} with {values}.", f"{measure.title} of {base}, patched by {tuned}."
+        alt, caption = (
+            f"Bars of {measure.short} of {base} with {values}.",
+            f"{measure.title} of {base}, patched by {tuned}.",
+        )
         pictures = [Picture(f"cmap-{tuned}", draw, alt, caption)]
         pictures += _single_heads(results, tuned)
         rows.append(pictures)

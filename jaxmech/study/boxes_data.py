@@ -83,7 +83,8 @@ class BoxesData:
         for name in (*self.desiderata, *self.variants) if desiderata else ():
             for use in DCM_USES:
                 boxes.check_desideratum(name, self._examples[use], self._objects, self.settings.compat)  # pyright: ignore
-            self._desideratum(name, "train", 1, 0)
+        if desiderata:
+            self._triples("train", 1, 0)
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -140,16 +141,24 @@ class BoxesData:
 
     def desideratum(self, name: str) -> dict[str, Pairs]:
         """Pairs of a desideratum for DCM: "train", "validation" and "test", each of scenes of its own."""
-        return {use: self._desideratum(name, use, getattr(self.settings, use), 0) for use in DCM_USES}
+        return {use: self._triples(use, getattr(self.settings, use), 0)[name] for use in DCM_USES}
 
     def patching(self, name: str, repeat: int) -> Pairs:
         """Pairs of a desideratum for one repeat of activation patching, of the scenes on which DCM is tested."""
-        return self._desideratum(name, "test", self.settings.patched, 1 + repeat)
+        return self._triples("test", self.settings.patched, 1 + repeat)[name]
 
-    def _desideratum(self, name: str, use: str, n: int, offset: int) -> Pairs:
-        seed = 1000 * self.settings.seed + offset
-        options = {"objects": self._objects, "add_bos": self.settings.add_bos, "compat": self.settings.compat}
-        return boxes.desideratum(name, self._examples[use], self.tokenizer, n, seed, **options)  # pyright: ignore
+    def _triples(self, use: str, n: int, offset: int) -> dict[str, Pairs]:
+        """Those of all desiderata, which are kept: to make them takes a while, and all models are given the same."""
+        if (use, n, offset) not in self._made:
+            names, seed = (*self.desiderata, *self.variants), 1000 * self.settings.seed + offset
+            options = {"objects": self._objects, "add_bos": self.settings.add_bos, "compat": self.settings.compat}
+            made = boxes.triples(names, self._examples[use], self.tokenizer, n, seed, **options)  # pyright: ignore
+            self._made[use, n, offset] = made
+        return self._made[use, n, offset]
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, int, int], dict[str, Pairs]]:
+        return {}
 
     @cached_property
     def _objects(self) -> set[str]:

@@ -45,7 +45,7 @@ def _train(
 ) -> dict[str, dict[str, JSON]]:
     """DCM of some groups on several desiderata, {group: {desideratum: result}}."""
     settings, model, role_of = study.settings, study.model(part), circuit.roles
-    data = {name: study.desideratum(name) for name in names}
+    data = {name: study.data.desideratum(name) for name in names}
     runs = dcm.train_many(
         model,
         {name: pairs["train"] for name, pairs in data.items()},
@@ -87,7 +87,7 @@ def run_activation_patching(study: Study, part: str, progress: Progress) -> JSON
     found: dict[str, Any] = {name: {} for name in settings.names}
     chosen = selected_heads(study)
     repeats = [
-        {name: study.patching(name, repeat) for name in dict.fromkeys(name for name, _ in chosen)}
+        {name: study.data.patching(name, repeat) for name in dict.fromkeys(name for name, _ in chosen)}
         for repeat in range(settings.repeats if chosen else 0)
     ]
     values = _patched_accuracies(settings, model, repeats, chosen, progress) if repeats else {}

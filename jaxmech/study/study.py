@@ -35,9 +35,6 @@ class Study:
         self.settings, self.results = settings, results
         self.unfinished = unfinished or Unfinished()  # which keeps nothing
         self.means = lru_cache(maxsize=None)(self._means)
-        # To make pairs of text takes a while, and all models are given the same.
-        self.desideratum = lru_cache(maxsize=None)(lambda name: self.data.desideratum(name))
-        self.patching = lru_cache(maxsize=None)(lambda name, repeat: self.data.patching(name, repeat))
         self._models: dict[str, Model] = {}  # the one used last is the last
         self._mesh = None if settings.copies is None else make_mesh(rows=settings.copies)
 
