@@ -43,8 +43,8 @@ class Case:
     def correct(self, heads: Heads, elsewhere: bool = True) -> np.ndarray:
         return self.answers(heads, elsewhere) == self.pairs.labels
 
-    def count(self, heads: Heads) -> int:
-        return int(self.correct(heads).sum())
+    def count(self, heads: Heads, elsewhere: bool = True) -> int:
+        return int(self.correct(heads, elsewhere).sum())
 
     def own_answers(self) -> np.ndarray:
         return full_forward.last_logits(self.model, self.pairs).argmax(-1)

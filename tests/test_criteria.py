@@ -19,11 +19,13 @@ def case(random_model, random_pairs) -> Case:
 # Faithfulness.
 
 
-@pytest.mark.parametrize("compat", [None, "paper"])
-def test_faithfulness_is_the_ratio_of_accuracies_of_full_forwards(case, compat):
-    found = jm.faithfulness(case.model, case.pairs, CIRCUIT, case.means, random=3, compat=compat)
-    circuit, model = case.correct(left(CIRCUIT, {})), case.own_answers() == case.pairs.labels
-    others = [case.correct(left(other, {})) for other in found.random_circuits]
+@pytest.mark.parametrize(("compat", "elsewhere"), [(None, True), (None, False), ("paper", True)])
+def test_faithfulness_is_the_ratio_of_accuracies_of_full_forwards(case, compat, elsewhere):
+    options = {"random": 3, "compat": compat, "ablate_elsewhere": elsewhere}
+    found = jm.faithfulness(case.model, case.pairs, CIRCUIT, case.means, **options)
+    circuit, model = case.correct(left(CIRCUIT, {}), elsewhere), case.own_answers() == case.pairs.labels
+    others = [case.correct(left(other, {}), elsewhere) for other in found.random_circuits]
+    assert (circuit != case.correct(left(CIRCUIT, {}), not elsewhere)).any()
     np.testing.assert_array_equal(found.circuit.correct, circuit)
     np.testing.assert_array_equal(found.model.correct, model)
     np.testing.assert_array_equal(found.random.correct, others)
@@ -141,9 +143,11 @@ def test_random_circuits_of_the_paper_are_drawn_with_replacement_and_divided_by_
 # Completeness.
 
 
-@pytest.mark.parametrize("compat", [None, "paper"])
-def test_completeness_takes_the_same_heads_from_circuit_and_model(case, compat):
-    found = jm.completeness(case.model, case.pairs, CIRCUIT, case.means, random=4, compat=compat)
+@pytest.mark.parametrize(("compat", "elsewhere"), [(None, True), (None, False), ("paper", True)])
+def test_completeness_takes_the_same_heads_from_circuit_and_model(case, compat, elsewhere):
+    options = {"random": 4, "compat": compat, "ablate_elsewhere": elsewhere}
+    found = jm.completeness(case.model, case.pairs, CIRCUIT, case.means, **options)
+    of_model = elsewhere and compat is None
     named = ["nothing", "readers", "movers", "binders"]
     assert found.names == [*named, "random 1", "random 2", "random 3", "random 4"]
     assert found.kinds == ["nothing", *["group"] * 3, *["random"] * 4]
@@ -154,11 +158,11 @@ def test_completeness_takes_the_same_heads_from_circuit_and_model(case, compat):
         for role in ROLES.values():
             taken = [head for group, heads in gone.items() if ROLES[group] == role for head in heads]
             model[role] = [head for head in EVERY_HEAD if head not in taken]
-        circuit, whole = case.correct(left(CIRCUIT, gone)), case.correct(model, compat is None)
+        circuit, whole = case.correct(left(CIRCUIT, gone), elsewhere), case.correct(model, of_model)
         np.testing.assert_array_equal(found.circuit.correct[i], circuit)
         np.testing.assert_array_equal(found.model.correct[i], whole)
         assert found.gap[i] == pytest.approx(abs(int(circuit.sum()) - int(whole.sum())) / PROMPTS)
-        differ |= bool((case.correct(model, compat is not None) != whole).any())
+        differ |= bool((case.correct(model, not of_model) != whole).any())
     assert differ, "what happens to other tokens makes no difference here"
     assert len(set(found.circuit.accuracy)) > 2 and len(set(found.model.accuracy)) > 2
 
@@ -231,6 +235,10 @@ def test_results_are_shown_in_one_line(case):
         (
             lambda *x: jm.faithfulness(*x, metric="probability", compat="paper"),
             "code measures accuracy alone",
+        ),
+        *(
+            (lambda *x, of=of: of(*x, ablate_elsewhere=False, compat="paper"), "published code ablates circuits every")
+            for of in (jm.faithfulness, jm.completeness, jm.minimality)
         ),
         (lambda m, p, c, z: jm.predict(m, p, metric="logit"), "metric='logit'; expected one of accuracy"),
         (lambda m, p, c, z: jm.faithfulness(m, p, c, z * np.nan), "means holds numbers that are not finite"),

@@ -29,14 +29,14 @@ class HeadByHand:
 
 
 def minimality_by_hand(
-    case: Case, circuit: jm.Circuit, fraction: float, accuracy: Callable, together: Callable
+    case: Case, circuit: jm.Circuit, fraction: float, accuracy: Callable, together: Callable, elsewhere: bool = True
 ) -> dict[str, list[HeadByHand]]:
     """Every head of every group; `accuracy` is a function of the number of right answers."""
     found: dict[str, list[HeadByHand]] = {}
     for group, heads in circuit.groups.items():
 
         def without(*gone, group=group):
-            return accuracy(case.count(left(circuit, {group: gone})))
+            return accuracy(case.count(left(circuit, {group: gone}), elsewhere))
 
         found[group] = []
         for i, head in enumerate(heads):
@@ -58,13 +58,13 @@ def significance(head: HeadByHand) -> float:
 
 
 @pytest.mark.parametrize(("fraction", "threshold"), [(0.3, 0.01), (1.0, 0.08), (0.0, 0.0)])
-@pytest.mark.parametrize("compat", [None, "paper"])
-def test_minimality_equals_loops_over_full_forwards(case, fraction, threshold, compat):
-    options = {"fraction": fraction, "threshold": threshold, "compat": compat}
+@pytest.mark.parametrize(("compat", "elsewhere"), [(None, True), (None, False), ("paper", True)])
+def test_minimality_equals_loops_over_full_forwards(case, fraction, threshold, compat, elsewhere):
+    options = {"fraction": fraction, "threshold": threshold, "compat": compat, "ablate_elsewhere": elsewhere}
     found = jm.minimality(case.model, case.pairs, CIRCUIT, case.means, **options)
     accuracy = (lambda n: round(n / PROMPTS, 2)) if compat else (lambda n: Fraction(n, PROMPTS))
     together = (lambda one, other: one[1] != other[1]) if compat else (lambda one, other: True)
-    expected = minimality_by_hand(case, CIRCUIT, fraction, accuracy, together)
+    expected = minimality_by_hand(case, CIRCUIT, fraction, accuracy, together, elsewhere)
     named = [group for group in GROUPS if GROUPS[group]]
     assert list(found.scores) == list(found.pairs) == list(found.partners) == named
     for group in named:

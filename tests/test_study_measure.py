@@ -12,7 +12,7 @@ from jaxmech.report.measures import CHANGED, MEASURES
 from jaxmech.study import STAGES, doubt
 from jaxmech.study.study import Study
 
-MEASURED = ("log_probability", "logit_difference")
+MEASURED = {"log_probability": True, "logit_difference": False}  # and whether heads at other tokens are ablated
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def discovery(settings) -> dict:
 @pytest.fixture(scope="module", params=MEASURED)
 def study(settings, discovery, request) -> Study:
     """All stages but those of desiderata."""
-    settings = dataclasses.replace(settings, measure=request.param)
+    settings = dataclasses.replace(settings, measure=request.param, ablate_elsewhere=MEASURED[request.param])
     study = Study(settings, {"discovery": discovery})
     for name, stage in STAGES.items():
         if name not in study.results and stage.fits(settings):
@@ -44,8 +44,8 @@ def study(settings, discovery, request) -> Study:
 def results(study) -> dict:
     settings = study.settings
     found = {name: STAGES[name].assembled(parts) for name, parts in study.results.items()}
-    return found | {"models": settings.names, "prompts": len(study.data.pairs), "chance": None,
-                    "metric": settings.metric, "measure": settings.measure}  # fmt: skip
+    of_study = {name: getattr(settings, name) for name in ("metric", "measure", "ablate_elsewhere")}
+    return found | of_study | {"models": settings.names, "prompts": len(study.data.pairs), "chance": None}
 
 
 def f_of(study: Study, mean) -> np.ndarray:
@@ -74,19 +74,20 @@ def test_the_criteria_are_by_it(study):
     by, pairs, tuned = study.settings.measure, study.data.pairs, study.model("tuned")
     means, groups = study.means("tuned"), study.results["discovery"]["tuned"]["groups"]
     found = jm.Circuit({g: [tuple(h) for h in hs] for g, hs in groups.items()}, study.circuit("tuned").roles)
-    minimal = jm.minimality(tuned, pairs, found, means, threshold=0.03, metric=by)
+    how = {"metric": by, "ablate_elsewhere": study.settings.ablate_elsewhere}
+    minimal = jm.minimality(tuned, pairs, found, means, threshold=0.03, **how)
     assert study.circuit("tuned") == minimal.circuit
     entries = study.results["minimality"]["tuned"]["groups"]
     for group, scores in minimal.scores.items():
         np.testing.assert_allclose([entry["score"] for entry in entries[group]], scores, atol=1e-4)
-    faithful = jm.faithfulness(tuned, pairs, minimal.circuit, means, random=2, seed=2, metric=by)
+    faithful = jm.faithfulness(tuned, pairs, minimal.circuit, means, random=2, seed=2, **how)
     entry = study.results["faithfulness"]["tuned"]["tuned"]
     assert entry["circuit"]["value"] == pytest.approx(float(f_of(study, faithful.circuit.mean)), rel=1e-4)
     assert entry["empty"]["value"] == pytest.approx(float(f_of(study, faithful.empty.mean)), rel=1e-4)
     for share in ("ratio", "recovered"):
         assert entry[share]["value"] == pytest.approx(getattr(faithful, share), rel=1e-4)
     np.testing.assert_allclose(entry["random"], f_of(study, faithful.random.mean), rtol=1e-3, atol=1e-6)
-    complete = jm.completeness(tuned, pairs, minimal.circuit, means, random=2, seed=2, metric=by)
+    complete = jm.completeness(tuned, pairs, minimal.circuit, means, random=2, seed=2, **how)
     for side in ("circuit", "model"):
         values = [entry[side] for entry in study.results["completeness"]["tuned"]]
         np.testing.assert_allclose(values, f_of(study, getattr(complete, side).mean), rtol=1e-3, atol=1e-6)
@@ -106,6 +107,8 @@ def test_the_report_is_of_it(results, tmp_path):
     assert ("no heads" in page) == (share == "recovered") == ("as a share of the whole circuit's" in page)
     role, (layer, head) = "last", results["discovery"]["tuned"]["groups"]["movers"][0]
     assert f">{changed.bare(results['cmap']['tuned']['heads'][role]['change'][layer][head])}<" in page
+    alone = "All other tokens are as in the model, on both sides.", "by their mean outputs, at its tokens alone."
+    assert all((words in page) == (not results["ablate_elsewhere"]) for words in alone)
     assert f"<h2>{measure.title}</h2>" in page and "<h2>Accuracy</h2>" not in page
     assert "How often the most" not in page and "Accuracy, that is, how often" in page
 

@@ -55,7 +55,7 @@ BAD = {
     "a measure that the published code lacks": (
         {"pairs": None, "metric": "probability", "measure": "probability", "chain": jm.PAPER_CHAIN, "compat": "paper"},
         records(2),
-        "measure='probability' with compat='paper'; the published code knows accuracy alone",
+        "Measured by probability, with compat='paper': published code measures accuracy alone",
     ),
     "the logit difference of boxes prompts": ({"pairs": None}, records(2), "metric='logit_difference'; expected"),
     "desiderata of boxes prompts": (

@@ -51,6 +51,7 @@ def completeness(
     *,
     random: int = 20,
     seed: int = 0,
+    ablate_elsewhere: bool = True,
     batch_size: int | None = None,
     compat: str | None = None,
     metric: Metric = ACCURACY,
@@ -59,8 +60,8 @@ def completeness(
     """Takes the same sets K of the circuit's heads from the circuit and from the model.
 
     K is empty, each whole group, and `random` sets in which every head of the circuit is with probability 1/2. "The
-    model" has all heads at the circuit's roles. On both sides all heads are ablated at all other tokens, so that they
-    differ in nothing but the heads at the roles.
+    model" has all heads at the circuit's roles. On both sides all heads are ablated at all other tokens, or none are,
+    so that they differ in nothing but the heads at the roles.
 
     Args:
       model: the model that is run.
@@ -69,18 +70,20 @@ def completeness(
       means: what ablated heads put out; see `evaluate`.
       random: how many random sets.
       seed: of their draws.
+      ablate_elsewhere: False leaves all other tokens as they are, on both sides; see `faithfulness`.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" leaves the other tokens of the model alone, while the circuit's are ablated (l);
         docs/paper_compat.md.
       metric: what is measured, and `wrong_labels` [B] for "logit_difference"; see `faithfulness`.
 
     Raises:
-      ValueError: see `evaluate`; random < 0, or compat="paper" with another metric than accuracy.
+      ValueError: see `evaluate`; random < 0, or compat="paper" with another metric than accuracy or
+        ablate_elsewhere=False.
     """
     check_circuit(circuit)
     if random < 0:
         raise ValueError(f"random={random}; expected at least 0 random sets.")
-    rng, paper = np.random.default_rng(seed), as_published(compat, metric)
+    rng, paper = np.random.default_rng(seed), as_published(compat, metric, ablate_elsewhere)
     groups = {group: list(heads) for group, heads in circuit.groups.items()}
     tried: list[tuple[str, str, dict[str, list[Head]]]] = [("nothing", "nothing", {})]
     tried += [("group", group, {group: heads}) for group, heads in groups.items() if heads]
@@ -96,7 +99,7 @@ def completeness(
         names=names,
         kinds=kinds,
         subsets=subsets,
-        circuit=evaluate(model, pairs, without, means, **options),
-        model=evaluate(model, pairs, model_without, means, ablate_elsewhere=not paper, **options),
+        circuit=evaluate(model, pairs, without, means, ablate_elsewhere, **options),
+        model=evaluate(model, pairs, model_without, means, ablate_elsewhere and not paper, **options),
         metric=name_of(metric),
     )

@@ -117,6 +117,7 @@ def faithfulness(
     *,
     random: int = 10,
     seed: int = 0,
+    ablate_elsewhere: bool = True,
     batch_size: int | None = None,
     compat: str | None = None,
     metric: Metric = ACCURACY,
@@ -131,6 +132,8 @@ def faithfulness(
       means: what ablated heads put out; see `evaluate`.
       random: how many random circuits.
       seed: of their draws.
+      ablate_elsewhere: see `evaluate`; False leaves tokens without roles of the circuit as they are, and runs every
+        circuit in a full forward pass.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" draws random circuits with replacement and splits a head's number by the wrong count (j), and
         rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.
@@ -139,17 +142,18 @@ def faithfulness(
       wrong_labels: int [B], a wrong answer for each prompt, for "logit_difference"; None: those of the pairs.
 
     Raises:
-      ValueError: see `evaluate`; random < 1, or compat="paper" with another metric than accuracy.
+      ValueError: see `evaluate`; random < 1, or compat="paper" with another metric than accuracy or with
+        ablate_elsewhere=False.
     """
     check_circuit(circuit)
     if random < 1:
         raise ValueError(f"random={random}; expected at least 1 random circuit.")
-    rng, paper = np.random.default_rng(seed), as_published(compat, metric)
+    rng, paper = np.random.default_rng(seed), as_published(compat, metric, ablate_elsewhere)
     others = [random_circuit(model.config, circuit, rng, compat=compat) for _ in range(random)]
     options = {"metric": metric, "wrong_labels": wrong_labels}
     empty = {role: [] for role in circuit.roles.values()}
     tried = [circuit, empty, *others]
-    found = evaluate(model, pairs, tried, means, batch_size=batch_size, keep_logits=False, **options)
+    found = evaluate(model, pairs, tried, means, ablate_elsewhere, batch_size=batch_size, keep_logits=False, **options)
     whole = predict(model, pairs, batch_size=batch_size, keep_logits=False, **options)
     return Faithfulness(
         model=whole,

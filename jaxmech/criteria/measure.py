@@ -26,11 +26,13 @@ def check_circuit(circuit: Circuit) -> None:
         )
 
 
-def as_published(compat: str | None, metric: Metric) -> bool:
-    """Whether it is to be as in the published code, which knows no metric but accuracy."""
+def as_published(compat: str | None, metric: Metric, ablate_elsewhere: bool) -> bool:
+    """Whether it is to be as in the published code, which knows no metric but accuracy, nor circuits left alone."""
     paper = check_compat(compat)
     if paper and metric != ACCURACY:
-        raise ValueError(f"metric={name_of(metric)!r} with compat='paper'; the published code measures accuracy alone.")
+        raise ValueError(f"Measured by {name_of(metric)}, with compat='paper': published code measures accuracy alone.")
+    if paper and not ablate_elsewhere:
+        raise ValueError("ablate_elsewhere=False with compat='paper': the published code ablates circuits everywhere.")
     return paper
 
 

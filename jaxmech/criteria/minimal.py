@@ -67,6 +67,7 @@ def minimality(
     *,
     threshold: float = 0.01,
     fraction: float = 0.3,
+    ablate_elsewhere: bool = True,
     batch_size: int | None = None,
     compat: str | None = None,
     metric: Metric = ACCURACY,
@@ -86,6 +87,7 @@ def minimality(
       means: what ablated heads put out; see `evaluate`.
       threshold: a fraction, the paper's 1 %.
       fraction: how many of a group's heads can be a head's partners, the paper's top 30 %.
+      ablate_elsewhere: see `faithfulness`.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" does not remove two heads of the same number in different layers together (d), and rounds
         accuracies to 0.01 (k); docs/paper_compat.md.
@@ -93,14 +95,15 @@ def minimality(
 
     Raises:
       ValueError: see `evaluate`; threshold < 0, fraction outside [0, 1], or compat="paper" with another metric than
-        accuracy.
+        accuracy or ablate_elsewhere=False.
     """
     check_circuit(circuit)
     if not (0 <= threshold < math.inf and 0 <= fraction <= 1):
         raise ValueError(f"threshold={threshold}, fraction={fraction}; expected threshold >= 0 and fraction in [0, 1].")
-    paper = as_published(compat, metric)
+    paper = as_published(compat, metric, ablate_elsewhere)
     decimals = None if paper else EQUAL_DROPS[metric == ACCURACY]
     options = {"batch_size": batch_size, "keep_logits": False, "metric": metric, "wrong_labels": wrong_labels}
+    options["ablate_elsewhere"] = ablate_elsewhere
     groups = {group: list(heads) for group, heads in circuit.groups.items() if heads}
 
     def measured(subsets: Sequence[Subset]) -> np.ndarray:

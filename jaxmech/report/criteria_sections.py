@@ -57,9 +57,10 @@ def faithfulness(results: Results) -> Section | None:
     good = f"has nearly the {measure.short} of the model"
     if measure.name == ACCURACY:
         good = "is nearly as accurate as the model"
+    where = "" if results.get("ablate_elsewhere", True) else ", at its tokens alone"
     text = (
-        f"All heads outside a circuit were replaced by their mean outputs. A faithful circuit {good} ({share} near "
-        "100 %); circuits of as many random heads show what size alone does."
+        f"All heads outside a circuit were replaced by their mean outputs{where}. A faithful circuit {good} "
+        f"({share} near 100 %); circuits of as many random heads show what size alone does."
     )
     if share == "recovered":
         text += f" Recovered is the circuit's share of what all heads of the model add to the {measure.short}."
@@ -115,11 +116,13 @@ def completeness(results: Results) -> Section | None:
         caption = f"{model}. {_gaps(measure, entries)}"
         draw = partial(curves.completeness_scatter, entries, measure)
         row.append(Picture(f"completeness-{model}", draw, alt, caption))
+    elsewhere = "All other tokens are as in the model, on both sides."
+    if results.get("ablate_elsewhere", True):
+        elsewhere = "At all other tokens heads are ablated in both (with --compat paper, in the circuit alone)."
     text = (
         "The same heads K of the circuit were taken from the circuit and from the model, which has all heads at the "
-        "tokens where the circuit's are. At all other tokens heads are ablated in both (with --compat paper, in the "
-        "circuit alone). If the circuit has all that matters at its tokens, both lose the same and the points lie on "
-        "the diagonal; below it, the model has heads there that the circuit lacks."
+        f"tokens where the circuit's are. {elsewhere} If the circuit has all that matters at its tokens, both lose the "
+        "same and the points lie on the diagonal; below it, the model has heads there that the circuit lacks."
     )
     return Section(text, _needed_elsewhere(results), rows=in_pairs(row))
 
@@ -148,7 +151,7 @@ def _needed_elsewhere(results: Results) -> list[str]:
     return [
         f"With all heads at the tokens where its circuit has some, and none elsewhere, {model} "
         f"{has.format(measure.text(kept[model]))}; left alone, {measure.text(whole)}. Heads at other tokens matter, "
-        "too, of which completeness says nothing."
+        "too, of which completeness says nothing; --no-ablate-elsewhere leaves them as they are."
         for model, whole in wholes.items()
         if whole - kept[model] > ELSEWHERE * (1 if measure.unit == 100 else abs(whole))
     ]

@@ -132,6 +132,7 @@ class StudyFolder:
             "chance": study.data.chance,
             "metric": settings.metric,
             "measure": settings.measure,
+            "ablate_elsewhere": settings.ablate_elsewhere,
             "left_out": [name for name, stage in STAGES.items() if not stage.fits(settings)],
             "chain": [vars(stage) | {"k": settings.k.get(stage.group, stage.k)} for stage in settings.chain],
         }

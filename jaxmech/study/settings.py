@@ -10,7 +10,7 @@ from jaxmech.boxes import ROLES
 from jaxmech.boxes.scenes import MAX_BOXES, MIN_BOXES
 from jaxmech.chain import PAPER_CHAIN, Stage
 from jaxmech.collected import check_components
-from jaxmech.compat import check_compat
+from jaxmech.criteria.measure import as_published
 from jaxmech.metrics import ACCURACY, METRICS
 from jaxmech.study.chains import check_chain_on
 from jaxmech.study.models import model_names
@@ -54,6 +54,8 @@ class Settings:
       contexts: prompts over which ablated activations are averaged; none of their scenes is evaluated.
       random_circuits: of faithfulness.
       random_subsets: of completeness.
+      ablate_elsewhere: minimality, faithfulness and completeness ablate all heads at tokens without a role of the
+        circuit; False leaves these tokens as they are, which takes a full forward pass of every circuit.
       threshold: of minimality, a fraction.
       train, validation, test: pairs of DCM.
       lam: of DCM.
@@ -93,6 +95,7 @@ class Settings:
     contexts: int = 500
     random_circuits: int = 10
     random_subsets: int = 20
+    ablate_elsewhere: bool = True
     threshold: float = 0.01
     train: int = 1000
     validation: int = 500
@@ -123,8 +126,7 @@ class Settings:
                     f"{name}={given!r}; expected {', '.join(known[:-1])} or, of pairs with wrong answers, {known[-1]}."
                 )
         check_chain_on(ROLES if self.pairs is None else None, self.chain, self.k, self.min_effect, self.metric)
-        if check_compat(self.compat) and self.measure != ACCURACY:
-            raise ValueError(f"measure={self.measure!r} with compat='paper'; the published code knows accuracy alone.")
+        as_published(self.compat, self.measure, self.ablate_elsewhere)
         if self.pairs is not None and (self.data is not None or self.compat is not None):
             raise ValueError("pairs are another task than boxes prompts; they go without data and compat.")
         if self.desiderata and self.pairs is None:

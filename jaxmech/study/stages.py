@@ -8,6 +8,7 @@ are [layer, head], and what is not a finite number is null.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -137,9 +138,7 @@ def _minimality(study: Study, part: str, progress: Progress) -> JSON:
         circuit,
         study.means(part),
         threshold=settings.threshold,
-        batch_size=settings.batch_size,
-        compat=settings.compat,
-        metric=settings.measure,
+        **_criterion(settings),
     )
     groups = {}
     for group, scores in result.scores.items():
@@ -167,9 +166,7 @@ def _faithfulness(study: Study, part: str, progress: Progress) -> JSON:
             study.means(part),
             random=settings.random_circuits,
             seed=settings.seed,
-            batch_size=settings.batch_size,
-            compat=settings.compat,
-            metric=settings.measure,
+            **_criterion(settings),
         )
         found[name] = {
             "model": _measured(settings, result.model),
@@ -197,9 +194,7 @@ def _completeness(study: Study, part: str, progress: Progress) -> JSON:
         study.means(part),
         random=settings.random_subsets,
         seed=settings.seed,
-        batch_size=settings.batch_size,
-        compat=settings.compat,
-        metric=settings.measure,
+        **_criterion(settings),
     )
     sizes = [sum(len(heads) for heads in subset.values()) for subset in result.subsets]
     columns = {
@@ -279,6 +274,12 @@ STAGES = {
     "cmap": StudyStage("cross-model patching", _cmap, ("minimality",), tuned_only=True),
     "knockout": StudyStage("attention knockout", _knockout),
 }
+
+
+def _criterion(settings: Settings) -> dict[str, Any]:
+    """Options of all criteria."""
+    names = ("ablate_elsewhere", "batch_size", "compat")
+    return {name: getattr(settings, name) for name in names} | {"metric": settings.measure}
 
 
 def _measured(settings: Settings, found: Predictions) -> JSON:
