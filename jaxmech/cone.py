@@ -64,7 +64,7 @@ class Change(NamedTuple):
 class HeadPatch(NamedTuple):
     """Other values for heads' q, k, v (before RoPE, per query head) or z at p; see `jaxmech.interventions.Patch`."""
 
-    weight: jax.Array  # [L, N], or [L, 1, N] or [L, R, N], bool or float
+    weight: jax.Array  # [L, N], or [L, 1, N], [L, R, N] or [L, B, R, N], bool or float
     value: jax.Array  # [L, B, R, N, H]
 
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import TOLERANCES, assert_close, assert_correct, right_in_turn
 
 import jaxmech as jm
-from jaxmech import evaluation
+from jaxmech import circuit_passes, evaluation
+from jaxmech.batches import Batches
 from jaxmech.compiled_sizes import few_counts
 
 CIRCUITS = (
@@ -188,6 +189,31 @@ def test_a_circuit_of_all_heads_is_the_model(model, means, random_pairs):
     assert_close(found[0], full_forward.last_logits(model, pairs), TOLERANCES.cone)
 
 
+@pytest.mark.parametrize("tokens", [1, 60, 10**6])
+def test_single_heads_can_be_taken_from_the_model(random_model, random_pairs, monkeypatch, tokens):
+    """Each call starts in the first layer in which one of its circuits lacks a head, of the first role of any."""
+    model = random_model(num_kv_heads=2, window=7, full_layers=(2,))
+    pairs = random_pairs(model)
+    means = jm.mean_activations(model, pairs)
+    monkeypatch.setattr(circuit_passes, "TOKENS_PER_CALL", tokens)
+    calls = []
+    answered = circuit_passes._suffix_answers
+    monkeypatch.setattr(
+        circuit_passes,
+        "_suffix_answers",
+        lambda *args, **options: calls.append(len(args[-1])) or answered(*args, **options),
+    )
+    gone = [("last", (3, 1)), ("query_box", (1, 2)), ("last", (0, 0)), ("query_box", (2, 3)), ("last", (2, 2))]
+    circuits = [{role: [head for head in every_head(model) if head != one]} for role, one in gone] + [{}]
+    found = jm.evaluate(model, pairs, circuits, means, ablate_elsewhere=False)
+    plain = full_forward.last_logits(model, pairs)
+    for circuit, logits in zip(circuits, found.logits, strict=True):
+        expected = full_forward.evaluate(model, pairs, circuit, means, False) if circuit else plain
+        assert_close(logits, expected, TOLERANCES.cone)
+        assert (np.abs(logits - plain).max() > 0.01) == bool(circuit)
+    assert (max(calls) == 1) == (tokens == 1) and (len(calls) == 1) == (tokens == 10**6)
+
+
 def test_an_empty_circuit_is_everything_ablated(model, means, random_pairs):
     pairs = random_pairs(model)
     value = np.swapaxes(means, 0, 1)[:, None]  # [L, 1, T, N, H]
@@ -199,8 +225,8 @@ def test_circuits_are_split_to_fit_the_memory_budget(model, means, random_pairs,
     pairs = random_pairs(model)
     whole = jm.evaluate(model, pairs, CIRCUITS, means).logits
     calls = []
-    monkeypatch.setattr(evaluation, "_vital_answers", recorded(evaluation._vital_answers, calls))
-    monkeypatch.setattr(evaluation.memory, "budget", lambda weights: 2**13)
+    monkeypatch.setattr(circuit_passes, "_vital_answers", recorded(circuit_passes._vital_answers, calls))
+    monkeypatch.setattr(circuit_passes.memory, "budget", lambda weights: 2**13)
     assert_close(jm.evaluate(model, pairs, CIRCUITS, means).logits, whole, TOLERANCES.recompiled)
     examples, together = ({shape[i] for shape in calls} for i in (0, 1))
     assert max(examples) < len(pairs) and max(together) < len(CIRCUITS)
@@ -216,7 +242,7 @@ def recorded(run, calls: list[tuple[int, int]]):
     return wrapped
 
 
-def ablation_of(pairs: jm.Pairs, own: bool) -> evaluation._Ablation:
+def ablation_of(pairs: jm.Pairs, own: bool) -> circuit_passes.Ablation:
     """Of one source, or of one for each example."""
     values = np.zeros((len(pairs) if own else 1, pairs.clean.shape[1], 4, 4, 8), np.float32)
     return evaluation._ablation(jm.Config(50, 24, 4, 4, 4, 8, 8), values, pairs)
@@ -228,13 +254,15 @@ def test_prompts_that_share_no_tokens_are_split_more(model, random_pairs, monkey
     vital, last = pairs.position("query_box")[:, None], pairs.position("last")
     alike = np.broadcast_to(pairs.clean[:1], pairs.clean.shape)
     sizes = {}
-    monkeypatch.setattr(evaluation.memory, "budget", lambda weights: 150_000)
+    monkeypatch.setattr(circuit_passes.memory, "budget", lambda weights: 150_000)
     for name, tokens in (("alike", alike), ("different", pairs.clean)):
-        prompts = evaluation._Prompts(tokens, vital, last)
-        sizes[name], parts = evaluation._parts(model, prompts, ablation_of(pairs, own=False), None)
+        prompts = circuit_passes.Prompts(tokens, vital, last)
+        sizes[name], parts = circuit_passes._parts(model, prompts, ablation_of(pairs, own=False), None)
         assert sorted(set(np.concatenate([rows for rows, *_ in parts]))) == list(range(12))
     assert 1 <= sizes["different"] < sizes["alike"] == 12
-    fewer, _ = evaluation._parts(model, evaluation._Prompts(alike, vital, last), ablation_of(pairs, own=True), None)
+    fewer, _ = circuit_passes._parts(
+        model, circuit_passes.Prompts(alike, vital, last), ablation_of(pairs, own=True), None
+    )
     assert fewer <= sizes["different"], "examples with ablated values of their own share nothing"
 
 
@@ -249,11 +277,11 @@ def test_the_number_of_circuits_is_no_reason_to_compile_again(random_model, rand
     model = random_model(vocab_size=57)
     pairs = random_pairs(model)
     means = jm.mean_activations(model, pairs.clean)
-    before = evaluation._vital_answers._cache_size()
+    before = circuit_passes._vital_answers._cache_size()
     jm.evaluate(model, pairs, list(CIRCUITS), means)
     jm.evaluate(model, pairs, [dict(reversed(circuit.items())) for circuit in CIRCUITS], means)
     jm.evaluate(model, pairs, list(CIRCUITS)[:-1], means)
-    assert evaluation._vital_answers._cache_size() == before + 1
+    assert circuit_passes._vital_answers._cache_size() == before + 1
     assert [few_counts(count) for count in (1, 2, 3, 5, 8, 9, 100, 104)] == [1, 2, 4, 8, 8, 16, 104, 104]
 
 
@@ -264,18 +292,20 @@ def test_evaluation_lowers_for_every_platform(random_model, random_pairs, elsewh
     means = np.zeros((pairs.clean.shape[1], 4, 4, 8), np.float32)
     roles, keep, named = evaluation._circuit_masks(model.config, CIRCUITS)
     values, source = evaluation._ablation(model.config, means, pairs).of(model.config, np.arange(len(pairs)))
-    ((index, distinct),) = evaluation._distinct_tokens([(pairs.clean, source)])
+    ((index, distinct),) = circuit_passes._distinct_tokens([(pairs.clean, source)])
     vital = np.stack([pairs.position(role) for role in roles], axis=1)
-    prompts = evaluation._Prompts(pairs.clean, vital, pairs.position("last"))
-    batch, model_arguments = evaluation._Vital(*prompts, index, source), (model.config, model.weights)
+    prompts = circuit_passes.Prompts(pairs.clean, vital, pairs.position("last"))
+    batch, model_arguments = circuit_passes._Vital(*prompts, index, source), (model.config, model.weights)
     if elsewhere:
-        prepare, arguments = evaluation._ablated_everywhere, (*model_arguments, batch, values, distinct)
+        prepare, arguments = circuit_passes._ablated_everywhere, (*model_arguments, batch, values, distinct)
         inputs = jax.eval_shape(lambda *rest: prepare(model.config, *rest), *arguments[1:])
-        run = evaluation._vital_answers.trace(*model_arguments, batch, inputs, keep, keep_logits=True)
+        run = circuit_passes._vital_answers.trace(*model_arguments, batch, inputs, keep, keep_logits=True)
     else:
-        prepare, arguments = evaluation._values_at_vital, (vital, source, values)
-        inputs = jax.eval_shape(prepare, *arguments)
-        run = evaluation._full_answers.trace(*model_arguments, prompts, inputs, keep, named, keep_logits=True)
+        batches = Batches.plan([pairs.clean], vital, prompts.last, 64)
+        of = batches.prompts(batches.rows[0]), batches.suffixes(batches.rows[0])
+        prepare, arguments = circuit_passes._prepare, (*model_arguments, *of, vital, source, values)
+        inputs = jax.eval_shape(lambda *rest: prepare(model.config, *rest), *arguments[1:])
+        run = circuit_passes._suffix_answers.trace(*model_arguments, inputs, keep, named, keep_logits=True)
     for traced in (prepare.trace(*arguments), run):
         assert "stablehlo" in traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
 

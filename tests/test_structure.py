@@ -25,6 +25,7 @@ ROWS = (
     (
         "jaxmech.path_patching",
         "jaxmech.evaluation",
+        "jaxmech.circuit_passes",
         "jaxmech.dcm",
         "jaxmech.cmap",
         "jaxmech.head_sweep",
