@@ -18,6 +18,8 @@ from jaxmech.config import Config, Rope
 from jaxmech.files import replacing, write_text
 from jaxmech.model import check_params
 
+_HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
 
 def write_hf(path: Path, config: Config, params: Any, tokenizer: Any = None) -> None:
     """Writes config.json, model.safetensors and, if given, the tokenizer's files to the folder `path`.
@@ -122,7 +124,7 @@ def _fields(config: Config) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_width,
-        "hidden_act": {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
+        "hidden_act": _HF_ACTIVATIONS[config.activation],
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
         "attention_bias": config.output_bias,
@@ -170,7 +172,7 @@ def _family_fields(config: Config) -> dict[str, Any]:
 
 def _gemma_fields(config: Config) -> dict[str, Any]:
     return {
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": _HF_ACTIVATIONS[config.activation],
         "query_pre_attn_scalar": _whole(config.score_scale**-2) if config.score_scale else config.head_dim,
         "attn_logit_softcapping": config.score_cap or None,
         "final_logit_softcapping": config.logit_cap or None,

@@ -171,7 +171,7 @@ TABLES: dict[str, Mapping[str, Source]] = {
 }
 
 # Buffers that old checkpoints carry; the model computes them anew.
-IGNORED_SUFFIXES = (".self_attn.rotary_emb.inv_freq", "rope.freqs")
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", "rope.freqs")
 
 
 def source(path: tuple[str, ...], table: Mapping[str, Source]) -> Source:

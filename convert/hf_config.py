@@ -6,6 +6,7 @@ the rotary embedding. Every field of the file is read, known to have no effect o
 What a family computes is said once, here, in the fields of `Config`; where its tensors are, in `convert.families`.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,16 @@ from jaxmech.config import Config, Rope
 
 # Fields without effect on a forward pass: bookkeeping, token ids, training and generation settings.
 IGNORED = frozenset(
-    """architectures attention_dropout auto_map bos_token_id cache_implementation chunk_size_feed_forward dtype
-    embd_pdrop eos_token_id finetuning_task id2label initializer_range is_decoder is_encoder_decoder is_llama_config
-    label2id max_sequence_length model_type output_attentions output_hidden_states output_scores pad_token_id prefix
-    pretraining_tp problem_type resid_pdrop return_dict sep_token_id task_specific_params tokenizer_class torch_dtype
-    torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16
-    use_cache""".split()
+    """architectures attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    cache_implementation chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder is_llama_config
+    label2id length_penalty max_length max_sequence_length min_length model_type no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
+    typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
 READ = frozenset(
     """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
@@ -33,7 +38,18 @@ READ = frozenset(
     hidden_act rope_parameters rope_theta rope_scaling partial_rotary_factor""".split()
 )
 # Fields that would change the mathematics, in any family, if they were not as here.
-UNUSED = {"rope_interleaved": False, "use_bidirectional_attention": False, "use_mrope": False}
+UNUSED = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "full_attn_mod": 1,  # this and the next two are in Phi-4-mini's config.json
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "rope_interleaved": False,
+    "use_bidirectional_attention": False,
+    "use_mrope": False,
+}
 IsFull = Callable[[int, int], bool]
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -185,6 +201,7 @@ _TIED = {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "head_d
 _WINDOWS = ("sliding_window", "layer_types")
 _QWEN = (*_WINDOWS, "use_sliding_window", "max_window_layers")
 _QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+# `sliding_window_size`, in Gemma 2's config.json as published, is not read by transformers.
 _GEMMA2 = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _GEMMA2_DEFAULTS = dict(zip(_GEMMA2, (256, 50.0, 30.0), strict=True))
 _GEMMA3_DEFAULTS = {  # config.json of the larger models, as published, leaves out what is as here
@@ -225,7 +242,7 @@ FAMILIES = {
     "gemma2": Family(
         ("Gemma2ForCausalLM",),
         _gemma2,
-        (*_WINDOWS, *_GEMMA2, "hidden_activation"),
+        (*_WINDOWS, *_GEMMA2, "hidden_activation", "sliding_window_size"),
         _TIED | _GEMMA2_DEFAULTS | {"max_position_embeddings": 8192, "sliding_window": 4096},
     ),
     "gemma3_text": Family(
@@ -258,13 +275,20 @@ def read_config(path: Path, adapter: Path | None = None, **changes: Any) -> Conf
       FileNotFoundError: no such directory, or no config.json in it.
       ValueError: config.json is not JSON or describes a model that is not supported; so for the adapter's config.
     """
-    config = _read_config(Path(path))
+    config = read_base_config(Path(path))
     if adapter is not None:
         config = Adapter.open(adapter).adapted(config)
+    elif is_adapter(path):
+        warnings.warn(
+            f"{path} holds a model and, beside it, an adapter, which is not merged in (transformers would load it). "
+            f"To merge it in, name it as the adapter, too: adapter={str(path)!r}.",
+            stacklevel=2,
+        )
     return config.replace(**changes)
 
 
-def _read_config(path: Path) -> Config:
+def read_base_config(path: Path) -> Config:
+    """`read_config` of a checkpoint alone, whether or not an adapter is beside it."""
     if not path.is_dir():
         raise FileNotFoundError(
             f"No checkpoint directory at {path}. Give a local directory that holds config.json and *.safetensors."
@@ -341,11 +365,18 @@ def _family(fields: Fields) -> Family:
 
 
 def _activation(fields: Fields) -> str:
-    gemma = fields["model_type"] in ("gemma", "gemma2", "gemma3_text")
-    name = "hidden_activation" if gemma and fields.get("hidden_activation") else "hidden_act"
-    value = fields.get(name, "silu")
-    if gemma and value == "gelu":  # the first Gemma configs say so and mean the approximation (HF `GemmaConfig`)
+    """The activation of the MLP: Gemma's configs have two fields for it (HF `GemmaConfig`, `Gemma2Config`)."""
+    kind, value = fields["model_type"], fields.get("hidden_act", "silu")
+    name, also = "hidden_act", fields.get("hidden_activation")
+    if kind == "gemma" and value == "gelu":  # the first configs say so and mean the approximation
         value = "gelu_pytorch_tanh"
+    if kind == "gemma" and also not in (None, "gelu", value):
+        raise ValueError(
+            f"hidden_activation={also!r} beside hidden_act={fields['hidden_act']!r}: transformers 4 takes the first, 5 "
+            "the second. Leave out the one that the model was not trained with."
+        )
+    if kind in ("gemma2", "gemma3_text"):
+        name, value = "hidden_activation", also or "gelu_pytorch_tanh"
     if value not in ACTIVATIONS:
         raise ValueError(
             f"{name}={value!r} is not supported; choose a checkpoint with one of {', '.join(map(repr, ACTIVATIONS))}."

@@ -13,7 +13,7 @@ from jaxmech.config import Rope
 ROPE_FIELDS: dict[str, tuple[str, str]] = {
     "default": ("", ""),
     "linear": ("factor", ""),
-    "dynamic": ("factor", ""),
+    "dynamic": ("factor", "original_max_position_embeddings"),  # which transformers does not read
     "llama3": ("factor low_freq_factor high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         "factor",
@@ -21,6 +21,8 @@ ROPE_FIELDS: dict[str, tuple[str, str]] = {
     ),
     "longrope": ("short_factor long_factor", "attention_factor factor original_max_position_embeddings"),
 }
+# Fields of published checkpoints that transformers does not read: DeepSeek-R1-0528-Qwen3-8B's, and Yarn-Llama-2's.
+NOT_READ = ("attn_factor", "finetuned")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -32,7 +34,8 @@ def read_rope(fields: Fields) -> Rope:
     parameters = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
     theta = parameters.pop("rope_theta", fields.get("rope_theta", 10000.0))
     kind = parameters.pop("rope_type", None) or parameters.get("type", "default")
-    parameters.pop("type", None)  # the name of the field before transformers 4.43
+    for name in ("type", *NOT_READ):  # `type` is the name of `rope_type` before transformers 4.43
+        parameters.pop(name, None)
     fraction = parameters.pop("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if fields["model_type"] == "phi3":
         kind = {"su": "longrope", "yarn": "longrope"}.get(kind, kind)  # older names (HF `Phi3Config`)
@@ -44,6 +47,8 @@ def read_rope(fields: Fields) -> Rope:
         )
     needed, optional = (names.split() for names in ROPE_FIELDS[kind])
     given = {name: value for name, value in parameters.items() if value is not None}
+    if "truncate" in parameters:
+        given["truncate"] = bool(parameters["truncate"])  # null is false to transformers
     # yarn may say that its factor is null: then it follows from the two context lengths.
     if missing := [name for name in needed if name not in (parameters if kind == "yarn" else given)]:
         raise ValueError(f"rope_type={kind!r} lacks {', '.join(missing)}; copy the model's original config.json.")
@@ -60,6 +65,7 @@ def read_rope(fields: Fields) -> Rope:
         return Rope(theta=theta, kind=kind, fraction=fraction, factor=given.get("factor", 1.0))
     limit = positive_integer(fields, "max_position_embeddings", default=2048)
     original = given.pop("original_max_position_embeddings", limit)
+    original = limit if kind == "dynamic" else original
     if kind != "dynamic" and fields.get("original_max_position_embeddings") is not None:
         original = positive_integer(fields, "original_max_position_embeddings")
     factor = given.setdefault("factor", limit / original)
@@ -90,7 +96,7 @@ def read_ropes_by_layer_type(fields: Fields) -> tuple[Rope, Rope]:
     full |= scaling
     full.setdefault("rope_theta", fields["rope_theta"])
     sliding.setdefault("rope_theta", fields["rope_local_base_freq"])
-    without = {**fields, "rope_scaling": None}
+    without = {**fields, "rope_scaling": None, "original_max_position_embeddings": None}  # those inside count alone
     full_rope, sliding_rope = (read_rope({**without, "rope_parameters": given}) for given in (full, sliding))
     return full_rope, sliding_rope
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from convert import floats
 from convert.adapters import AdaptedTensors, Adapter
 from convert.families import IGNORED_SUFFIXES, META, TABLES, Source, source
-from convert.hf_config import read_config
+from convert.hf_config import read_base_config
 from convert.meta import MetaTensors
 from convert.multimodal import text_tensors
 from convert.tensors import FLOATS, Tensors, open_tensors
@@ -85,6 +85,9 @@ def _opened(path: Path, config: Config, adapter: Path | None) -> tuple[Tensors, 
     """The tensors of a checkpoint, all of which its config calls for, and where they are in it."""
     tensors = text_tensors(open_tensors(Path(path)), config.family)
     table = META if isinstance(tensors, MetaTensors) else TABLES[config.family]
+    if adapter is None and config.tie_embeddings and table["embed"].name not in tensors.names:
+        # safetensors' save_model keeps one of two names of a tensor, and that may be the unembedding's.
+        table = {**table, "embed": replace(table["embed"], name=table["unembed"].name)}
     if adapter is not None:
         tensors = _adapted(path, tensors, table, adapter, config)
     _check_tensors(config, tensors, table)
@@ -169,7 +172,7 @@ def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
 
 def _adapted(path: Path, tensors: Tensors, table: Mapping[str, Source], adapter: Path, config: Config) -> Tensors:
     """The tensors with the adapter merged in. The base is checked first, so that errors say whose they are."""
-    base, opened = read_config(path), Adapter.open(adapter)
+    base, opened = read_base_config(path), Adapter.open(adapter)
     _check_tensors(base, tensors, table)
     expected = opened.adapted(base)
     for name in ("vocab_size", "tie_embeddings"):
@@ -187,7 +190,7 @@ def _check_tensors(config: Config, tensors: Tensors, table: Mapping[str, Source]
     sources = [source(keys, table) for keys in flatten_dict(parameter_shapes(config))]
     expected = {name: source.shape(config) for source in sources for name in source.names(config)}
     found = {name for name in tensors.names if not name.endswith(IGNORED_SUFFIXES)}
-    if config.tie_embeddings and unembed in found:
+    if config.tie_embeddings and unembed in found and unembed != embed:
         _check_tied(tensors, embed, unembed)
         found.remove(unembed)
     if missing := sorted(expected.keys() - found):
