@@ -38,6 +38,7 @@ NEEDS_TORCH = (
     "test_multimodal.py",
     "test_parity.py",
     "test_peers.py",
+    "test_published_configs.py",
     "test_rope.py",
     "test_ropes_by_layer.py",
     "test_torch_reference.py",
