@@ -118,7 +118,7 @@ class StudyCommand:
     """Random sets of heads for completeness."""
     ablate_elsewhere: bool = True
     """Minimality, faithfulness and completeness ablate all heads at tokens without a role of the circuit;
-    --no-ablate-elsewhere leaves these tokens as they are, which takes a full forward pass of every circuit."""
+    --no-ablate-elsewhere leaves these tokens as they are, which takes longer."""
     threshold: float = 0.01
     """Least minimality score of a head that stays in the circuit."""
     train: int = 1000

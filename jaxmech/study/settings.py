@@ -55,7 +55,7 @@ class Settings:
       random_circuits: of faithfulness.
       random_subsets: of completeness.
       ablate_elsewhere: minimality, faithfulness and completeness ablate all heads at tokens without a role of the
-        circuit; False leaves these tokens as they are, which takes a full forward pass of every circuit.
+        circuit; False leaves these tokens as they are, which takes longer.
       threshold: of minimality, a fraction.
       train, validation, test: pairs of DCM.
       lam: of DCM.
