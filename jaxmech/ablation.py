@@ -68,7 +68,7 @@ def mean_activations(
 
 
 def role_means(
-    model: Model, pairs: Pairs, roles: Sequence[str] | None = None, *, batch_size: int | None = None
+    model: Model, pairs: Pairs, roles: str | Sequence[str] | None = None, *, batch_size: int | None = None
 ) -> RoleMeans:
     """z of every head averaged over the tokens that have a role, and over the other tokens position by position.
 
@@ -78,14 +78,14 @@ def role_means(
     Args:
       model: the model that is run.
       pairs: whose clean prompts are taken.
-      roles: the roles; None: all that the pairs have.
+      roles: the roles, or one; None: all that the pairs have.
       batch_size: prompts in one call; None picks as many as fit the memory budget.
 
     Raises:
       ValueError: ids outside the vocabulary, an unknown role, or none.
     """
     prompts, last = _prompts_to_ablate_by(model.config, pairs, None)
-    roles = list(pairs.positions) if roles is None else list(roles)
+    roles = list(pairs.positions if roles is None else [roles] if isinstance(roles, str) else roles)
     if not roles:
         raise ValueError("No roles given: without any, the means are those of `mean_activations`.")
     token = np.arange(prompts.shape[1])

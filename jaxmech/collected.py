@@ -18,7 +18,7 @@ from jaxmech.batches import equal_parts
 from jaxmech.config import Config
 from jaxmech.files import replacing
 from jaxmech.loading import Model, check_prompts
-from jaxmech.pairs import Pairs, positions_of
+from jaxmech.pairs import Pairs, one_or_more, positions_of
 from jaxmech.patching import captured_heads
 from jaxmech.sharding import row_devices
 
@@ -71,7 +71,7 @@ class HeadValues:
 def collect(
     model: Model,
     pairs: Pairs,
-    roles: Iterable[str],
+    roles: str | Iterable[str],
     components: Sequence[str] = ("z",),
     *,
     batch_size: int | None = None,
@@ -84,11 +84,12 @@ def collect(
     Args:
       model: the tuned model.
       pairs: the prompts that `cmap` will get; only the clean ones are run.
-      roles: the roles at which heads will be patched.
+      roles: the roles at which heads will be patched, or one.
       components: the activations to keep: any of "z", "q", "k" and "v".
       batch_size: examples in one call; None picks as many as fit the memory budget.
     """
-    components, roles = check_components(components), tuple(roles)
+    components = check_components(components)
+    roles = tuple(one_or_more(roles if isinstance(roles, str) else list(roles), "roles"))
     source = check_prompts(model.config, pairs), positions_of(pairs.position, roles)
     if batch_size is None:
         batch_size = memory.fitting_prompts(model.config, model.weights, pairs.clean.shape[1])

@@ -67,7 +67,11 @@ def evaluate(
         vital=np.stack([pairs.position(role) for role in roles], axis=1),
         last=pairs.position("last"),
     )
-    ablation = _ablation(config, means, pairs)
+    token = np.arange(prompts.tokens.shape[1])
+    ablated = token <= prompts.last[:, None]  # [B, T] the tokens at which heads may be
+    if not ablate_elsewhere:
+        ablated = (prompts.vital[:, named.any(axis=0), None] == token).any(axis=1)
+    ablation = _ablation(config, means, pairs, ablated)
     options = {"metric": metric, "wrong_labels": wrong_labels, "keep_logits": keep_logits}
     gathered = Gathered.of(config, pairs, len(keep), **options)
     # Circuits that fill up a call are the first again: few numbers of circuits, so few compilations.
@@ -94,11 +98,16 @@ def _circuit_masks(config: Config, circuits: Sequence[HeadsByRole]) -> tuple[lis
     return roles, keep, np.array([[role in heads for role in roles] for heads in by_role])
 
 
-def _ablation(config: Config, means: AblatedValues, pairs: Pairs) -> Ablation:
-    """The ablated values and their sources; ValueError unless they fit the model and reach as far as the prompts."""
+def _ablation(config: Config, means: AblatedValues, pairs: Pairs, ablated: np.ndarray) -> Ablation:
+    """The ablated values and their sources; ValueError unless they fit the model and reach the `ablated` tokens."""
     (count, length), heads = pairs.clean.shape, (config.num_layers, config.num_heads, config.head_dim)
     if isinstance(means, RoleMeans):
         given, own, source = means.by_position, False, _source_by_role(means, pairs)
+        for role, x in means.by_role.items():
+            if np.shape(x) != heads:
+                raise ValueError(
+                    f"means of role {role!r} have shape {np.shape(x)}; this model needs [L, N, H] = {heads}."
+                )
         values = np.stack([given, *(np.broadcast_to(x, given.shape) for x in means.by_role.values())])
     else:
         given = np.asarray(means)
@@ -113,13 +122,13 @@ def _ablation(config: Config, means: AblatedValues, pairs: Pairs) -> Ablation:
             f"L, N, H = {heads}, or [{count}, {length} or more, L, N, H]. Means must come from prompts at least "
             "as long."
         )
-    values, token = values[:, :length], np.arange(length)
+    values = values[:, :length]
     missing = ~np.isfinite(values.sum(axis=(2, 3, 4), dtype=np.float64))  # [S, T]
-    needed = missing[source, token] & (token <= pairs.position("last")[:, None])
+    needed = missing[source, np.arange(length)] & ablated
     if needed.any():
         raise ValueError(
-            f"means holds numbers that are not finite at position {int(needed.any(0).argmax())}, which the prompts "
-            "reach. Did none of the prompts that they come from reach it? Else look at the model and its dtype."
+            f"means holds numbers that are not finite at position {int(needed.any(0).argmax())}, where heads are "
+            "ablated. Did none of the prompts that they come from reach it? Else look at the model and its dtype."
         )
     return Ablation(np.where(missing[..., None, None, None], 0, values) if missing.any() else values, source, own)
 

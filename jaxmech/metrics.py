@@ -152,7 +152,11 @@ def check_measure(metric: Metric, wrong_labels: np.ndarray | None, pairs: Pairs,
 
 
 def _check_arguments(function: LogitMetric) -> None:
-    """ValueError if the function does not take logits and rows."""
+    """ValueError if the function does not take logits and rows, or cannot be known again by its hash."""
+    if function.__hash__ is None:
+        raise ValueError(
+            f"metric {name_of(function)} has no hash, by which compiled programs are found; define __hash__."
+        )
     try:
         inspect.signature(function).bind("logits", "rows")
     except TypeError as error:

@@ -166,8 +166,12 @@ def test_means_of_shorter_prompts_are_refused(model, random_pairs):
     pairs = random_pairs(model)
     short = pairs.position("last") - 1
     means = jm.mean_activations(model, pairs.clean, short)
-    with pytest.raises(ValueError, match=f"not finite at position {short.max() + 1}, which the prompts reach"):
+    with pytest.raises(ValueError, match=f"not finite at position {short.max() + 1}, where heads are ablated"):
         jm.evaluate(model, pairs, CIRCUITS, means)
+    early = [{"query_box": [(0, 0)]}]
+    assert np.isfinite(means[pairs.position("query_box").max()]).all()
+    found = jm.evaluate(model, pairs, early, means, ablate_elsewhere=False).logits[0]
+    assert_close(found, full_forward.evaluate(model, pairs, early[0], np.nan_to_num(means), False), TOLERANCES.cone)
     np.testing.assert_array_equal(
         jm.mean_activations(model, pairs), jm.mean_activations(model, pairs.clean, pairs.position("last"))
     )
@@ -245,7 +249,7 @@ def recorded(run, calls: list[tuple[int, int]]):
 def ablation_of(pairs: jm.Pairs, own: bool) -> circuit_passes.Ablation:
     """Of one source, or of one for each example."""
     values = np.zeros((len(pairs) if own else 1, pairs.clean.shape[1], 4, 4, 8), np.float32)
-    return evaluation._ablation(jm.Config(50, 24, 4, 4, 4, 8, 8), values, pairs)
+    return evaluation._ablation(jm.Config(50, 24, 4, 4, 4, 8, 8), values, pairs, np.ones(pairs.clean.shape, bool))
 
 
 def test_prompts_that_share_no_tokens_are_split_more(model, random_pairs, monkeypatch):
@@ -291,7 +295,9 @@ def test_evaluation_lowers_for_every_platform(random_model, random_pairs, elsewh
     pairs = random_pairs(model)
     means = np.zeros((pairs.clean.shape[1], 4, 4, 8), np.float32)
     roles, keep, named = evaluation._circuit_masks(model.config, CIRCUITS)
-    values, source = evaluation._ablation(model.config, means, pairs).of(model.config, np.arange(len(pairs)))
+    values, source = evaluation._ablation(model.config, means, pairs, np.ones(pairs.clean.shape, bool)).of(
+        model.config, np.arange(len(pairs))
+    )
     ((index, distinct),) = circuit_passes._distinct_tokens([(pairs.clean, source)])
     vital = np.stack([pairs.position(role) for role in roles], axis=1)
     prompts = circuit_passes.Prompts(pairs.clean, vital, pairs.position("last"))
@@ -325,6 +331,14 @@ def test_bad_arguments_are_named(random_model, random_pairs, circuits, shape, me
     model = random_model()
     with pytest.raises(ValueError, match=message):
         jm.evaluate(model, random_pairs(model), circuits, np.zeros(shape, np.float32))
+
+
+def test_means_of_roles_must_be_those_of_all_layers(model, random_pairs):
+    pairs = random_pairs(model)
+    means = jm.role_means(model, pairs, "last")
+    wrong = jm.RoleMeans(means.by_position, {"last": means.by_role["last"][0]})
+    with pytest.raises(ValueError, match=r"means of role 'last' have shape \(4, 8\); this model needs \[L, N, H\]"):
+        jm.evaluate(model, pairs, CIRCUITS, wrong)
 
 
 def test_no_number_but_zero_stands_for_all_ablated_values(random_model, random_pairs):

@@ -1,5 +1,6 @@
 """A study measured by another metric than accuracy: its parts are what the methods say by that metric."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -46,6 +47,22 @@ def results(study) -> dict:
     found = {name: STAGES[name].assembled(parts) for name, parts in study.results.items()}
     of_study = {name: getattr(settings, name) for name in ("metric", "measure", "ablate_elsewhere")}
     return found | of_study | {"models": settings.names, "prompts": len(study.data.pairs), "chance": None}
+
+
+def test_a_model_in_which_no_head_is_found_goes_through_all_stages(settings):
+    settings = dataclasses.replace(settings, min_effect=50.0)
+    study = Study(settings, {})
+    for name, stage in STAGES.items():
+        if stage.fits(settings):
+            with contextlib.ExitStack() as warned:
+                if name == "discovery":
+                    warned.enter_context(pytest.warns(UserWarning, match="found no head"))
+                parts = {part: stage.run(study, part, lambda *_: None) for part in stage.parts(settings)}
+            study.results[name] = parts  # pyright: ignore
+    assert study.results["cmap"]["tuned"] == {"groups": {"z": {}}, "heads": {}}
+    assert study.results["discovery"]["tuned"]["stopped"] and study.circuit("tuned") == jm.Circuit({}, {})
+    own = study.results["faithfulness"]["tuned"]["tuned"]
+    assert own["circuit"] == own["empty"] and own["random"] == [own["empty"]["value"]] * 2
 
 
 def f_of(study: Study, mean) -> np.ndarray:

@@ -132,7 +132,7 @@ def faithfulness(
       means: what ablated heads put out; see `evaluate`.
       random: how many random circuits.
       seed: of their draws.
-      ablate_elsewhere: see `evaluate`; False leaves tokens without roles of the circuit as they are, which takes longer.
+      ablate_elsewhere: see `evaluate`; False leaves tokens without a role of the circuit as they are; it takes longer.
       batch_size: examples in one call; None picks as many as fit the memory budget.
       compat: "paper" draws random circuits with replacement and splits a head's number by the wrong count (j), and
         rounds accuracies to 0.01 before the ratio (k); docs/paper_compat.md.

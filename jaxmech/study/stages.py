@@ -212,6 +212,8 @@ def _cmap(study: Study, part: str, progress: Progress) -> JSON:
     settings, pairs, circuit = study.settings, study.data.pairs, study.circuit(part)
     some = pairs[: settings.single_head_prompts]
     roles = list(dict.fromkeys(circuit.roles.values()))
+    if not roles:  # discovery found no head
+        return {"groups": {components: {} for components in settings.components}, "heads": {}}
     tuned: Model | HeadValues = study.model(part)
     single = collect(tuned, some, roles, batch_size=settings.batch_size)
     if not settings.compat:  # which patches more than `collect` keeps
