@@ -3,6 +3,8 @@
     python benchmarks/bench_methods.py --shape small --out out/bench_methods_small.json
 
   circuit evaluation   32 random circuits, all else mean-ablated; PyTorch: a forward pass each
+  circuits, other      the same at two roles, `last` and `query_box`, heads at all other tokens as they are
+  tokens left alone
   DCM                  a mask over 8 heads at `last`, 2 epochs of batches of 16; PyTorch: each step runs its
                        counterfactual and its base prompts and a backward pass
   DCM, 8 lambdas       the same for 8 values of lambda at once; PyTorch: one value, extrapolated
@@ -110,6 +112,7 @@ def main() -> None:
     }
     benches = [
         circuit_evaluation(work),
+        circuit_evaluation(work, elsewhere=False),
         dcm(work, options.dcm_prompts, [0.01]),
         dcm(work, options.dcm_prompts, LAMBDAS),
         cmap(work, options.cmap_heads),
@@ -168,8 +171,12 @@ def run_theirs(bench: Bench, ours_seconds: float, runs: int) -> dict[str, Any]:
     }
 
 
-def circuit_evaluation(work: Work, count: int = CIRCUITS, sample: int | None = None) -> Bench:
+def circuit_evaluation(
+    work: Work, count: int = CIRCUITS, sample: int | None = None, *, elsewhere: bool = True
+) -> Bench:
     """Random circuits in which a head is at each role with probability 0.3.
+
+    `elsewhere`: heads are ablated at all other tokens; else these are left as they are, and circuits are at two roles.
 
     Both return accuracies [C], theirs of the first `sample` circuits, whose logits [sample, B, V] are compared.
     """
@@ -177,11 +184,11 @@ def circuit_evaluation(work: Work, count: int = CIRCUITS, sample: int | None = N
     model, pairs = work.model, work.pairs
     means = jm.mean_activations(model, pairs.clean)
     rng, shape = np.random.default_rng(0), (model.config.num_layers, model.config.num_heads)
-    roles = ("last", "query_box", "prev_query_box")
+    roles = ("last", "query_box", "prev_query_box") if elsewhere else ("last", "query_box")
     circuits = [{role: np.argwhere(rng.random(shape) < 0.3).tolist() for role in roles} for _ in range(count)]
 
     def ours() -> np.ndarray:
-        return jm.evaluate(model, pairs, circuits, means, keep_logits=False).accuracy
+        return jm.evaluate(model, pairs, circuits, means, elsewhere, keep_logits=False).accuracy
 
     @cache
     def their_means() -> Any:
@@ -194,18 +201,19 @@ def circuit_evaluation(work: Work, count: int = CIRCUITS, sample: int | None = N
         from torch_reference.circuits import evaluate
 
         assert work.torch is not None
-        return evaluate(work.torch[0], pairs.clean, pairs.positions, circuit, their_means())
+        return evaluate(work.torch[0], pairs.clean, pairs.positions, circuit, their_means(), ablate_elsewhere=elsewhere)
 
     def theirs() -> np.ndarray:
         return np.stack([accuracy(their_logits(circuit), pairs) for circuit in circuits[:sample]])
 
     def check() -> tuple[np.ndarray, np.ndarray]:
-        logits = jm.evaluate(model, pairs, circuits[:sample], means).logits
+        logits = jm.evaluate(model, pairs, circuits[:sample], means, elsewhere).logits
         assert logits is not None
         return logits, np.stack([their_logits(circuit).float().cpu().numpy() for circuit in circuits[:sample]])
 
     reference = theirs if work.torch else None
-    return Bench("circuit evaluation", "circuits", count, sample, "logits", ours, reference, check=check)
+    name = "circuit evaluation" if elsewhere else "circuits, other tokens left alone"
+    return Bench(name, "circuits", count, sample, "logits", ours, reference, check=check)
 
 
 def accuracy(logits: Any, pairs: jm.Pairs) -> float:

@@ -100,7 +100,10 @@ def kernels(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     runs: dict[str, list[tuple[str, Callable[[], Any]]]] = {
         "stages": [(f"stage {stage.name}", lambda stage=stage: sweep(stage)) for stage in shapes.stages(shape.config)],
-        "circuits": [("circuits", lambda: bench_methods.circuit_evaluation(circuits, options.circuits).ours())],
+        "circuits": [
+            (name, lambda of=of: bench_methods.circuit_evaluation(circuits, options.circuits, elsewhere=of).ours())
+            for name, of in (("circuits", True), ("circuits, other tokens left alone", False))
+        ],
         "DCM": [
             ("DCM", lambda: bench_methods.dcm(work, options.dcm_prompts, [0.01], batch=32).ours()),
             ("DCM of a study", lambda: study_dcm(work, options.dcm_prompts)),

@@ -124,9 +124,10 @@ def test_benchmark_of_the_methods_and_its_report_run_on_the_tiny_shape(tmp_path,
     monkeypatch.setattr(sys, "argv", [*arguments, "--cmap-heads", "3", "--out", str(out)])
     bench_methods.main()
     result = json.loads(out.read_text())
-    names = ["circuit evaluation", "DCM", "DCM, 8 lambdas", "CMAP", "knockout"]
+    circuits = ["circuit evaluation", "circuits, other tokens left alone"]
+    names = [*circuits, "DCM", "DCM, 8 lambdas", "CMAP", "knockout"]
     assert [method["name"] for method in result["methods"]] == names
-    assert [method["units"] for method in result["methods"]] == [32, 4, 32, 16, 4]
+    assert [method["units"] for method in result["methods"]] == [32, 32, 4, 32, 16, 4]
     for method in result["methods"]:
         assert method["seconds"] > 0 and (method["reference"] is not None) == bool(find_spec("torch"))
         if reference := method["reference"]:
