@@ -87,7 +87,8 @@ def test_every_kernel_of_every_method_is_compiled_and_none_is_run(tmp_path, monk
     compile_only.main()
     kernels = json.loads(out.read_text())["shapes"]["tiny"]["kernels"]
     stages = ["1 value_fetcher", "2 pos_transmitter", "3 pos_detector", "4 struct_reader"]
-    methods = ["circuits", "DCM", "DCM of a study", "CMAP of groups", "CMAP of heads", "knockout"]
+    alone = "circuits, other tokens left alone"
+    methods = ["circuits", alone, "DCM", "DCM of a study", "CMAP of groups", "CMAP of heads", "knockout"]
     assert {kernel["work"] for kernel in kernels} == {f"stage {name}" for name in stages} | set(methods)
     printed = capsys.readouterr().out
     for kernel in kernels:
