@@ -10,6 +10,7 @@ from pairs_task import records, settings_of, write_task
 import jaxmech as jm
 from jaxmech.report import doubts, write_report
 from jaxmech.report.measures import CHANGED, MEASURES
+from jaxmech.report.style import new_axes, value_axis
 from jaxmech.study import STAGES, doubt
 from jaxmech.study.study import Study
 
@@ -141,6 +142,17 @@ def test_units_are_those_of_the_measure():
     assert (difference.gap(-0.5), MEASURES["accuracy"].gap(-0.5)) == ("0.500", "50.0 points")
     assert (difference.label, typical.label) == ("logit difference", "typical p(correct), %")
     assert CHANGED["accuracy"].signed(0.015) == "+1.5\N{NO-BREAK SPACE}points"
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "ends"),
+    [("accuracy", [0.001, 0.002], (0, 100)), ("log_probability", [0.001, 0.002], (0, 0.21)),
+     ("logit_difference", [-1.0, 3.0], (-1.2, 3.2)), ("logit_difference", [], (0, 0.05))],
+)  # fmt: skip
+def test_axes_show_small_values_and_those_below_0(measure, values, ends):
+    _, axes = new_axes(1.0)
+    value_axis(axes, "x", MEASURES[measure], values)
+    assert axes.get_xlim() == pytest.approx(ends) and axes.get_xlabel() == MEASURES[measure].label
 
 
 @pytest.mark.parametrize(

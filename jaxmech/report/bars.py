@@ -41,7 +41,7 @@ def model_bars(found: Mapping[str, Entry], models: Sequence[str], measure: Measu
         _interval(axes, y, entry, measure)
         _beside(axes, y, measure.with_interval(entry))
     _name_rows(axes, list(range(len(found))), [wrapped(model) for model in found])
-    value_axis(axes, "x", measure.label, measure.unit, _ends(found.values()))
+    value_axis(axes, "x", measure, _ends(found.values()))
     return figure
 
 
@@ -66,7 +66,7 @@ def faithfulness_bars(
     _beside(axes, -0.62, share, va="bottom", color=MUTED)
     _name_rows(axes, list(range(len(rows))), names)
     shown = _ends(entry[side] for *_, entry in rows for side in ("model", "circuit"))
-    value_axis(axes, "x", measure.label, measure.unit, [*shown, *(x for *_, entry in rows for x in entry["random"])])
+    value_axis(axes, "x", measure, [*shown, *(x for *_, entry in rows for x in entry["random"])])
     axes.barh(0, 0, color="white", edgecolor=INK, label="model")
     axes.barh(0, 0, color=INK, label="circuit alone")
     axes.scatter([], [], s=12, color=PALE, edgecolor=MUTED, linewidth=0.6, label="random circuits")
@@ -147,7 +147,7 @@ def cmap_bars(components: Mapping[str, Mapping[str, Entry]], lines: Mapping[str,
         axes.axvline(measure.unit * value, color=INK, linewidth=1.1, linestyle=dashes, label=wrapped(model, 24))
     _name_rows(axes, ys, [wrapped(group) for group in groups], margin=step / 2)
     shown = _ends(entry for entries in components.values() for entry in entries.values())
-    value_axis(axes, "x", measure.label, measure.unit, [*shown, *lines.values()])
+    value_axis(axes, "x", measure, [*shown, *lines.values()])
     legend_below(figure, axes, 4)
     return figure
 

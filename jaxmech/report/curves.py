@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jaxmech.metrics import ACCURACY
 from jaxmech.report.measures import Measure
 from jaxmech.report.style import (
     DASHES,
@@ -37,22 +38,22 @@ Entry = Mapping[str, Any]
 def completeness_scatter(entries: Sequence[Entry], measure: Measure) -> Figure:
     """Circuit without K against model without K; entries {"name", "kind", "circuit", "model"}."""
     figure, axes = new_axes(3.3)
-    in_percent = measure.unit == 100
-    low, high = (0, 100) if in_percent else limits_of(entry[side] for entry in entries for side in ("model", "circuit"))
+    fixed, sides = measure.name == ACCURACY, ("model", "circuit")
+    low, high = (0, 100) if fixed else limits_of(measure.unit * entry[side] for entry in entries for side in sides)
     axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
     random = [entry for entry in entries if entry["kind"] == "random"]
     axes.scatter(
-        *([measure.unit * entry[side] for entry in random] for side in ("model", "circuit")),
+        *([measure.unit * entry[side] for entry in random] for side in sides),
         s=12, color=PALE, edgecolor=MUTED, linewidth=0.5, zorder=2, label="random heads",
     )  # fmt: skip
     for i, entry in enumerate(entry for entry in entries if entry not in random):
         shade = INK if entry["kind"] == "nothing" else other_colour(i - 1)
         look = {"s": 46, "color": shade, "marker": MARKERS[i % len(MARKERS)], "alpha": 0.85, "linewidth": 0}
-        place = (measure.unit * entry[side] for side in ("model", "circuit"))
+        place = (measure.unit * entry[side] for side in sides)
         axes.scatter(*place, zorder=3, label=wrapped(entry["name"]), **look)
     for which, side in (("x", "model"), ("y", "circuit")):
-        value_axis(axes, which, f"{side} without K: {measure.label}", measure.unit, ())
-    limits = (-4, 104) if in_percent else (low, high)
+        value_axis(axes, which, measure, (), f"{side} without K: {measure.label}")
+    limits = (-4, 104) if fixed else (low, high)
     axes.set(xlim=limits, ylim=limits, aspect="equal")
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles[1:] + handles[:1], names[1:] + names[:1], loc="outside right center", title="K")
@@ -75,7 +76,7 @@ def knockout_curves(curves: Mapping[str, Sequence[float]], own: float | None, me
     axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
     axes.set_xlabel("first blocked layer")
     shown = [*(value for values in curves.values() for value in values), *([] if own is None else [own])]
-    value_axis(axes, "y", measure.label, measure.unit, shown, top=104)
+    value_axis(axes, "y", measure, shown, top=104)
     legend_below(figure, axes, 2)
     return figure
 

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxmech.files import replacing
+from jaxmech.metrics import ACCURACY
+from jaxmech.report.measures import Measure
 
 WIDTH = 4.8  # inches, of every figure
 INK, MUTED, PALE, RULE = "#222222", "#595959", "#b8b8b8", "#d9d9d9"  # text on white: 15.9 and 7.0 to 1
@@ -99,15 +101,15 @@ def percent_axis(axes: Axes, which: str = "x", label: str = "accuracy, %", top: 
     axes.grid(axis="x" if which == "x" else "y")
 
 
-def value_axis(axes: Axes, which: str, label: str, unit: int, values: Iterable[float], top: float = 100) -> None:
-    """Makes one axis ("x" or "y") that of `values`, drawn as multiples of 1 / `unit`.
-
-    Percentages (unit 100) reach from 0 to `top`; others from the least to the largest value, and to 0.
-    """
-    if unit == 100:
+def value_axis(
+    axes: Axes, which: str, measure: Measure, values: Iterable[float], label: str = "", top: float = 100
+) -> None:
+    """Makes one axis ("x" or "y") that of a measure: accuracies from 0 to `top`, others as far as `values` reach."""
+    label = label or measure.label
+    if measure.name == ACCURACY:
         percent_axis(axes, which, label, top)
         return
-    low, high = limits_of(values)
+    low, high = limits_of(measure.unit * value for value in values)
     (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
     (axes.set_xlabel if which == "x" else axes.set_ylabel)(label)
     axes.grid(axis="x" if which == "x" else "y")
