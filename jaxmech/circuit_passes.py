@@ -236,6 +236,7 @@ def suffix_passes(
     used = np.flatnonzero(circuits.named.any(axis=0)) if circuits.named.any() else np.arange(1)
     keep, named, vital = circuits.keep[:, :, used], circuits.named[:, used], prompts.vital[:, used]
     length, tokens = float(suffix_lengths(vital, prompts.last).mean()), prompts.tokens.shape[1]
+    stream = memory.of_tokens(config, length) + memory.of_attention(config, length, tokens) + memory.of_logits(config)
     if batch_size is None:
         values = memory.of_heads(config, vital.shape[1], config.num_layers)
         batch_size = memory.fitting(weights, memory.of_live_sweep(config, length, tokens, 1) + values)
@@ -243,7 +244,9 @@ def suffix_passes(
     ablated: np.ndarray = np.any(named[:, None, :, None] & ~keep, axis=(2, 3))  # [C, L]
     first = np.where(ablated.any(axis=1), ablated.argmax(axis=1), config.num_layers)
     order = np.argsort(first, kind="stable")  # so that those of a call start in similar layers
-    work = batches.capacity / TOKENS_PER_CALL
+    # As many circuits in a call as there is work for, but no more than fit half of the memory budget.
+    share = 2 * len(batches.rows[0]) * stream / memory.budget(weights)
+    work = max(batches.capacity / TOKENS_PER_CALL, share)
     calls = calls_of_equal_size(order, work, most=len(order), copies=copies)
 
     def run_batch(rows: np.ndarray) -> Passes:  # a function, so that its cache goes before the next one comes

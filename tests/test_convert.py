@@ -116,11 +116,12 @@ def test_a_tied_checkpoint_may_carry_an_identical_unembedding(tmp_path):
     assert_identical(read(tmp_path), without)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_left_out(tmp_path):
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_rotary_buffers_of_old_checkpoints_are_left_out(tmp_path, name):
     hf_model().save_pretrained(tmp_path)
     expected = read(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    tensors[name] = np.ones(4, np.float32)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_identical(read(tmp_path), expected)
 

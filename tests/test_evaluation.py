@@ -236,6 +236,25 @@ def test_circuits_are_split_to_fit_the_memory_budget(model, means, random_pairs,
     assert max(examples) < len(pairs) and max(together) < len(CIRCUITS)
 
 
+@pytest.mark.parametrize(("budget", "together"), [(2**26, 8), (2**18, 4), (2**10, 1)])
+def test_circuits_left_alone_elsewhere_are_split_to_fit_the_memory_budget(
+    model, means, random_pairs, monkeypatch, budget, together
+):
+    pairs, circuits = random_pairs(model), [*CIRCUITS, *CIRCUITS][:8]
+    whole = jm.evaluate(model, pairs, circuits, means, ablate_elsewhere=False).logits
+    calls, run = [], circuit_passes._suffix_answers
+
+    def answered(*arguments, **options):
+        calls.append(len(arguments[-1]))
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(circuit_passes, "_suffix_answers", answered)
+    monkeypatch.setattr(circuit_passes.memory, "budget", lambda weights: budget)
+    found = jm.evaluate(model, pairs, circuits, means, ablate_elsewhere=False, batch_size=len(pairs)).logits
+    assert_close(found, whole, TOLERANCES.recompiled)
+    assert max(calls) <= together and (together == 1 or max(calls) > 1)
+
+
 def recorded(run, calls: list[tuple[int, int]]):
     """`run`, which also writes down how many examples and circuits it is called with."""
 

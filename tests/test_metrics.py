@@ -82,6 +82,18 @@ def test_metrics_that_cannot_be_meant_are_named(sweep, metric, change, message):
         jm.path_patch(model, pairs, metric=metric, wrong_labels=change and change(wrong))
 
 
+def test_a_metric_without_a_hash_is_named(sweep):
+    class Metric:
+        __hash__ = None
+
+        def __call__(self, logits, rows):
+            return logits[:, 0]
+
+    model, pairs, _ = sweep
+    with pytest.raises(ValueError, match=r"metric Metric\(\) has no hash"):
+        jm.predict(model, pairs, metric=Metric())
+
+
 def test_confidence_intervals_are_those_of_normal_scores():
     rng = np.random.default_rng(1)
     scores = jm.PathScores(rng.normal(-0.3, 0.2, (2, 3, 400)).astype(np.float32), np.ones(400, np.float32))

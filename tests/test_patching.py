@@ -111,6 +111,14 @@ def test_a_circuit_is_patched_as_its_heads_by_role_are(models, pairs):
         jm.cmap(*models, pairs, HEADS["last"])
 
 
+def test_one_role_can_be_collected_by_its_name(models, pairs):
+    one, several = jm.collect(models[1], pairs, "last"), jm.collect(models[1], pairs, ["last"])
+    assert one.roles == several.roles == ("last",)
+    np.testing.assert_array_equal(one.values["z"], several.values["z"])
+    with pytest.raises(ValueError, match=r"roles is \[\]; expected the name of a role, or of several"):
+        jm.collect(models[1], pairs, ())
+
+
 def test_collected_values_are_of_the_pairs_that_they_were_collected_of(models, pairs, random_pairs):
     kept = jm.collect(models[1], pairs, HEADS)
     for role in HEADS:

@@ -83,6 +83,13 @@ def test_logits_are_those_of_transformers(tmp_path, name):
     assert_close(jm.load(tmp_path, precision="highest")(TOKENS)[0], theirs(tmp_path), TOLERANCES.parity)
 
 
+def test_gemma_2_with_silu_is_exported_as_such(tmp_path):
+    saved(tmp_path / "theirs", "gemma2", alone("hidden_activation", "silu"))
+    model = jm.load(tmp_path / "theirs", precision="highest")
+    convert.write_hf(tmp_path / "ours", model.config, model.params)
+    assert_close(theirs(tmp_path / "ours"), theirs(tmp_path / "theirs"), TOLERANCES.exact)
+
+
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [

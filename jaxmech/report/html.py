@@ -61,7 +61,7 @@ def write_report(
     if not results.get("models"):
         raise ValueError(f"results name no models, only {sorted(results)}; expected 'models', the base first.")
     folder = Path(folder)
-    built = [(_title(results, title), stage, build(results)) for title, stage, build in HEADINGS]
+    built = [(_title(results, title, stage), stage, build(results)) for title, stage, build in HEADINGS]
     files = _file_names(picture.name for *_, section in built for picture in _pictures(section))
     sections = [
         {
@@ -90,9 +90,9 @@ def write_report(
     return folder / "report.html"
 
 
-def _title(results: Results, title: str) -> str:
-    """The section on accuracy is one on what the study measures."""
-    return measure_of(results).title if title == "Accuracy" else title
+def _title(results: Results, title: str, stage: str) -> str:
+    """The section on accuracy is named after what the study measures."""
+    return measure_of(results).title if stage == "accuracy" else title
 
 
 def _not_run(results: Results, stage: str) -> str:
